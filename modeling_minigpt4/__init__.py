@@ -1,0 +1,35 @@
+"""MiniGPT-4 for transformers. Importing this package registers the model with every Auto class there is."""
+
+import transformers
+from processing_minigpt4 import MiniGPT4ImageProcessor, MiniGPT4Processor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_minigpt4 import MiniGPT4Config
+from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
+from .version import __version__
+
+
+
+
+AutoConfig.register("minigpt4", MiniGPT4Config)
+AutoModel.register(MiniGPT4Config, MiniGPT4Model)
+AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor)
+AutoImageProcessor.register(MiniGPT4Config, slow_image_processor_class=MiniGPT4ImageProcessor)
+
+# AutoModelForVision2Seq went with transformers 5.0, where AutoModelForImageTextToText is its name;
+# AutoModelForMultimodalLM came with 5.x. Whichever is there knows the model.
+AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", AutoModelForImageTextToText)
+AutoModelForMultimodalLM = getattr(transformers, "AutoModelForMultimodalLM", AutoModelForImageTextToText)
+for _auto_class in {AutoModelForImageTextToText, AutoModelForVision2Seq, AutoModelForMultimodalLM}:
+    _auto_class.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration)
+
+__all__ = [
+    "__version__",
+    "AutoModelForVision2Seq",
+    "MiniGPT4Config",
+    "MiniGPT4ForConditionalGeneration",
+    "MiniGPT4ImageProcessor",
+    "MiniGPT4Model",
+    "MiniGPT4PreTrainedModel",
+    "MiniGPT4Processor",
+]

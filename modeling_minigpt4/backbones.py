@@ -1,0 +1,507 @@
+"""Where frozen weights come from: find a repository's files, open only the shards that matter, rename, verify.
+
+A backbone is an ordinary checkpoint, on the Hub or in a folder. Its tensors are picked by name for one part of
+MiniGPT-4 (vision encoder, Q-Former or language model) and handed to transformers' own loader under our names.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+
+logger = logging.get_logger(__name__)
+
+# Parts that can come from a repository of their own, and the names of their tensors in MiniGPT4ForConditionalGeneration.
+PARTS: dict[str, tuple[str, ...]] = {
+    "vision": ("model.vision_model.",),
+    "qformer": ("model.qformer.", "model.query_tokens"),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+
+# Options of `from_pretrained` that say how files are fetched; they hold for backbones too.
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token")
+
+
+def part_of(name: str) -> str | None:
+    """The part that a tensor of MiniGPT4ForConditionalGeneration belongs to, or None (the projection)."""
+    return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
+
+
+def normalize_source(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str, Any]:
+    """
+    Spell out where a backbone is: `{"name_or_path", "revision", "subfolder"}`.
+
+    Args:
+        source: repository id, `"repository@revision"`, folder, or a dict with `name_or_path` and, optionally,
+            `revision`, `subfolder` and `fingerprint`. A folder becomes absolute, so that it is found from anywhere.
+    """
+    spec = dict(source) if isinstance(source, Mapping) else {"name_or_path": os.fspath(source)}
+    if not spec.get("name_or_path"):
+        raise ValueError(f"A backbone needs a `name_or_path`: a repository id or a folder. Got {source!r}.")
+    name = str(spec["name_or_path"])
+    if os.path.isdir(name):
+        name = str(Path(name).resolve())
+    elif "@" in name and "revision" not in spec:
+        name, spec["revision"] = name.rsplit("@", 1)
+    spec["name_or_path"] = name
+    return spec
+
+
+def is_local(source: Mapping[str, Any]) -> bool:
+    """Whether a backbone is a folder of this machine, which nobody else can load."""
+    name = str(source["name_or_path"])
+    return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)
+
+
+def _fetch_options(source: Mapping[str, Any], hub_options: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: value for key, value in hub_options.items() if key in HUB_OPTIONS and value is not None}
+    return {**options, "revision": source.get("revision"), "subfolder": source.get("subfolder") or ""}
+
+
+def describe(source: Mapping[str, Any]) -> str:
+    """One readable name for a backbone, for messages."""
+    where = str(source["name_or_path"])
+    if source.get("subfolder"):
+        where = f"{where}/{source['subfolder']}"
+    return f"{where}@{source['revision']}" if source.get("revision") else where
+
+
+def load_backbone_config(
+    part: str, source: Mapping[str, Any], hub_options: Mapping[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """
+    Read a backbone's configuration and pin its revision.
+
+    Returns:
+        The repository's whole configuration, and the source with `revision` set to the commit hash that was read
+        (None for a folder).
+
+    Raises:
+        OSError: if there is no such repository or folder.
+    """
+    options = _fetch_options(source, hub_options)
+    try:
+        # The file first: its place in the cache tells the commit, and a missing repository fails here.
+        config_file = cached_file(source["name_or_path"], "config.json", **options)
+        config = AutoConfig.from_pretrained(source["name_or_path"], **options)
+    except (OSError, ValueError) as error:
+        raise OSError(_not_found(part, source)) from error
+    revision = extract_commit_hash(config_file, None)
+    return config, {**source, "revision": revision or source.get("revision")}
+
+
+def _not_found(part: str, source: Mapping[str, Any]) -> str:
+    return (
+        f"The {part} backbone {describe(source)} cannot be opened: no configuration or weights were found there. If it "
+        f'has moved, pass `backbones={{"{part}": "new folder or repository"}}` to `from_pretrained`; if it is on the '
+        "Hub, check the name, the network and your access."
+    )
+
+
+class Checkpoint:
+    """
+    The tensors of one checkpoint by name; a file is opened only when one of its tensors is asked for.
+
+    Reads `model.safetensors`, sharded safetensors and, where a repository has nothing else, `pytorch_model.bin`
+    (whole or sharded, opened with `weights_only=True`).
+    """
+
+    def __init__(self, source: Mapping[str, Any], part: str, hub_options: Mapping[str, Any] | None = None) -> None:
+        self.source = source
+        self.part = part
+        self._options = _fetch_options(source, hub_options or {})
+        self._open_files: dict[str, Any] = {}
+        self._file_of = self._list_tensors()
+
+    @property
+    def opened_files(self) -> list[str]:
+        """Names of the files opened so far."""
+        return sorted(self._open_files)
+
+    def keys(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def file_of(self, key: str) -> str:
+        """Path of the file that holds a tensor."""
+        return self._path(self._file_of[key])
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading its values."""
+        file = self._open(self._file_of[key])
+        return tuple(file[key].shape if isinstance(file, dict) else file.get_slice(key).get_shape())
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor, on the CPU in the dtype it is stored in."""
+        file = self._open(self._file_of[key])
+        tensor: torch.Tensor = file[key] if isinstance(file, dict) else file.get_tensor(key)
+        return tensor
+
+    def _list_tensors(self) -> dict[str, str]:
+        for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+            if (path := self._find(index)) is not None:
+                weight_map: dict[str, str] = json.loads(Path(path).read_text())["weight_map"]
+                return weight_map
+            if self._find(single) is not None:
+                file = self._open(single)
+                return dict.fromkeys(file if isinstance(file, dict) else file.keys(), single)
+        raise OSError(_not_found(self.part, self.source))
+
+    def _find(self, filename: str) -> str | None:
+        path: str | None = cached_file(
+            self.source["name_or_path"],
+            filename,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=True,
+            **self._options,
+        )
+        return path
+
+    def _path(self, filename: str) -> str:
+        path = self._find(filename)
+        if path is None:
+            raise OSError(
+                f"The {self.part} backbone {describe(self.source)} lacks its file {filename}, which its index names; "
+                "download or copy the folder again."
+            )
+        return path
+
+    def _open(self, filename: str) -> Any:
+        if filename not in self._open_files:
+            path = self._path(filename)
+            try:
+                if filename.endswith(".safetensors"):
+                    self._open_files[filename] = safe_open(path, framework="pt", device="cpu")
+                else:
+                    self._open_files[filename] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (SafetensorError, RuntimeError, EOFError) as error:
+                raise OSError(
+                    f"{path} cannot be read ({error}); it is truncated or damaged, so download or save it again."
+                ) from error
+        return self._open_files[filename]
+
+
+def match_names(
+    part: str, expected: Iterable[str], checkpoint: Checkpoint, head: str, base_prefix: str
+) -> dict[str, str]:
+    """
+    Find the tensors of one part in a checkpoint that may hold other things too.
+
+    The same encoder is stored under different prefixes (`vision_model.` in BLIP-2, none when saved alone, `model.` in a
+    causal language model), so the prefix under which most of the expected names are found is taken.
+
+    Args:
+        part: key of `PARTS`.
+        expected: names in MiniGPT4ForConditionalGeneration, of this part only.
+        checkpoint: where to look.
+        head: name of the LM head in the language model's own class, such as `lm_head` or `embed_out`.
+        base_prefix: name of the decoder in the language model's own class, such as `model` or `transformer`.
+
+    Returns:
+        Our name → the checkpoint's name. Names that the checkpoint holds under that prefix and nobody expects are
+        included only if something is missing: transformers' loader may then convert them (fused experts, old names).
+    """
+    main = PARTS[part][0]
+    inner = [name.removeprefix(main) for name in expected if name.startswith(main)]
+    available = set(checkpoint.keys())
+    prefix = _find_prefix(inner, available)
+    names = {main + name: prefix + name for name in inner if prefix + name in available}
+    if len(names) < len(inner):
+        roots = {name.split(".")[0] for name in inner}
+        rest = {key.removeprefix(prefix) for key in available if key.startswith(prefix)}
+        names.update({main + name: prefix + name for name in rest if name.split(".")[0] in roots})
+
+    for name in expected:
+        if name == "model.query_tokens":
+            names.update({name: key for key in available if key.split(".")[-1] == "query_tokens"})
+        elif name.startswith("lm_head."):
+            root = prefix.removesuffix(f"{base_prefix}.") if prefix.endswith(f"{base_prefix}.") else ""
+            key = root + head + name.removeprefix("lm_head")
+            if key in available:
+                names[name] = key
+    return names
+
+
+def _find_prefix(names: list[str], available: set[str]) -> str:
+    """The prefix under which most of `names` are `available`; ties go to the shortest."""
+    probe = max(names, key=lambda name: name.count(".")) if names else ""
+    candidates = {key.removesuffix(name) for name in {probe, *names[:3]} for key in available if key.endswith(name)}
+    candidates = {prefix for prefix in candidates if not prefix or prefix.endswith(".")} | {""}
+    found = Counter({prefix: sum(prefix + name in available for name in names) for prefix in candidates})
+    return min(candidates, key=lambda prefix: (-found[prefix], len(prefix)))
+
+
+def check_shapes(
+    names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, remedy: str
+) -> None:
+    """Raise a `ValueError` that names tensor, file and remedy if a stored shape is not the one the model needs."""
+    for name, key in names.items():
+        if name in shapes and checkpoint.shape(key) != shapes[name]:
+            raise ValueError(
+                f"{key} in {checkpoint.file_of(key)} has the shape {checkpoint.shape(key)}, but {name} needs "
+                f"{shapes[name]}; {remedy}"
+            )
+
+
+def fingerprint(part: str, names: Mapping[str, str], checkpoint: Checkpoint) -> str:
+    """
+    A short digest that tells two backbones of the same shape apart.
+
+    Covers the name, the shape and the first 64 values of every matrix of the part, as stored, so it is the same with
+    every release of transformers and takes milliseconds on memory-mapped files. It guards against mix-ups, not forgery.
+    """
+    digest = hashlib.sha256()
+    main = PARTS[part][0]
+    for key in sorted(key for name, key in names.items() if name.startswith(main) and key.endswith(".weight")):
+        if len(shape := checkpoint.shape(key)) >= 2:
+            first = checkpoint.tensor(key).flatten()[:64].to(torch.float32)
+            digest.update(f"{key}{shape}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def collect(
+    part: str,
+    source: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    head: str,
+    base_prefix: str,
+    hub_options: Mapping[str, Any],
+    skip: Iterable[str] = (),
+) -> tuple[dict[str, torch.Tensor], str]:
+    """
+    Read one part of the model from its backbone.
+
+    Args:
+        part: key of `PARTS`.
+        source: where it is; see `normalize_source`. If it has a `fingerprint`, the weights must match it.
+        shapes: name → shape of every tensor of MiniGPT4ForConditionalGeneration that is wanted.
+        head, base_prefix: names inside the language model's own class; see `match_names`.
+        hub_options: how files are fetched.
+        skip: names that are not needed from there.
+
+    Returns:
+        Our name → tensor (memory-mapped where the file allows it), and the backbone's fingerprint.
+
+    Raises:
+        OSError: if the backbone or one of its files is missing or damaged.
+        ValueError: if a shape or the fingerprint is not what the model was trained with.
+    """
+    wanted = {name: shape for name, shape in shapes.items() if part_of(name) == part}
+    checkpoint = Checkpoint(source, part, hub_options)
+    names = match_names(part, wanted, checkpoint, head, base_prefix)
+    needed = {name: key for name, key in names.items() if name not in set(skip)}
+    check_shapes(needed, wanted, checkpoint, f"name the {part} backbone that this checkpoint was made with.")
+    found = fingerprint(part, names, checkpoint)
+    if source.get("fingerprint") not in (None, found):
+        raise ValueError(
+            f"The weights of the {part} backbone {describe(source)} are not those this checkpoint was trained with "
+            f"(fingerprint {found}, expected {source['fingerprint']}); point `backbones` at the original, or accept "
+            f'others knowingly with `backbones={{"{part}": {{"name_or_path": ..., "fingerprint": None}}}}`.'
+        )
+    return {name: checkpoint.tensor(key) for name, key in needed.items()}, found
+
+
+# Names under which a saved folder is found with `trust_remote_code=True`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_minigpt4.MiniGPT4Config",
+    "AutoModel": "modeling_minigpt4.MiniGPT4Model",
+    "AutoModelForImageTextToText": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
+    "AutoModelForVision2Seq": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
+}
+
+
+class BackbonesMixin:
+    """
+    Checkpoints that hold only what no backbone provides: a few MB instead of 30 GB.
+
+    `config.backbones` tells where the rest comes from. Everything about dtypes, devices and quantization is left to
+    transformers: this class finds the tensors, checks them and hands them over.
+    """
+
+    # Names of tensors that came with the checkpoint although their part has a backbone, e.g. a tuned Q-Former.
+    _own_tensors: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        backbones: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Load a full checkpoint, or an adapter-only one together with the backbones that its configuration names.
+
+        Takes every option of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
+        `quantization_config`, `attn_implementation`, … Of an adapter-only checkpoint all but the projection is frozen.
+
+        Args:
+            pretrained_model_name_or_path: repository or folder of the checkpoint.
+            config: configuration to use instead of the checkpoint's.
+            backbones: part (`"vision"`, `"qformer"`, `"language_model"`) → repository, folder or dict, for backbones
+                that have moved. They must hold the weights that the projection was trained with.
+
+        Raises:
+            OSError: if a file of the checkpoint or of a backbone is missing or damaged.
+            ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with.
+        """
+        load = super().from_pretrained  # type: ignore[misc]
+        where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
+        if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
+            path = pretrained_model_name_or_path if config is None else config
+            config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+            kwargs = {**kwargs, **where}
+        if pretrained_model_name_or_path is None or not config.backbones:
+            return load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+        for name in where:
+            kwargs.pop(name)
+        config = copy.deepcopy(config)
+        for part, source in (backbones or {}).items():
+            config.backbones[part] = {**config.backbones.get(part, {}), **normalize_source(source)}
+        generation_config = kwargs.pop("generation_config", None) or _find_generation_config(
+            pretrained_model_name_or_path, where
+        )
+        checkpoint = Checkpoint({"name_or_path": pretrained_model_name_or_path, **where}, "adapter", where)
+        loaded = cls._compose(config, where, *model_args, checkpoint=checkpoint, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
+        if generation_config is not None and model.can_generate():
+            model.generation_config = generation_config
+        return loaded
+
+    @classmethod
+    def _compose(
+        cls,
+        config: Any,
+        hub_options: Mapping[str, Any],
+        *model_args: Any,
+        checkpoint: Checkpoint | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Merge the tensors of a checkpoint and of `config.backbones` and let transformers load the whole."""
+        skeleton = cls._skeleton(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        if config.tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+        merged = cls._new_projection(config) if checkpoint is None else _read_adapter(checkpoint, shapes, config)
+        own = frozenset(merged)
+        for part, source in config.backbones.items():
+            names = skeleton.lm_head_name, skeleton.decoder_name
+            tensors, digest = collect(part, source, shapes, *names, hub_options, skip=own)
+            config.backbones[part] = {**source, "fingerprint": digest}
+            merged.update(tensors)
+        if not issubclass(cls, type(skeleton)):  # the model without a head
+            prefix = f"{cls.base_model_prefix}."
+            merged = {name.removeprefix(prefix): value for name, value in merged.items() if name.startswith(prefix)}
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            None, *model_args, config=config, state_dict=merged, output_loading_info=True, **kwargs
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{len(missing)} tensors are in no backbone and not in the checkpoint, {missing[0]} among them; name "
+                f"the right backbones (now {', '.join(map(describe, config.backbones.values()))})."
+            )
+        model._own_tensors = own
+        model.freeze_backbones()
+        model._choose_what_to_save()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: "str | os.PathLike[str]",
+        *args: Any,
+        full: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        r"""
+        Save configuration, generation config, code, and the tensors that no backbone provides.
+
+        Those are the projection and whatever else was trained. Takes every option of
+        [`~transformers.PreTrainedModel.save_pretrained`].
+
+        Args:
+            save_directory: folder to write.
+            full: write every tensor, so that the folder needs no backbone (for vLLM and the like).
+            push_to_hub: upload the folder too.
+        """
+        backbones = self.config.backbones
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        local = {part: source["name_or_path"] for part, source in backbones.items() if is_local(source)}
+        if local and not full:
+            where = ", ".join(f"{part} {path}" for part, path in local.items())
+            logger.warning_once(
+                f"This checkpoint holds no backbone weights and refers to folders of this machine ({where}), so nobody "
+                "else can load it. Before publishing, push these backbones and name them by repository, or save with "
+                "`full=True`."
+            )
+        try:
+            self._choose_what_to_save(full)
+            self.config.backbones = {} if full else backbones
+            super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config.backbones = backbones
+            self._choose_what_to_save()
+
+    def _choose_what_to_save(self, full: bool = False) -> None:
+        """
+        Tell transformers which tensors to leave out of checkpoints: frozen ones that a backbone provides.
+
+        The Trainer looks at the same list when it resumes, and does not warn about tensors that are left out on purpose.
+        """
+        prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._keys_to_ignore_on_save = {
+            name
+            for name in self.state_dict()
+            if not full
+            and part_of(prefix + name) in self.config.backbones
+            and name not in trained
+            and prefix + name not in self._own_tensors
+        }
+
+
+def _read_adapter(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], config: Any
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's own tensors, after checking that none is missing, unknown or of another shape."""
+    where = describe(checkpoint.source)
+    keys = set(checkpoint.keys())
+    own = {name for name in shapes if part_of(name) not in config.backbones}
+    if missing := sorted(own - keys):
+        raise ValueError(
+            f"{where} lacks {', '.join(missing[:3])}, which is trained and in no backbone; the folder is incomplete "
+            "or its configuration was changed, so download or save it again."
+        )
+    if unknown := sorted(keys - shapes.keys()):
+        raise ValueError(
+            f"{where} holds {', '.join(unknown[:3])}, which its configuration has no place for; restore the "
+            "config.json that it was saved with (`projector_num_layers`, `qformer_config`)."
+        )
+    remedy = "it was trained for another language model or vision encoder, so load it with those."
+    check_shapes({name: name for name in keys}, shapes, checkpoint, remedy)
+    return {name: checkpoint.tensor(name) for name in keys}
+
+
+def _find_generation_config(path: Any, options: Mapping[str, Any]) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path, **options)
+    except OSError:
+        return None

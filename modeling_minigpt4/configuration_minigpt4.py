@@ -1,0 +1,225 @@
+"""Configuration of MiniGPT-4: a vision encoder, an optional Q-Former and a language model, joined by one projection."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+# transformers 4.57 leaves "blip_2_vision_model" out of CONFIG_MAPPING, so these two are looked up here first.
+_BLIP2_CONFIGS: dict[str, type[PretrainedConfig]] = {
+    Blip2VisionConfig.model_type: Blip2VisionConfig,
+    Blip2QFormerConfig.model_type: Blip2QFormerConfig,
+}
+
+
+def _build_sub_config(name: str, value: "str | Mapping[str, Any] | PretrainedConfig", default: str) -> PretrainedConfig:
+    """Turn a config, a dict or the name of a model type into the config object of one part."""
+    if isinstance(value, PretrainedConfig):
+        return value
+    options = {"model_type": value} if isinstance(value, str) else copy.deepcopy(dict(value))
+    model_type = options.pop("model_type", default)
+    config_class = _BLIP2_CONFIGS.get(model_type)
+    if config_class is None:
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`{name}` asks for the model type {model_type!r}, which the installed transformers does not know; "
+                "name one of its model types in `model_type`, or upgrade transformers."
+            )
+        config_class = CONFIG_MAPPING[model_type]
+    return config_class(**options)
+
+
+class _SubConfigs:
+    """The parts of a configuration; without a Q-Former an instance has two (transformers 4.57 cannot save a `None`)."""
+
+    def __get__(self, config: "MiniGPT4Config | None", owner: type) -> dict[str, type]:
+        parts: dict[str, type] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+        if config is None or config.qformer_config is not None:
+            parts["qformer_config"] = Blip2QFormerConfig
+        return parts
+
+
+class MiniGPT4Config(PretrainedConfig):
+    r"""
+    Configuration of [`MiniGPT4Model`] and [`MiniGPT4ForConditionalGeneration`].
+
+    The defaults are the released MiniGPT-4 (arXiv 2304.10592, section 3): EVA-CLIP ViT-g/14 at 224 pixels, the Q-Former
+    of BLIP-2 with 32 queries, Vicuna-7B, and one linear layer between them.
+
+    Args:
+        vision_config (`str`, `dict` or `PretrainedConfig`, *optional*):
+            Configuration, or the name of a model type, of any vision encoder that `AutoModel` knows. Defaults to
+            [`~transformers.Blip2VisionConfig`], which is EVA ViT-g/14 (39 blocks, width 1408).
+        qformer_config (`str`, `dict` or `PretrainedConfig`, *optional*):
+            Configuration of the Q-Former. `None` means that there is none: patch tokens are then joined
+            `patch_merge_size` at a time and projected directly, as in the released Llama-2 checkpoint.
+        text_config (`str`, `dict` or `PretrainedConfig`, *optional*):
+            Configuration, or the name of a model type, of any decoder that `AutoModelForCausalLM` knows. Defaults to
+            [`~transformers.LlamaConfig`], whose defaults are Vicuna-7B's.
+        num_query_tokens (`int`, defaults to 32):
+            Number of learned queries of the Q-Former, and so of image tokens per picture.
+        image_token_id (`int`, *optional*):
+            Id that marks the place of an image token in `input_ids`. It lies outside the language model's vocabulary,
+            so that no embedding is resized; defaults to `text_config.vocab_size`, the first id that does.
+        projector_num_layers (`int`, defaults to 1):
+            Number of linear layers of the projection; the paper's ablation (Table 5) uses 3.
+        projector_hidden_act (`str`, defaults to `"gelu"`):
+            Activation between the linear layers of the projection, if there is more than one.
+        vision_feature_select_strategy (`str`, *optional*):
+            `"full"` keeps every token of the encoder, `"default"` drops the first (CLS). Defaults to `"full"` with a
+            Q-Former and `"default"` without, as in the released code. Feature maps have no CLS and stay whole.
+        patch_merge_size (`int`, defaults to 4):
+            Without a Q-Former, how many consecutive patch tokens are concatenated into one image token.
+        vision_post_layernorm_eps (`float`, defaults to 1e-5):
+            Epsilon of the LayerNorm behind a BLIP-2 vision encoder (`ln_vision` of the original), whose own norms use
+            `vision_config.layer_norm_eps`, 1e-6. Other encoders keep the epsilon of their own configuration.
+        backbones (`dict`, *optional*):
+            Where the frozen parts come from: `"vision"`, `"qformer"` and `"language_model"`, each a dict with
+            `name_or_path`, `revision` (commit hash), `subfolder` and `fingerprint`. A part that is not named is saved
+            with the checkpoint. Written by [`MiniGPT4ForConditionalGeneration.from_backbones`].
+
+    Raises:
+        ValueError: if a model type is unknown, or if `image_token_id` lies inside the vocabulary.
+    """
+
+    model_type = "minigpt4"
+    sub_configs = _SubConfigs()
+
+    def __init__(
+        self,
+        vision_config: "str | Mapping[str, Any] | PretrainedConfig | None" = None,
+        qformer_config: "str | Mapping[str, Any] | PretrainedConfig | None" = Blip2QFormerConfig.model_type,
+        text_config: "str | Mapping[str, Any] | PretrainedConfig | None" = None,
+        num_query_tokens: int = 32,
+        image_token_id: int | None = None,
+        projector_num_layers: int = 1,
+        projector_hidden_act: str = "gelu",
+        vision_feature_select_strategy: str | None = None,
+        patch_merge_size: int = 4,
+        vision_post_layernorm_eps: float = 1e-5,
+        backbones: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        default_vision = Blip2VisionConfig.model_type
+        self.vision_config = _build_sub_config("vision_config", vision_config or default_vision, default_vision)
+        self.text_config = _build_sub_config("text_config", text_config or "llama", "llama")
+        self.qformer_config = None
+        if qformer_config is not None:
+            default_qformer = Blip2QFormerConfig.model_type
+            self.qformer_config = _build_sub_config("qformer_config", qformer_config, default_qformer)
+            # Cross-attention reads the encoder's output: one width, decided by the encoder.
+            self.qformer_config.encoder_hidden_size = vision_hidden_size(self.vision_config)
+
+        self.num_query_tokens = num_query_tokens
+        self.image_token_id = self.text_config.vocab_size if image_token_id is None else image_token_id
+        self.projector_num_layers = projector_num_layers
+        self.projector_hidden_act = projector_hidden_act
+        if vision_feature_select_strategy is None:
+            vision_feature_select_strategy = "default" if self.qformer_config is None else "full"
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.patch_merge_size = patch_merge_size
+        self.vision_post_layernorm_eps = vision_post_layernorm_eps
+        self.backbones = copy.deepcopy(dict(backbones or {}))
+        # transformers ties the LM head by the outer flag, which therefore follows the language model's own.
+        kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+        super().__init__(**kwargs)
+        self._check()
+
+    @property
+    def num_image_tokens(self) -> int:
+        """
+        Number of image tokens that one picture takes in the sequence.
+
+        The queries of the Q-Former; without one, the patches that are left by `vision_feature_select_strategy`, joined
+        `patch_merge_size` at a time.
+
+        Raises:
+            ValueError: if the patches cannot be joined without remainder.
+        """
+        if self.qformer_config is not None:
+            return self.num_query_tokens
+        tokens, is_map = vision_output_tokens(self.vision_config)
+        if self.vision_feature_select_strategy == "default" and not is_map:
+            tokens -= 1
+        if tokens % self.patch_merge_size:
+            raise ValueError(
+                f"The vision encoder gives {tokens} tokens, which cannot be joined {self.patch_merge_size} at a time; "
+                "set `patch_merge_size` to a divisor, or `vision_feature_select_strategy` to 'full' if the encoder "
+                "has no CLS token."
+            )
+        return tokens // self.patch_merge_size
+
+    def _check(self) -> None:
+        """Raise a `ValueError` for values that no model could be built from."""
+        vocab_size = self.text_config.vocab_size
+        if self.image_token_id < vocab_size:
+            raise ValueError(
+                f"`image_token_id` is {self.image_token_id}, a token of the language model itself (vocabulary of "
+                f"{vocab_size}); choose an id of {vocab_size} or more, or leave it out."
+            )
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}; it must be 'default' "
+                "(drop the CLS token) or 'full' (keep every token)."
+            )
+        for name in ("num_query_tokens", "projector_num_layers", "patch_merge_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be 1 or more.")
+
+
+def vision_hidden_size(vision_config: PretrainedConfig) -> int:
+    """Number of channels that a vision encoder puts out: `hidden_size`, or the last entry of a CNN's `hidden_sizes`."""
+    size = getattr(vision_config, "hidden_size", None)
+    if size is None and getattr(vision_config, "hidden_sizes", None):
+        size = vision_config.hidden_sizes[-1]
+    if not isinstance(size, int):
+        raise ValueError(
+            f"The vision configuration {type(vision_config).__name__} has neither `hidden_size` nor `hidden_sizes`, so "
+            "the width of the projection is unknown; set `hidden_size` on it to the encoder's number of channels."
+        )
+    return size
+
+
+def vision_image_size(vision_config: PretrainedConfig) -> tuple[int, int]:
+    """Height and width in pixels of the pictures a vision encoder takes; 224 × 224 where its configuration is silent."""
+    size = getattr(vision_config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def build_vision_model(vision_config: PretrainedConfig) -> PreTrainedModel:
+    """Build a vision encoder; transformers 4.57 does not know BLIP-2's under `AutoModel`."""
+    if isinstance(vision_config, Blip2VisionConfig):
+        return Blip2VisionModel._from_config(vision_config)
+    return AutoModel.from_config(vision_config)
+
+
+def vision_output_tokens(vision_config: PretrainedConfig) -> tuple[int, bool]:
+    """
+    Ask a vision encoder, built without memory on the meta device, how many tokens it gives for one picture.
+
+    Returns:
+        The number of tokens, CLS and the like among them, and whether they are the cells of a feature map.
+    """
+    with torch.device("meta"):
+        encoder = build_vision_model(copy.deepcopy(vision_config)).eval()
+        pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), *vision_image_size(vision_config))
+        features = encoder(pixels, return_dict=True).last_hidden_state
+    return features.shape[2:].numel() if features.ndim == 4 else features.shape[1], features.ndim == 4
+
+
+MiniGPT4Config.register_for_auto_class()
+
+__all__ = ["MiniGPT4Config"]

@@ -1,0 +1,862 @@
+"""MiniGPT-4 for transformers: a frozen vision encoder and a frozen language model, joined by one trained projection."""
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple, logging
+
+from .backbones import HUB_OPTIONS, PARTS, BackbonesMixin, load_backbone_config, normalize_source, part_of
+from .configuration_minigpt4 import (
+    MiniGPT4Config,
+    build_vision_model,
+    vision_hidden_size,
+    vision_image_size,
+    vision_output_tokens,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# The one version switch of this file; it can go when transformers 4.57 is no longer supported.
+IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
+@dataclass
+class MiniGPT4ModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Output of [`MiniGPT4Model`].
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
+            Image tokens as the language model receives them, behind the projection.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class MiniGPT4CausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of [`MiniGPT4ForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Mean cross-entropy over the labelled positions.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the language model's own vocabulary; image tokens are no part of it.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of the language model.
+        hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*):
+            Those of the language model, if asked for.
+        image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
+            Image tokens as the language model receives them, behind the projection.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class Float32Linear(nn.Linear):
+    """
+    A linear layer whose weights stay in float32 whatever the rest of the model is cast to.
+
+    The projection is the only thing that trains: AdamW steps of 1e-4 and less vanish in bfloat16.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Float32Linear":
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
+
+
+def build_projection(config: MiniGPT4Config) -> nn.Module:
+    """
+    The trained part: one linear layer from vision features to the language model's width (paper, section 3.1).
+
+    With `projector_num_layers` > 1 the further layers keep that width, with an activation in between (Table 5).
+    """
+    if config.qformer_config is not None:
+        in_features = config.qformer_config.hidden_size
+    else:
+        in_features = vision_hidden_size(config.vision_config) * config.patch_merge_size
+    out_features = config.text_config.hidden_size
+    layers: list[nn.Module] = [Float32Linear(in_features, out_features)]
+    for _ in range(config.projector_num_layers - 1):
+        layers += [ACT2FN[config.projector_hidden_act], Float32Linear(out_features, out_features)]
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def adjust_logits(logits: torch.Tensor, text_config: PretrainedConfig) -> torch.Tensor:
+    """Scale and cap logits as the language model's own head does (Cohere, Granite, Falcon-H1, Gemma-2, …)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(text_config, name, None)) is not None:
+            logits = logits * scale
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits * divisor if text_config.model_type == "hyperclovax" else logits / divisor
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+_KNOWN_HEAD_OPTIONS = {
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "final_logit_softcapping",
+}
+
+
+def check_head(causal_lm: PreTrainedModel) -> None:
+    """
+    Refuse a language model whose head is more than a matrix and the adjustments of `adjust_logits`.
+
+    Raises:
+        ValueError: naming what the head has beside that. Its logits would be silently different here.
+    """
+    name, text_config = type(causal_lm).__name__, causal_lm.config
+    head = causal_lm.get_output_embeddings()
+    children = {child for child, module in causal_lm.named_children() if any(True for _ in module.parameters())}
+    extra = children - {causal_lm.base_model_prefix, head_name(causal_lm)}
+    suspicious = re.compile(r"(?=.*(logit|lm_head))(?=.*(scal|cap|mult|norm))(?!.*(attn|attention|router))")
+    options = {
+        key
+        for key, value in text_config.to_dict().items()
+        if suspicious.match(key) and key not in _KNOWN_HEAD_OPTIONS and value not in (None, False, 0, 1)
+    }
+    if not isinstance(head, nn.Linear) or extra or options:
+        reason = f"has {', '.join(sorted(extra | options))} beside it" if extra or options else "is no linear layer"
+        raise ValueError(
+            f"{name} cannot be the language model: its head {reason}, which would give other logits here than on its "
+            "own; choose a decoder whose LM head is one matrix (Llama, Qwen, Mistral, Gemma, GPT-2, …)."
+        )
+
+
+def head_name(causal_lm: PreTrainedModel) -> str:
+    """Name of the LM head inside a causal language model, such as `lm_head` or `embed_out`."""
+    head = causal_lm.get_output_embeddings()
+    return next((name for name, module in causal_lm.named_modules() if module is head and head is not None), "")
+
+
+def mask_image_labels(
+    module: "MiniGPT4ForConditionalGeneration", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """
+    Set the labels of image placeholders to -100, before any forward, also one that a trainer has put in its place.
+
+    TRL labels every token of `messages` data and indexes the vocabulary with the labels, where a placeholder has no
+    row. A hook on the module runs whatever `forward` has become.
+    """
+    for key in ("labels", "shift_labels"):
+        labels = kwargs.get(key)
+        if labels is not None:
+            kwargs = {**kwargs, key: labels.masked_fill(labels == module.config.image_token_id, -100)}
+    return args, kwargs
+
+
+class SeparatorCriteria(StoppingCriteria):
+    """
+    Stop each row at the template's separator (`###`), however the tokenizer spells it.
+
+    Args:
+        separator: text at which a reply ends.
+        pieces: id → text of every token that holds a character of the separator; all others break it.
+        prompt_length: number of ids that belong to the prompt, in which the separator does not count.
+    """
+
+    def __init__(self, separator: str, pieces: Mapping[int, str], prompt_length: int) -> None:
+        self.separator = separator
+        self.pieces = pieces
+        self.start = prompt_length
+        self.seen = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
+        # Assisted decoding adds several ids a step, so look at all new ones and as many before as could begin it.
+        first = max(self.start, min(self.seen, input_ids.shape[1] - 1) - len(self.separator) + 1)
+        self.seen = input_ids.shape[1]
+        rows = input_ids[:, first:].tolist()
+        found = [self.separator in "".join(self.pieces.get(token, "\0") for token in row) for row in rows]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def separator_pieces(tokenizer: Any, separator: str) -> dict[int, str]:
+    """Id → text of every token of a tokenizer whose text holds a character of `separator`."""
+    bytes_of_separator = {f"<0x{byte:02X}>" for byte in separator.encode()}
+    candidates = [
+        token
+        for piece, token in tokenizer.get_vocab().items()
+        if piece in bytes_of_separator or any(character in piece for character in separator)
+    ]
+    return {token: tokenizer.decode([token]) for token in sorted(candidates)}
+
+
+class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
+    config_class = MiniGPT4Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["language_projection"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Blip2QFormerMultiHeadAttention", "Blip2QFormerLayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Float32Linear):
+            module.reset_parameters()  # the original's initialization is nn.Linear's own
+        elif isinstance(module, MiniGPT4Model):
+            if module.query_tokens is not None:
+                std = self.config.qformer_config.initializer_range
+                nn.init.normal_(module.query_tokens, mean=0.0, std=std)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def _skeleton(cls, config: MiniGPT4Config) -> "MiniGPT4ForConditionalGeneration":
+        """The whole model without memory: names and shapes of every tensor."""
+        with torch.device("meta"):
+            return MiniGPT4ForConditionalGeneration(copy.deepcopy(config))
+
+    @classmethod
+    def _new_projection(cls, config: MiniGPT4Config) -> dict[str, torch.Tensor]:
+        tensors = build_projection(config).state_dict()
+        return {f"model.language_projection.{name}": tensor for name, tensor in tensors.items()}
+
+    # ---- freezing -------------------------------------------------------------------------------------------------
+
+    def freeze_backbones(self, train: Sequence[str] = ()) -> None:
+        """
+        Freeze the vision encoder, the Q-Former and the language model, so that only the projection trains.
+
+        Frozen parts stay in eval mode even after `model.train()`: the Q-Former has dropout 0.1, and the original keeps
+        it off (paper, section 3.1; released code).
+
+        Args:
+            train: parts that train beside the projection: `"vision"`, `"qformer"` (with its queries) or
+                `"language_model"`. What trains is saved with the checkpoint.
+
+        Raises:
+            ValueError: for a part that does not exist.
+        """
+        parts = self._parts()
+        if unknown := set(train) - set(parts):
+            raise ValueError(f"No such part to train: {', '.join(sorted(unknown))}; choose among {', '.join(parts)}.")
+        for name, tensors in parts.items():
+            for tensor in tensors:
+                tensor.requires_grad_(name in train and tensor.is_floating_point())
+        for parameter in self._base().language_projection.parameters():
+            parameter.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "MiniGPT4PreTrainedModel":
+        """Set training mode, except for the parts of which nothing trains."""
+        super().train(mode)
+        base = self._base()
+        for module in (base.vision_model, base.qformer, base.language_model):
+            if module is not None and not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+                if mode:
+                    _keep_checkpointing(module)
+        return self
+
+    def _base(self) -> "MiniGPT4Model":
+        return self if isinstance(self, MiniGPT4Model) else self.model
+
+    def _parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of every part that a backbone can provide."""
+        parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+        prefix = "model." if isinstance(self, MiniGPT4Model) else ""
+        for name, parameter in self.named_parameters():
+            if (part := part_of(prefix + name)) is not None:
+                parts[part].append(parameter)
+        return {part: tensors for part, tensors in parts.items() if tensors}
+
+
+def _keep_checkpointing(module: nn.Module) -> None:
+    """
+    Let the layers of a frozen part go on with gradient checkpointing, which transformers ties to training mode.
+
+    Gradients flow through the frozen language model to the projection, so its activations are what fills the memory.
+    Only the layer's own flag is set: the modules inside stay in eval mode, and a layer with dropout of its own is left.
+    """
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = not getattr(layer, "dropout", 0.0)
+
+
+class MiniGPT4Model(MiniGPT4PreTrainedModel):
+    r"""
+    MiniGPT-4 without the LM head: vision encoder → Q-Former → projection → decoder.
+
+    Args:
+        config ([`MiniGPT4Config`]): what the parts are.
+        language_model (`PreTrainedModel`, *optional*): decoder to use instead of building one from `text_config`.
+    """
+
+    def __init__(self, config: MiniGPT4Config, language_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.vision_model = build_vision_model(config.vision_config)
+        if isinstance(config.vision_config, Blip2VisionConfig):
+            self.vision_model.post_layernorm.eps = config.vision_post_layernorm_eps
+        self.qformer, self.query_tokens = None, None
+        if config.qformer_config is not None:
+            if IS_TRANSFORMERS_4:  # whose Q-Former knows no other attention; 5.x goes through the interface
+                config.qformer_config._attn_implementation = "eager"
+            self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+            shape = (1, config.num_query_tokens, config.qformer_config.hidden_size)
+            self.query_tokens = nn.Parameter(torch.zeros(shape))
+        self.language_projection = build_projection(config)
+        self.language_model = language_model or AutoModel.from_config(config.text_config)
+        self.language_model_arguments = set(inspect.signature(self.language_model.forward).parameters)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model
+
+    def set_decoder(self, decoder: PreTrainedModel) -> None:
+        self.language_model = decoder
+
+    def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """
+        Run the frozen vision side: encoder, and Q-Former or the joining of patches.
+
+        Its `last_hidden_state` does not depend on anything that trains, so it can be stored and given back to the
+        model as `vision_features`.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): processed pictures.
+
+        Returns:
+            Output whose `last_hidden_state` has the shape `(num_images, num_image_tokens, channels)`, with the
+            encoder's `hidden_states` and `attentions` if asked for.
+        """
+        dtype = next(self.vision_model.parameters()).dtype
+        vision = self.vision_model(pixel_values.to(dtype), **{**kwargs, "return_dict": True})
+        features = vision.last_hidden_state
+        if features.ndim == 4:  # feature map (B, C, H, W) → (B, H·W, C)
+            features = features.flatten(2).transpose(1, 2)
+        elif self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        if self.qformer is not None and self.query_tokens is not None:
+            queries = self.query_tokens.expand(features.shape[0], -1, -1)
+            features = self.qformer(
+                query_embeds=queries, encoder_hidden_states=features, return_dict=True
+            ).last_hidden_state
+        else:
+            features = self._join_patches(features)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            hidden_states=getattr(vision, "hidden_states", None),
+            attentions=getattr(vision, "attentions", None),
+        )
+
+    def _join_patches(self, features: torch.Tensor) -> torch.Tensor:
+        """Concatenate consecutive patch tokens: (B, N, C) → (B, N / merge, merge · C), as the released code does."""
+        merge = self.config.patch_merge_size
+        batch_size, tokens, channels = features.shape
+        if tokens % merge:
+            raise ValueError(
+                f"The vision encoder gives {tokens} tokens, which cannot be joined {merge} at a time; set "
+                "`patch_merge_size` to a divisor, or `vision_feature_select_strategy` to 'full' if it has no CLS token."
+            )
+        return features.reshape(batch_size, tokens // merge, merge * channels)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Turn pictures, or stored features of the frozen vision side, into image tokens for the language model.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Processed pictures.
+            vision_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, channels)`, *optional*):
+                `last_hidden_state` of [`~MiniGPT4Model.encode_images`], instead of pixels.
+
+        Returns:
+            Output with `last_hidden_state`, the features before the projection, and `pooler_output` of shape
+            `(num_images, num_image_tokens, hidden_size)`, behind it.
+
+        Raises:
+            ValueError: if both or none of the two are given, or if the features have another width.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Give either `pixel_values` or `vision_features`, not both and not none.")
+        if pixel_values is not None:
+            outputs = self.encode_images(pixel_values, **kwargs)
+        else:
+            outputs = BaseModelOutputWithPooling(last_hidden_state=vision_features)
+        projection = self.language_projection
+        first = projection[0] if isinstance(projection, nn.Sequential) else projection
+        if outputs.last_hidden_state.shape[-1] != first.in_features:
+            raise ValueError(
+                f"`vision_features` have {outputs.last_hidden_state.shape[-1]} channels but the projection takes "
+                f"{first.in_features}; compute them with `encode_images` of the same model."
+            )
+        outputs.pooler_output = projection(outputs.last_hidden_state)
+        return outputs
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, image_features: torch.FloatTensor | None = None
+    ) -> torch.BoolTensor:
+        """
+        Find the places of image tokens.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): ids with placeholders.
+            image_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
+                Image tokens that are to be put there.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length)`.
+
+        Raises:
+            ValueError: if there are more or fewer places than image tokens.
+        """
+        mask = input_ids == self.config.image_token_id
+        places = int(mask.sum())
+        tokens = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        if places != tokens:
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {places}, features: {tokens}; `input_ids` "
+                f"need {self.config.image_token_id} exactly once per image token, so prepare text and images together "
+                "with this model's processor, and do not let truncation cut an image."
+            )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MiniGPT4ModelOutputWithPast:
+        """
+        Put image tokens in their places and run the decoder.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids; `config.image_token_id` marks the places of image tokens, picture by picture, row by row.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                All pictures of the batch, in the order of their places.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding, on either side.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings instead of `input_ids`, with image tokens already in them.
+            vision_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, channels)`, *optional*):
+                Stored output of [`~MiniGPT4Model.encode_images`] instead of `pixel_values`.
+
+        Raises:
+            ValueError: if pictures and places do not match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        image_tokens = None
+        if pixel_values is not None or vision_features is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "Pictures need `input_ids`, whose placeholders tell their places; embeddings given as "
+                    "`inputs_embeds` must hold the image tokens already."
+                )
+            image_tokens = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, image_tokens)
+        options = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids if position_ids is not None else self._positions(attention_mask, inputs_embeds),
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": (
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            **kwargs,
+        }
+        if "kwargs" not in self.language_model_arguments:  # older decoders take only what they name
+            options = {name: value for name, value in options.items() if name in self.language_model_arguments}
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **{**options, "return_dict": True})
+        return MiniGPT4ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_tokens,
+        )
+
+    def _embed(self, input_ids: torch.LongTensor, image_tokens: torch.FloatTensor | None) -> torch.Tensor:
+        """Look up text tokens and put image tokens, in order, where the placeholders are."""
+        mask = self.get_placeholder_mask(input_ids, image_tokens)
+        # Placeholders lie outside the vocabulary, so any row of it stands in for the look-up.
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+        if image_tokens is None:
+            return embeddings
+        image_tokens = image_tokens.to(embeddings.device, embeddings.dtype)
+        return embeddings.masked_scatter(mask.unsqueeze(-1).to(embeddings.device), image_tokens)
+
+    @staticmethod
+    def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.LongTensor | None:
+        """
+        Count positions over real tokens only, as `generate` does, so that left padding changes nothing.
+
+        Decoders with learned positions would otherwise count from the first pad.
+        """
+        if attention_mask is None or attention_mask.ndim != 2:
+            return None
+        positions = attention_mask.long().cumsum(-1) - 1
+        return positions.clamp(min=0)[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device)
+
+
+class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
+    r"""
+    MiniGPT-4: answers in text about pictures and text (arXiv 2304.10592).
+
+    Example:
+
+    ```python
+    >>> model = MiniGPT4ForConditionalGeneration.from_backbones(
+    ...     vision="Salesforce/blip2-flan-t5-xxl", qformer="Salesforce/blip2-flan-t5-xxl", language_model="./vicuna-7b"
+    ... )
+    ```
+    """
+
+    def __init__(self, config: MiniGPT4Config) -> None:
+        super().__init__(config)
+        # The language model's own class brings the right head: with or without a bias, under whatever name.
+        causal_lm = AutoModelForCausalLM.from_config(config.text_config)
+        check_head(causal_lm)
+        self.lm_head_name, self.decoder_name = head_name(causal_lm), causal_lm.base_model_prefix
+        self.model = MiniGPT4Model(config, language_model=causal_lm.base_model)
+        self.lm_head = causal_lm.get_output_embeddings()
+        embeddings = self.get_input_embeddings()
+        source = next(name for name, module in self.named_modules() if module is embeddings) + ".weight"
+        self._tied_weights_keys: Any = ["lm_head.weight"] if IS_TRANSFORMERS_4 else {"lm_head.weight": source}
+        self.register_forward_pre_hook(mask_image_labels, with_kwargs=True)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: PreTrainedModel) -> None:
+        self.model.set_decoder(decoder)
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.model.language_model
+
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """See [`MiniGPT4Model.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, vision_features, **kwargs)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, image_features: torch.FloatTensor | None = None
+    ) -> torch.BoolTensor:
+        """See [`MiniGPT4Model.get_placeholder_mask`]."""
+        return self.model.get_placeholder_mask(input_ids, image_features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MiniGPT4CausalLMOutputWithPast:
+        """
+        Score the next token at every position, and the labels if there are any.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Ids to learn, -100 where there is nothing to learn; shifted inside. Image placeholders count as -100.
+            logits_to_keep (`int` or `torch.LongTensor` of shape `(num_positions,)`, defaults to 0):
+                Score only that many last positions (0: all), or only these.
+
+        The other arguments are those of [`MiniGPT4Model`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_features=vision_features,
+            use_cache=use_cache,
+            **{**kwargs, "return_dict": True},
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state if logits_to_keep is None else outputs.last_hidden_state[:, keep]
+        logits = adjust_logits(self.lm_head(hidden_states), self.config.text_config)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return MiniGPT4CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """
+        Resize the vocabulary; see [`~transformers.PreTrainedModel.resize_token_embeddings`].
+
+        `config.image_token_id` moves with it if it would otherwise become a token of the vocabulary.
+        """
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.image_token_id < (vocab_size := self.config.text_config.vocab_size):
+            logger.warning(
+                f"The vocabulary has grown over the image placeholder {self.config.image_token_id}, which is now "
+                f"{vocab_size}; set `processor.image_token_id = {vocab_size}` too."
+            )
+            self.config.image_token_id = vocab_size
+        return embeddings
+
+    # ---- generation -----------------------------------------------------------------------------------------------
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """Add the template's separator, which the checkpoint's generation config spells in token ids."""
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        separator = getattr(generation_config, "separator", None)
+        if separator:
+            pieces = {int(token): text for token, text in generation_config.separator_pieces.items()}
+            criteria.append(SeparatorCriteria(separator, pieces, self._prompt_length))
+        return criteria
+
+    def generate(self, inputs: torch.LongTensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Write replies; see [`~transformers.GenerationMixin.generate`].
+
+        Each row ends at EOS or at the separator of the chat template (`generation_config.separator`, `###` for the
+        original), which is kept; the processor's post-processing takes it off.
+        """
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        self._prompt_length = 0 if prompt is None else prompt.shape[1]
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        pixel_values: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Give pictures to the steps whose slice of `input_ids` has places for them: the first, or every one uncached."""
+        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        ids = model_inputs.get("input_ids")
+        if ids is not None and bool((ids == self.config.image_token_id).any()):
+            model_inputs.update(pixel_values=pixel_values, vision_features=vision_features)
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        """Repeat rows for beams; pictures are encoded once and repeated with their row, however many it has."""
+        pixels, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("vision_features", None)
+        if expand_size > 1 and input_ids is not None and (pixels is not None or features is not None):
+            if features is None:
+                features = self.model.encode_images(pixels).last_hidden_state
+            places = (input_ids == self.config.image_token_id).sum(-1)
+            per_row = (places // features.shape[1]).tolist()
+            if sum(per_row) == features.shape[0]:  # otherwise the first forward says what is wrong
+                rows = features.split(per_row)
+                features = torch.cat([row for row in rows for _ in range(expand_size)])
+            pixels = None
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        given = {"pixel_values": pixels, "vision_features": features}
+        return input_ids, {**model_kwargs, **{name: value for name, value in given.items() if value is not None}}
+
+    # ---- composition ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: Any,
+        language_model: Any,
+        qformer: Any = None,
+        separator: str | None = "auto",
+        **kwargs: Any,
+    ) -> "MiniGPT4ForConditionalGeneration":
+        r"""
+        Join a vision encoder and a language model by a new projection; both are frozen and stay what they are.
+
+        Args:
+            vision: repository, `"repository@revision"`, folder, or dict with `name_or_path`, `revision`, `subfolder`:
+                any model of `AutoModel` that takes pictures, or a composite one (BLIP-2, CLIP) that holds one.
+            language_model: the same for any decoder of `AutoModelForCausalLM`.
+            qformer: the same for a repository that holds a BLIP-2 Q-Former and its queries. `None` joins patches
+                instead.
+            separator: text at which replies end beside EOS. `"auto"` is `###`, the original's, unless the language
+                model's tokenizer brings a chat template, whose turns end with EOS. `None` for EOS only.
+            **kwargs: fields of [`MiniGPT4Config`] (`projector_num_layers`, `patch_merge_size`, …); everything else
+                goes to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`, `token`, …).
+
+        Returns:
+            The model with `config.backbones` filled, revisions pinned, and a projection initialized as `nn.Linear`
+            is, from torch's seed.
+
+        Raises:
+            OSError: if a repository or folder cannot be opened.
+            ValueError: if the parts do not fit together.
+        """
+        fields = set(inspect.signature(MiniGPT4Config).parameters) - {"kwargs", "backbones"}
+        options = {name: kwargs.pop(name) for name in fields & set(kwargs)}
+        hub = {name: kwargs.get(name) for name in HUB_OPTIONS}
+        sources = {"vision": vision, "qformer": qformer, "language_model": language_model}
+        sources = {part: normalize_source(source) for part, source in sources.items() if source is not None}
+        found: dict[str, PretrainedConfig] = {}
+        for part in sources:
+            found[part], sources[part] = load_backbone_config(part, sources[part], hub)
+
+        options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
+        options.setdefault("text_config", found["language_model"].get_text_config())
+        if "qformer" not in found:
+            options.setdefault("qformer_config", None)
+            options.setdefault("vision_feature_select_strategy", _select_strategy(options["vision_config"]))
+        elif not hasattr(found["qformer"], "qformer_config"):
+            raise ValueError(
+                f"{sources['qformer']['name_or_path']} is a {found['qformer'].model_type!r} model without a Q-Former; "
+                "name a BLIP-2 repository, or leave `qformer` out."
+            )
+        else:
+            options.setdefault("qformer_config", found["qformer"].qformer_config)
+            options.setdefault("num_query_tokens", found["qformer"].num_query_tokens)
+        config = MiniGPT4Config(**options, backbones=sources)
+        model: MiniGPT4ForConditionalGeneration = cls._compose(config, hub, **kwargs)
+        model.generation_config = _compose_generation_config(sources["language_model"], config, separator, hub)
+        return model
+
+
+def _select_strategy(vision_config: PretrainedConfig) -> str:
+    """`"default"` for an encoder with a CLS token: one token more than its patches."""
+    tokens, is_map = vision_output_tokens(vision_config)
+    patch = getattr(vision_config, "patch_size", None)
+    if is_map or not isinstance(patch, int):
+        return "full"
+    height, width = vision_image_size(vision_config)
+    return "default" if tokens == (height // patch) * (width // patch) + 1 else "full"
+
+
+def _compose_generation_config(
+    source: Mapping[str, Any], config: MiniGPT4Config, separator: str | None, hub_options: Mapping[str, Any]
+) -> GenerationConfig:
+    """Token ids of the language model, the original's length of 300 tokens, and the separator spelt in tokens."""
+    where = {"revision": source.get("revision"), "subfolder": source.get("subfolder") or "", **hub_options}
+    where = {name: value for name, value in where.items() if value is not None}
+    try:
+        own = GenerationConfig.from_pretrained(source["name_or_path"], **where)
+    except OSError:
+        own = GenerationConfig.from_model_config(config.text_config)
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(config.text_config, name, None) if value is None else value for name, value in ids.items()}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]
+    generation_config = GenerationConfig(**ids, max_new_tokens=300)
+    if separator is None:
+        return generation_config
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source["name_or_path"], **where)
+    except (OSError, ValueError) as error:
+        if separator == "auto":
+            return generation_config  # a language model without a tokenizer has no chat template either
+        raise OSError(
+            f"The separator {separator!r} cannot be spelt in tokens, because {source['name_or_path']} has no "
+            "tokenizer; add one there, or pass `separator=None`."
+        ) from error
+    if separator == "auto":
+        separator = None if tokenizer.chat_template else "###"
+    if separator is not None:
+        generation_config.separator = separator
+        generation_config.separator_pieces = separator_pieces(tokenizer, separator)
+    return generation_config
+
+
+MiniGPT4Model.register_for_auto_class("AutoModel")
+MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["MiniGPT4ForConditionalGeneration", "MiniGPT4Model", "MiniGPT4PreTrainedModel"]
