@@ -1,14 +1,13 @@
 """MiniGPT-4 for transformers. Importing this package registers the model with every Auto class there is."""
 
 import transformers
-from processing_minigpt4 import MiniGPT4ImageProcessor, MiniGPT4Processor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from processing_minigpt4 import MiniGPT4ImageProcessor, MiniGPT4Processor
 
 from .configuration_minigpt4 import MiniGPT4Config
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
 from .version import __version__
-
-
 
 
 AutoConfig.register("minigpt4", MiniGPT4Config)
@@ -24,7 +23,6 @@ for _auto_class in {AutoModelForImageTextToText, AutoModelForVision2Seq, AutoMod
     _auto_class.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration)
 
 __all__ = [
-    "__version__",
     "AutoModelForVision2Seq",
     "MiniGPT4Config",
     "MiniGPT4ForConditionalGeneration",
@@ -32,4 +30,5 @@ __all__ = [
     "MiniGPT4Model",
     "MiniGPT4PreTrainedModel",
     "MiniGPT4Processor",
+    "__version__",
 ]

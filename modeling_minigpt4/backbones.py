@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 logger = logging.get_logger(__name__)
 
-# Parts that can come from a repository of their own, and the names of their tensors in MiniGPT4ForConditionalGeneration.
+# Parts that can come from a repository of their own, and where their tensors are in MiniGPT4ForConditionalGeneration.
 PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("model.vision_model.",),
     "qformer": ("model.qformer.", "model.query_tokens"),
@@ -103,9 +103,9 @@ def load_backbone_config(
 
 def _not_found(part: str, source: Mapping[str, Any]) -> str:
     return (
-        f"The {part} backbone {describe(source)} cannot be opened: no configuration or weights were found there. If it "
-        f'has moved, pass `backbones={{"{part}": "new folder or repository"}}` to `from_pretrained`; if it is on the '
-        "Hub, check the name, the network and your access."
+        f"The {part} backbone {describe(source)} cannot be opened: no configuration or weights were found there. If "
+        f'it has moved, pass `backbones={{"{part}": "new folder or repository"}}` to `from_pretrained`; if it is on '
+        "the Hub, check the name, the network and your access."
     )
 
 
@@ -200,8 +200,8 @@ def match_names(
     """
     Find the tensors of one part in a checkpoint that may hold other things too.
 
-    The same encoder is stored under different prefixes (`vision_model.` in BLIP-2, none when saved alone, `model.` in a
-    causal language model), so the prefix under which most of the expected names are found is taken.
+    The same encoder is stored under different prefixes (`vision_model.` in BLIP-2, none when saved alone, `model.` in
+    a causal language model), so the prefix under which most of the expected names are found is taken.
 
     Args:
         part: key of `PARTS`.
@@ -226,7 +226,9 @@ def match_names(
 
     for name in expected:
         if name == "model.query_tokens":
-            names.update({name: key for key in available if key.split(".")[-1] == "query_tokens"})
+            key = next((key for key in available if key.split(".")[-1] == "query_tokens"), None)
+            if key is not None:
+                names[name] = key
         elif name.startswith("lm_head."):
             root = prefix.removesuffix(f"{base_prefix}.") if prefix.endswith(f"{base_prefix}.") else ""
             key = root + head + name.removeprefix("lm_head")
@@ -261,7 +263,7 @@ def fingerprint(part: str, names: Mapping[str, str], checkpoint: Checkpoint) -> 
     A short digest that tells two backbones of the same shape apart.
 
     Covers the name, the shape and the first 64 values of every matrix of the part, as stored, so it is the same with
-    every release of transformers and takes milliseconds on memory-mapped files. It guards against mix-ups, not forgery.
+    every release of transformers and takes milliseconds on memory-mapped files. It guards against mix-ups only.
     """
     digest = hashlib.sha256()
     main = PARTS[part][0]
@@ -448,9 +450,9 @@ class BackbonesMixin:
         if local and not full:
             where = ", ".join(f"{part} {path}" for part, path in local.items())
             logger.warning_once(
-                f"This checkpoint holds no backbone weights and refers to folders of this machine ({where}), so nobody "
-                "else can load it. Before publishing, push these backbones and name them by repository, or save with "
-                "`full=True`."
+                f"This checkpoint holds no backbone weights and refers to folders of this machine ({where}), so "
+                "nobody else can load it. Before publishing, push these backbones and name them by repository, or "
+                "save with `full=True`."
             )
         try:
             self._choose_what_to_save(full)
@@ -464,7 +466,7 @@ class BackbonesMixin:
         """
         Tell transformers which tensors to leave out of checkpoints: frozen ones that a backbone provides.
 
-        The Trainer looks at the same list when it resumes, and does not warn about tensors that are left out on purpose.
+        The Trainer looks at the same list when it resumes, and does not warn about what is left out on purpose.
         """
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Configuration of MiniGPT-4: a vision encoder, an optional Q-Former and a language model, joined by one projection."""
+"""Configuration of MiniGPT-4: a vision encoder, an optional Q-Former, a language model, and one projection."""
 
 import copy
 from collections.abc import Mapping
@@ -24,7 +24,9 @@ _BLIP2_CONFIGS: dict[str, type[PretrainedConfig]] = {
 }
 
 
-def _build_sub_config(name: str, value: "str | Mapping[str, Any] | PretrainedConfig", default: str) -> PretrainedConfig:
+def _build_sub_config(
+    name: str, value: "str | Mapping[str, Any] | PretrainedConfig", default: str
+) -> PretrainedConfig:
     """Turn a config, a dict or the name of a model type into the config object of one part."""
     if isinstance(value, PretrainedConfig):
         return value
@@ -42,7 +44,7 @@ def _build_sub_config(name: str, value: "str | Mapping[str, Any] | PretrainedCon
 
 
 class _SubConfigs:
-    """The parts of a configuration; without a Q-Former an instance has two (transformers 4.57 cannot save a `None`)."""
+    """The parts of a configuration: two without a Q-Former, because transformers 4.57 cannot save a `None`."""
 
     def __get__(self, config: "MiniGPT4Config | None", owner: type) -> dict[str, type]:
         parts: dict[str, type] = {"vision_config": AutoConfig, "text_config": AutoConfig}
@@ -55,8 +57,8 @@ class MiniGPT4Config(PretrainedConfig):
     r"""
     Configuration of [`MiniGPT4Model`] and [`MiniGPT4ForConditionalGeneration`].
 
-    The defaults are the released MiniGPT-4 (arXiv 2304.10592, section 3): EVA-CLIP ViT-g/14 at 224 pixels, the Q-Former
-    of BLIP-2 with 32 queries, Vicuna-7B, and one linear layer between them.
+    The defaults are the released MiniGPT-4 (arXiv 2304.10592, section 3): EVA-CLIP ViT-g/14 at 224 pixels, the
+    Q-Former of BLIP-2 with 32 queries, Vicuna-7B, and one linear layer between them.
 
     Args:
         vision_config (`str`, `dict` or `PretrainedConfig`, *optional*):
@@ -180,20 +182,20 @@ class MiniGPT4Config(PretrainedConfig):
 
 
 def vision_hidden_size(vision_config: PretrainedConfig) -> int:
-    """Number of channels that a vision encoder puts out: `hidden_size`, or the last entry of a CNN's `hidden_sizes`."""
+    """Number of channels that a vision encoder puts out: `hidden_size`, or the last of a CNN's `hidden_sizes`."""
     size = getattr(vision_config, "hidden_size", None)
     if size is None and getattr(vision_config, "hidden_sizes", None):
         size = vision_config.hidden_sizes[-1]
     if not isinstance(size, int):
         raise ValueError(
-            f"The vision configuration {type(vision_config).__name__} has neither `hidden_size` nor `hidden_sizes`, so "
-            "the width of the projection is unknown; set `hidden_size` on it to the encoder's number of channels."
+            f"The vision configuration {type(vision_config).__name__} has neither `hidden_size` nor `hidden_sizes`, "
+            "so the width of the projection is unknown; set `hidden_size` on it to the encoder's number of channels."
         )
     return size
 
 
 def vision_image_size(vision_config: PretrainedConfig) -> tuple[int, int]:
-    """Height and width in pixels of the pictures a vision encoder takes; 224 × 224 where its configuration is silent."""
+    """Height and width in pixels of the pictures an encoder takes; 224 × 224 where its configuration is silent."""
     size = getattr(vision_config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

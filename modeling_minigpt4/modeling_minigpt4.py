@@ -1,4 +1,4 @@
-"""MiniGPT-4 for transformers: a frozen vision encoder and a frozen language model, joined by one trained projection."""
+"""MiniGPT-4 for transformers: a frozen vision encoder and language model, joined by one trained projection."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
@@ -43,6 +43,7 @@ logger = logging.get_logger(__name__)
 
 # The one version switch of this file; it can go when transformers 4.57 is no longer supported.
 IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
 
 @dataclass
 class MiniGPT4ModelOutputWithPast(BaseModelOutputWithPast):
@@ -311,7 +312,7 @@ def _keep_checkpointing(module: nn.Module) -> None:
     Let the layers of a frozen part go on with gradient checkpointing, which transformers ties to training mode.
 
     Gradients flow through the frozen language model to the projection, so its activations are what fills the memory.
-    Only the layer's own flag is set: the modules inside stay in eval mode, and a layer with dropout of its own is left.
+    Only the layer's own flag is set: modules inside stay in eval mode, and a layer with dropout of its own is left.
     """
     for layer in module.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
@@ -397,7 +398,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         if tokens % merge:
             raise ValueError(
                 f"The vision encoder gives {tokens} tokens, which cannot be joined {merge} at a time; set "
-                "`patch_merge_size` to a divisor, or `vision_feature_select_strategy` to 'full' if it has no CLS token."
+                "`patch_merge_size` to a divisor, or `vision_feature_select_strategy` to 'full' without a CLS token."
             )
         return features.reshape(batch_size, tokens // merge, merge * channels)
 
@@ -513,9 +514,11 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             image_tokens = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, image_tokens)
+        if position_ids is None:
+            position_ids = self._positions(attention_mask, inputs_embeds)
         options = {
             "attention_mask": attention_mask,
-            "position_ids": position_ids if position_ids is not None else self._positions(attention_mask, inputs_embeds),
+            "position_ids": position_ids,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
@@ -695,9 +698,10 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         """Add the template's separator, which the checkpoint's generation config spells in token ids."""
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        separator = getattr(generation_config, "separator", None)
-        if separator:
-            pieces = {int(token): text for token, text in generation_config.separator_pieces.items()}
+        # A config that the caller made has no such field, unless to switch it off with `separator=None`.
+        source = generation_config if hasattr(generation_config, "separator") else self.generation_config
+        if separator := getattr(source, "separator", None):
+            pieces = {int(token): text for token, text in source.separator_pieces.items()}
             criteria.append(SeparatorCriteria(separator, pieces, self._prompt_length))
         return criteria
 
@@ -720,7 +724,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         vision_features: torch.FloatTensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Give pictures to the steps whose slice of `input_ids` has places for them: the first, or every one uncached."""
+        """Give pictures to the steps whose slice of `input_ids` has places for them: the first, or all if uncached."""
         model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         ids = model_inputs.get("input_ids")
         if ids is not None and bool((ids == self.config.image_token_id).any()):

@@ -1,0 +1,48 @@
+# `make demo` and `make test` install what they need into $(VENV) and run; nothing else has to be set up.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+
+.PHONY: demo test lint format clean help
+
+help:
+	@echo "make demo    both training stages in miniature, on CPU, with a report in demo-output/"
+	@echo "make test    the whole test suite (CONSTRAINTS=.ci/constraints-oldest.txt VENV=.venv-oldest: oldest releases)"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite what it can"
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, so that a second run starts at once.
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/minigpt4 demo --output-dir demo-output
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/common/fetch.py
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	@mkdir -p .cache/types  # mypy wants folders that are called as the installed packages are
+	@ln -sfn ../../modeling_minigpt4 .cache/types/modeling_minigpt4
+	@ln -sfn ../../processing .cache/types/processing_minigpt4
+	@ln -sfn ../../recipes .cache/types/recipes_minigpt4
+	MYPYPATH=.cache/types $(VENV)/bin/mypy
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean:
+	rm -rf .venv .venv-oldest .cache build dist demo-output *.egg-info
