@@ -371,8 +371,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             Output whose `last_hidden_state` has the shape `(num_images, num_image_tokens, channels)`, with the
             encoder's `hidden_states` and `attentions` if asked for.
         """
-        dtype = next(self.vision_model.parameters()).dtype
-        vision = self.vision_model(pixel_values.to(dtype), **{**kwargs, "return_dict": True})
+        vision = self.vision_model(pixel_values.to(self.vision_model.dtype), **{**kwargs, "return_dict": True})
         features = vision.last_hidden_state
         if features.ndim == 4:  # feature map (B, C, H, W) → (B, H·W, C)
             features = features.flatten(2).transpose(1, 2)

@@ -1,0 +1,109 @@
+"""Conversations in one form: every message a list of text and image parts, and no text that passes for a picture."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+# Unicode reserves these code points for internal use: no text has them, and none of them reaches the tokenizer.
+LITERAL_MARK = "\ufdd0"  # inside "<image>" that a user typed: not a picture
+SEGMENT_MARK = "\ufdd1"  # where a template begins a reply, which is tokenized on its own
+_RESERVED = dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2\ufdd3"))
+
+_IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+
+
+def normalize_conversations(conversation: Any, image_token: str, keep_strings: bool) -> tuple[list[list[dict]], bool]:
+    """
+    Bring one conversation, or a batch of them, into the form that the chat templates know.
+
+    Args:
+        conversation: a list of messages, or a list of such lists; a message has `role` and `content`, which is a
+            string or a list of parts (`text`, `image`, or OpenAI's `image_url`).
+        image_token: the placeholder; where a text has it, it is marked as not being a picture.
+        keep_strings: leave contents that are strings as they are, for templates that know no parts.
+
+    Returns:
+        The conversations as new lists and dicts (the caller's stay as they are), and whether they came as a batch.
+
+    Raises:
+        ValueError: if there is no message, or one is not understood.
+    """
+    chats = getattr(conversation, "messages", conversation)
+    if not isinstance(chats, (list, tuple)) or len(chats) == 0:
+        raise ValueError("There is no conversation to render; pass a list of messages, each with `role` and `content`.")
+    batched = isinstance(chats[0], (list, tuple)) or hasattr(chats[0], "messages")
+    normalized = []
+    for chat in chats if batched else [chats]:
+        messages = getattr(chat, "messages", chat)
+        if not isinstance(messages, (list, tuple)) or len(messages) == 0:
+            raise ValueError("A conversation of the batch has no messages; leave it out, or give it at least one.")
+        normalized.append([_normalize_message(message, image_token, keep_strings) for message in messages])
+    return normalized, batched
+
+
+def protect_text(value: Any, image_token: str) -> Any:
+    """Mark the placeholder wherever it stands in strings, however nested, as text; everything else stays as it is."""
+    if isinstance(value, str):
+        return value.translate(_RESERVED).replace(image_token, image_token[0] + LITERAL_MARK + image_token[1:])
+    if isinstance(value, dict):
+        return {key: protect_text(entry, image_token) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [protect_text(entry, image_token) for entry in value]
+    return value
+
+
+def _normalize_message(message: Any, image_token: str, keep_strings: bool) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f"A message must be a dict with `role` and `content`, but one is {_shown(message)}; a batch is a list of "
+            "lists of messages."
+        )
+    # A `None` comes from APIs and from columns of `datasets`, and means that there is nothing.
+    fields = {key: value for key, value in message.items() if value is not None and key != "content"}
+    normalized: dict[str, Any] = protect_text(fields, image_token)
+    content = message.get("content")
+    if isinstance(content, str):
+        text = protect_text(content, image_token)
+        normalized["content"] = text if keep_strings else [{"type": "text", "text": text}]
+    elif isinstance(content, (list, tuple)):
+        normalized["content"] = [_normalize_part(part, image_token) for part in content]
+    elif content is not None:
+        raise ValueError(
+            f"The content of a message must be a string or a list of parts, but one is {_shown(content)}; a picture "
+            'goes into a part: {"type": "image", "image": picture}.'
+        )
+    return normalized
+
+
+def _normalize_part(part: Any, image_token: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        part = {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise ValueError(
+            f'A part of a message is {_shown(part)}; it must be a dict such as {{"type": "text", "text": "…"}} or '
+            '{"type": "image", "image": picture}.'
+        )
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type", "text" if "text" in part else None)
+    if kind == "text" and isinstance(part.get("text"), str):
+        return protect_text({**part, "type": "text"}, image_token)
+    if kind in ("image", "image_url"):
+        found = [part[key] for key in _IMAGE_KEYS if key in part]
+        if not found:
+            return {"type": "image"}  # a place for a picture that is passed apart
+        image = found[0]
+        if kind == "image_url" and isinstance(image, Mapping):
+            image = image.get("url")
+        return {"type": "image", "image": image}
+    raise ValueError(
+        f"A part of a message has the type {kind!r} and the keys {sorted(map(str, part))}; MiniGPT-4 takes text and "
+        'images: {"type": "text", "text": "…"} or {"type": "image", "image": picture}.'
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+__all__ = ["LITERAL_MARK", "SEGMENT_MARK", "normalize_conversations", "protect_text"]

@@ -1,0 +1,282 @@
+"""Image processor of MiniGPT-4: RGB, PIL bicubic to 224 × 224 without cropping, CLIP statistics."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+from transformers.image_transforms import normalize, rescale, resize, to_channel_dimension_format
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    infer_channel_dimension_format,
+    load_image,
+)
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def open_image(image: Any) -> Any:
+    """
+    Turn whatever names a picture into the picture itself, upright and in RGB.
+
+    Args:
+        image: a path, URL, base64 string or data URI; raw bytes; an undecoded `datasets` picture (a dict with `bytes`
+            and `path`); a PIL image; or an array or tensor of shape (H, W), (H, W, C) or (C, H, W).
+
+    Returns:
+        A PIL image of mode RGB, turned as its EXIF orientation says, as transformers' `load_image` does; arrays and
+        tensors come back as they are. An animated picture gives its first frame. Colours are converted as
+        `PIL.Image.convert("RGB")` does: transparency is dropped, and 16-bit greys are clipped at 255, which is warned
+        about because it turns most such pictures white.
+
+    Raises:
+        ValueError: if the file, URL or string holds no picture that Pillow can open.
+        TypeError: if it is of another type.
+    """
+    if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, pathlib.Path):
+        image = os.fspath(image)
+    if isinstance(image, (bytes, bytearray, str)):
+        image = _open_source(image)
+    if isinstance(image, PIL.Image.Image):
+        image = PIL.ImageOps.exif_transpose(image)
+        _warn_if_clipped(image)
+        return image.convert("RGB")
+    if isinstance(image, np.ndarray) or hasattr(image, "detach"):
+        return image
+    raise TypeError(
+        f"An image of type {type(image).__name__} cannot be read; pass a PIL image, an array or tensor, a path, a URL "
+        "or a base64 string."
+    )
+
+
+def _open_source(source: "bytes | bytearray | str") -> PIL.Image.Image:
+    """Open a path, URL, base64 string or raw bytes; the error names the source and what was wrong with it."""
+    shown = "bytes" if not isinstance(source, str) else source if len(source) <= 200 else source[:197] + "..."
+    try:
+        # Local files are opened here and not by `load_image`, so that 16-bit pictures are seen before its conversion.
+        if not isinstance(source, str):
+            return PIL.Image.open(BytesIO(source))
+        if not source.startswith(("http://", "https://")) and os.path.isfile(source):
+            return PIL.Image.open(source)
+        return load_image(source)
+    except Exception as error:
+        reason = str(error) if isinstance(error, OSError) and isinstance(source, str) else type(error).__name__
+        raise ValueError(
+            f"No image could be read from {shown!r} ({reason}); pass a file, URL or base64 string that holds a "
+            "picture Pillow can open."
+        ) from error
+
+
+def _warn_if_clipped(image: PIL.Image.Image) -> None:
+    """Warn once if converting to 8 bits loses brightness: Pillow clips 16- and 32-bit greys instead of scaling them."""
+    if image.mode.startswith(("I", "F")) and image.getextrema()[1] > 255:
+        logger.warning_once(
+            f"A picture of mode {image.mode} has grey values above 255, which Pillow clips to white; scale it to 0–255 "
+            "yourself before passing it if that is not what you want."
+        )
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """
+    Flatten nested lists of images into one list, in reading order.
+
+    An array or tensor of 4 dimensions (a batch) is split into its images.
+    """
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in flatten_images(entry)]
+    if getattr(images, "ndim", 3) == 4:
+        return list(images)
+    return [] if images is None else [images]
+
+
+class MiniGPT4ImageProcessor(BaseImageProcessor):
+    r"""
+    Resize to a fixed size, without cropping and without keeping the aspect ratio, then rescale and normalize.
+
+    The defaults are MiniGPT-4's (and BLIP-2's): bicubic, 224 × 224, mean and standard deviation of CLIP. Pictures are
+    resized by Pillow and scaled in float32 in the order of the original, so the values equal those of
+    `torchvision.transforms` (`Resize`, `ToTensor`, `Normalize`) to the last bit.
+
+    Args:
+        do_convert_rgb (`bool`, defaults to `True`): convert to three channels as `PIL.Image.convert("RGB")` does.
+        do_resize (`bool`, defaults to `True`): resize to `size`.
+        size (`dict`, *optional*): `{"height": pixels, "width": pixels}`; 224 × 224 by default.
+        resample (`int`, defaults to bicubic): a filter of `PIL.Image.Resampling`.
+        do_rescale (`bool`, defaults to `True`): multiply by `rescale_factor`; switch it off for arrays in 0–1.
+        rescale_factor (`float`, defaults to 1/255).
+        do_normalize (`bool`, defaults to `True`): subtract `image_mean` and divide by `image_std`, per channel.
+        image_mean, image_std (`list[float]`, *optional*): those of CLIP by default.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        do_convert_rgb: bool = True,
+        do_resize: bool = True,
+        size: "Mapping[str, int] | int | Sequence[int] | None" = None,
+        resample: int = PILImageResampling.BICUBIC,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: "float | Sequence[float] | None" = None,
+        image_std: "float | Sequence[float] | None" = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.do_convert_rgb = do_convert_rgb
+        self.do_resize = do_resize
+        self.size = _height_and_width(size if size is not None else 224)
+        self.resample = resample
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.image_mean = list(OPENAI_CLIP_MEAN) if image_mean is None else image_mean
+        self.image_std = list(OPENAI_CLIP_STD) if image_std is None else image_std
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open paths, URLs and base64 strings, however nested; see `open_image` for what is accepted and raised."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(entry) for entry in image_url_or_urls]
+        return open_image(image_url_or_urls)
+
+    def preprocess(
+        self,
+        images: Any,
+        do_convert_rgb: bool | None = None,
+        do_resize: bool | None = None,
+        size: "Mapping[str, int] | int | Sequence[int] | None" = None,
+        resample: int | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        do_normalize: bool | None = None,
+        image_mean: "float | Sequence[float] | None" = None,
+        image_std: "float | Sequence[float] | None" = None,
+        return_tensors: str | None = None,
+        data_format: "str | ChannelDimension" = ChannelDimension.FIRST,
+        input_data_format: "str | ChannelDimension | None" = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Turn images into `pixel_values` of shape (images, 3, height, width), float32; options as in `__init__`.
+
+        Args:
+            images: one image or nested lists of images, of any kind that `open_image` takes.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`; a list of arrays otherwise.
+            data_format: `"channels_first"` (default) or `"channels_last"`, of the result.
+            input_data_format: layout of arrays and tensors; found out from their shape if left out.
+
+        Raises:
+            ValueError: if there is no image, or one cannot be read.
+        """
+        given = {key: value for key, value in locals().items() if value is not None}
+        options = {name: given.get(name, getattr(self, name)) for name in _OPTIONS}
+        options["size"] = _height_and_width(options["size"])
+        flat = flatten_images(images)
+        if not flat:
+            raise ValueError("There is no image to process; pass at least one.")
+        pixels = [
+            to_channel_dimension_format(
+                self._pixels(open_image(image), input_data_format, **options), data_format, ChannelDimension.LAST
+            )
+            for image in flat
+        ]
+        return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+
+    def _pixels(
+        self,
+        image: Any,
+        input_data_format: "str | ChannelDimension | None",
+        do_convert_rgb: bool,
+        do_resize: bool,
+        size: dict[str, int],
+        resample: int,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+    ) -> np.ndarray:
+        """One picture as an array of shape (H, W, 3), resized, rescaled and normalized as asked for."""
+        array = _channels_last(image, input_data_format)
+        if do_convert_rgb:
+            array = _three_channels(array)
+        if do_rescale and array.dtype.kind == "f" and array.size and array.max() <= 1:
+            logger.warning_once(
+                "An image of floats has no value above 1, so it looks as if it were scaled to 0–1 already; pass "
+                "`do_rescale=False` for such images, or they come out nearly black."
+            )
+        last = {"input_data_format": ChannelDimension.LAST}
+        if do_resize:
+            array = resize(array, (size["height"], size["width"]), resample, data_format=ChannelDimension.LAST, **last)
+        if do_rescale:
+            array = rescale(array, rescale_factor, **last)
+        if do_normalize:
+            array = normalize(array, mean=image_mean, std=image_std, **last)
+        return array
+
+
+_OPTIONS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+
+
+def _height_and_width(size: Any) -> dict[str, int]:
+    """`size` in its one form, height and width in pixels; a single number means a square."""
+    if not isinstance(size, (int, list, tuple)):
+        size = dict(size)
+    size = get_size_dict(size)
+    if set(size) != {"height", "width"}:
+        raise ValueError(
+            f"`size` is {dict(size)}, but MiniGPT-4 resizes without keeping the aspect ratio; give "
+            '{"height": pixels, "width": pixels}.'
+        )
+    return {"height": size["height"], "width": size["width"]}
+
+
+def _channels_last(image: Any, input_data_format: "str | ChannelDimension | None") -> np.ndarray:
+    """A picture of any kind as an array of shape (H, W, C)."""
+    if hasattr(image, "detach"):
+        image = image.detach().cpu().numpy()
+    array = np.asarray(image)
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3:
+        raise ValueError(
+            f"An image has the shape {array.shape}; it must be (height, width), (height, width, channels) or "
+            "(channels, height, width)."
+        )
+    if isinstance(image, PIL.Image.Image):
+        return array
+    layout = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+    return to_channel_dimension_format(array, ChannelDimension.LAST, layout)
+
+
+def _three_channels(array: np.ndarray) -> np.ndarray:
+    """Grey repeated, transparency dropped, as Pillow's conversion to RGB does; `array` is of shape (H, W, C)."""
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
+
+
+MiniGPT4ImageProcessor.register_for_auto_class()
+
+__all__ = ["MiniGPT4ImageProcessor"]

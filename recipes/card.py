@@ -1,0 +1,116 @@
+"""The model card of a trained adapter, rendered from MODEL_CARD.md.
+
+A card goes to people who do not have this machine: folders appear by their last name only, never with their path.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from recipes_minigpt4.data import TINY
+
+
+PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
+TAGS = ["minigpt-4", "image-text-to-text", "image-captioning", "adapter", "trl", "sft"]
+
+# Settings of a run that a card tells, under these names.
+SETTINGS = {
+    "learning_rate": "learning rate",
+    "min_learning_rate": "lowest learning rate",
+    "warmup_steps": "warm-up steps",
+    "weight_decay": "weight decay (matrices only)",
+    "seed": "seed",
+}
+
+
+def card_template() -> str:
+    """The text of MODEL_CARD.md, a Jinja template that reads well as it stands."""
+    return resources.files(__package__).joinpath("MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a path of this machine rather than a repository of the Hub (`owner/name`)."""
+    return os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name) or name.count("/") > 1
+
+
+def public_name(name: str, revision: str | None = None) -> str:
+    """A backbone or a dataset as a card may show it, in Markdown."""
+    if name == TINY:
+        return "generated scenes of coloured shapes (the embedded world of `minigpt4-transformers`)"
+    if is_local(name):
+        return f"a local folder or file ({os.path.basename(os.path.normpath(name))})"
+    at = f", revision `{revision}`" if revision else ""
+    return f"[{name}](https://huggingface.co/{name}){at}"
+
+
+def render_card(
+    model: Any,
+    args: Any,
+    *,
+    steps: int | None = None,
+    stage: int | None = None,
+    dataset_name: str | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> str:
+    """
+    Render the card of a model.
+
+    Args:
+        model: the trained model; its configuration names the backbones.
+        args: settings of the run, such as `StageArguments`.
+        steps: optimizer steps that were taken.
+        stage: 1 or 2, if it was one of the two.
+        dataset_name: what it was trained on; a path becomes its last name.
+        results: measure → value, the table of results.
+
+    Returns:
+        The card in Markdown with its metadata in front.
+    """
+    sources = {part: source for part, source in model.config.backbones.items() if part in PARTS}
+    public = {part: source for part, source in sources.items() if not is_local(source["name_or_path"])}
+    on_hub = dataset_name and dataset_name != TINY and not is_local(dataset_name)
+    data = ModelCardData(
+        language=args.language,
+        license=args.license,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=list(dict.fromkeys(source["name_or_path"] for source in public.values())) or None,
+        base_model_relation="adapter" if public else None,
+        datasets=[dataset_name] if on_hub else None,
+        tags=TAGS,
+    )
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    card = ModelCard.from_template(
+        data,
+        template_str=card_template(),
+        repo_id=args.hub_model_id or "your-name/your-adapter",
+        title=(args.hub_model_id or os.path.basename(os.path.normpath(args.output_dir))).split("/")[-1],
+        stage=stage,
+        parts={
+            PARTS[part]: public_name(source["name_or_path"], source.get("revision"))
+            for part, source in sources.items()
+        },
+        local_parts=[PARTS[part] for part in sources if part not in public],
+        trained=sorted({name.removeprefix("model.").split(".")[0] for name in trained}),
+        trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        training_data=public_name(dataset_name) if dataset_name else None,
+        settings=_settings(args, steps),
+        results={name: _format(value) for name, value in (results or {}).items()},
+    )
+    return str(card)
+
+
+def _settings(args: Any, steps: int | None) -> dict[str, str]:
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = {"steps": f"{steps:,}"} if steps else {}
+    settings["batch size"] = str(batch)
+    settings.update({text: _format(getattr(args, name)) for name, text in SETTINGS.items() if hasattr(args, name)})
+    settings["precision"] = "bfloat16 mixed" if args.bf16 else "float16 mixed" if args.fp16 else "float32"
+    return settings
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

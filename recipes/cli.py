@@ -1,0 +1,60 @@
+"""The command `minigpt4`: the two stages and the demo, each imported only when it is asked for."""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from recipes_minigpt4 import RecipeError
+
+
+# Command → the module whose `main(arguments)` runs it, and a line of help.
+COMMANDS = {
+    "stage1": ("recipes_minigpt4.stage1_pretrain", "train the projection on many image–caption pairs"),
+    "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on few long descriptions in the chat template"),
+    "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
+}
+TRAIN_MODULES = ("trl", "datasets")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    Args:
+        arguments: the command and what it takes; those of the process if left out.
+
+    Returns:
+        Exit status: 0, or 2 after a mistake of the user, which is told on standard error in one sentence.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="minigpt4",
+        description="MiniGPT-4 with Hugging Face tools.",
+        epilog="`minigpt4 COMMAND --help` lists what a command takes.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    command = parser.parse_args(arguments[:1]).command
+    if missing := [module for module in TRAIN_MODULES if importlib.util.find_spec(module) is None]:
+        return _refuse(
+            command,
+            f"{' and '.join(missing)} not found: training needs the extra [train], so run "
+            '`pip install "minigpt4-transformers[train]"`.',
+        )
+    try:
+        importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
+    except RecipeError as error:
+        return _refuse(command, str(error))
+    return 0
+
+
+def _refuse(command: str, reason: str) -> int:
+    print(f"minigpt4 {command}: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

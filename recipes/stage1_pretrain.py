@@ -1,0 +1,62 @@
+"""Stage 1: teach the projection what pictures hold, from many image–caption pairs (paper, section 3.2).
+
+The embedded world, on a laptop:
+
+    minigpt4 stage1 --config tiny_stage1
+
+The original's run, on 4 GPUs, with any field of the YAML file overridden:
+
+    accelerate launch --num_processes 4 -m recipes_minigpt4.stage1_pretrain \\
+        --config stage1_vicuna_7b --dataset_name my-captions.jsonl --output_dir runs/stage1
+
+A row is `[BOS][image][caption][line break]`; only caption and line break carry loss.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from recipes_minigpt4.data import DataArguments, load_pairs, stage1_rows
+from recipes_minigpt4.training import (
+    MiniGPT4Trainer,
+    ModelArguments,
+    StageArguments,
+    StageParser,
+    load_model,
+    train_and_save,
+)
+
+
+def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, StageArguments]:
+    """Read the arguments of this stage; those of the command line win over the YAML file."""
+    model, data, training = StageParser("stage1", (ModelArguments, DataArguments, StageArguments)).parse(arguments)
+    return model, data, training
+
+
+def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
+    """Train stage 1; returns the trainer, whose `model` is trained and whose `state.log_history` holds the losses."""
+    model_args, data_args, training_args = parse(arguments)
+
+    # Model: frozen backbones and a new projection
+    model, processor = load_model(model_args, training_args)
+
+    # Data: pairs as prompt–completion rows
+    pairs = load_pairs(data_args, stage=1)
+    rows = stage1_rows(pairs, processor, data_args)
+
+    # Training
+    trainer = MiniGPT4Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows,
+        processing_class=processor,
+        dataset_name=data_args.dataset_name,
+        stage=1,
+    )
+    train_and_save(trainer)
+    return trainer
+
+
+if __name__ == "__main__":
+    from recipes_minigpt4.cli import main as run
+
+    raise SystemExit(run(["stage1", *sys.argv[1:]]))

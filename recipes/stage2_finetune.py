@@ -1,0 +1,73 @@
+"""Stage 2: teach the model to answer well, from few curated descriptions in the chat template (paper, section 3.3).
+
+The embedded world, from what stage 1 left in runs/tiny_stage1:
+
+    minigpt4 stage2 --config tiny_stage2
+
+The original's run, on one GPU, with any field of the YAML file overridden:
+
+    accelerate launch -m recipes_minigpt4.stage2_finetune \\
+        --config stage2_vicuna_7b --model_name_or_path runs/stage1 --dataset_name cc_sbu_align --output_dir runs/stage2
+
+A row is `[BOS]###Human: <Img>[image]</Img> {instruction} ###Assistant: {answer}###`, or what the language model's own
+chat template makes of it; only the answer and its end carry loss.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from recipes_minigpt4.data import DataArguments, load_pairs, stage2_rows
+from recipes_minigpt4.training import (
+    MiniGPT4Trainer,
+    ModelArguments,
+    StageArguments,
+    StageParser,
+    load_model,
+    train_and_save,
+)
+
+
+@dataclass
+class Stage2Arguments(StageArguments):
+    """The original's numbers for stage 2."""
+
+    learning_rate: float = field(default=3e-5, metadata={"help": "Highest learning rate, reached after warm-up."})
+    min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
+    warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
+
+
+def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Stage2Arguments]:
+    """Read the arguments of this stage; those of the command line win over the YAML file."""
+    model, data, training = StageParser("stage2", (ModelArguments, DataArguments, Stage2Arguments)).parse(arguments)
+    return model, data, training
+
+
+def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
+    """Train stage 2; returns the trainer, whose `model` is trained and whose `state.log_history` holds the losses."""
+    model_args, data_args, training_args = parse(arguments)
+
+    # Model: the adapter of stage 1 and its frozen backbones
+    model, processor = load_model(model_args, training_args)
+
+    # Data: pairs as prompt–completion rows, each with one of the four instructions
+    pairs = load_pairs(data_args, stage=2)
+    rows = stage2_rows(pairs, processor, data_args, seed=training_args.seed)
+
+    # Training
+    trainer = MiniGPT4Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows,
+        processing_class=processor,
+        dataset_name=data_args.dataset_name,
+        stage=2,
+    )
+    train_and_save(trainer)
+    return trainer
+
+
+if __name__ == "__main__":
+    from recipes_minigpt4.cli import main as run
+
+    raise SystemExit(run(["stage2", *sys.argv[1:]]))

@@ -1,0 +1,99 @@
+"""What a reply says, read from its text alone: objects, places, and whether its sentences are sound."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+from .scenes import COLOURS, COLUMNS, ROWS, SHAPES, Scene
+
+_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")
+_PLACE = re.compile(rf"\b({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})\b|\bcentre\b")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+def named_objects(text: str) -> Counter[tuple[str, str]]:
+    """Every (colour, shape) that stands side by side in the text, as often as it is said."""
+    return Counter((colour, shape) for colour, shape in _OBJECT.findall(text.lower()))
+
+
+def placed_objects(text: str) -> Counter[tuple[str, str, str]]:
+    """Every (colour, shape, place) of the sentences that name at least one object and one place.
+
+    A sentence with as many places as objects tells them in the same order; else each object gets the place nearest
+    to it, before or after.
+    """
+    placed: Counter[tuple[str, str, str]] = Counter()
+    for sentence in sentences(text.lower()):
+        objects, places = list(_OBJECT.finditer(sentence)), list(_PLACE.finditer(sentence))
+        if len(objects) != len(places):
+            places = [min(places, key=partial(_gap, found)) for found in objects if places]
+        for found, place in zip(objects, places, strict=False):
+            placed[(found.group(1), found.group(2), place.group())] += 1
+    return placed
+
+
+def _gap(one: re.Match[str], other: re.Match[str]) -> int:
+    """Characters between two matches in the same text."""
+    return max(one.start() - other.end(), other.start() - one.end())
+
+
+def object_f1(texts: Sequence[str], scenes: Sequence[Scene]) -> float:
+    """F1 of the objects named (colour and shape), 0–1, counted over all scenes.
+
+    Each scene's objects are a multiset: an object said twice but there once is one hit and one false alarm.
+    """
+    hits = said = there = 0
+    for text, scene in zip(texts, scenes, strict=True):
+        named, truth = named_objects(text), Counter(thing.pair for thing in scene.things)
+        hits += (named & truth).total()
+        said += named.total()
+        there += truth.total()
+    return 2 * hits / (said + there) if said + there else 0.0
+
+
+def position_accuracy(texts: Sequence[str], scenes: Sequence[Scene]) -> float:
+    """Share of the objects in the scenes, 0–1, that are named (colour and shape) and put in the right place."""
+    hits = there = 0
+    for text, scene in zip(texts, scenes, strict=True):
+        truth = Counter((*thing.pair, thing.position) for thing in scene.things)
+        hits += (placed_objects(text) & truth).total()
+        there += truth.total()
+    return hits / there if there else 0.0
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text, without surrounding spaces, empty ones left out."""
+    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
+
+
+def is_failure(text: str) -> bool:
+    """Whether a reply is empty, leaves a sentence or line unfinished, says one twice, or stutters.
+
+    Stuttering is the same one to four words three times in a row.
+    """
+    parts = sentences(text)
+    if not parts or any(part[-1] not in ".!?" for part in parts):
+        return True
+    plain = [" ".join(re.findall(r"\w+", part.lower())) for part in parts]
+    return len(set(plain)) < len(plain) or re.search(r"\b(\w+(?: \w+){0,3})(?: \1){2}\b", " ".join(plain)) is not None
+
+
+def failure_rate(texts: Sequence[str]) -> float:
+    """Share of the replies, 0–1, with repeated or unfinished sentences (`is_failure`)."""
+    return sum(map(is_failure, texts)) / len(texts) if texts else 0.0
+
+
+def mean_words(texts: Sequence[str]) -> float:
+    """Mean number of words in a reply."""
+    return sum(len(text.split()) for text in texts) / len(texts) if texts else 0.0
+
+
+def score(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
+    """All four numbers of the table: `object_f1`, `position_accuracy`, `failure_rate` (0–1 each), `mean_words`."""
+    return {
+        "object_f1": object_f1(texts, scenes),
+        "position_accuracy": position_accuracy(texts, scenes),
+        "failure_rate": failure_rate(texts),
+        "mean_words": mean_words(texts),
+    }
