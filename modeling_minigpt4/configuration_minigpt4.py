@@ -140,6 +140,11 @@ class MiniGPT4Config(PretrainedConfig):
         self._check()
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that the vision encoder takes."""
+        return vision_image_size(self.vision_config)
+
+    @property
     def num_image_tokens(self) -> int:
         """
         Number of image tokens that one picture takes in the sequence.

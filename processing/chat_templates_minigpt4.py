@@ -8,6 +8,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 _FOLDER = Path(__file__).parent / "chat_templates"
 _WRAPPED = "wrapped"
+_SEPARATOR = "###"
+_WRAPPED_ALREADY = "minigpt4 = namespace"
 
 
 def available_chat_templates() -> list[str]:
@@ -39,23 +41,29 @@ def load_chat_template(name: str, tokenizer: Any = None) -> str:
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def wrap_chat_template(tokenizer: Any) -> str:
+def wrap_chat_template(tokenizer: Any, template: str | None = None) -> str:
     """
-    Chat template that renders exactly what the tokenizer's own does, and knows about pictures and replies.
+    Chat template that renders exactly what the tokenizer's own, or another, does, and knows about pictures and replies.
 
     A picture becomes `<image>` at the place in the message where the user put it. Each reply with its end-of-turn
     token is marked for `return_assistant_tokens_mask` (TRL's `assistant_only_loss`), unless the tokenizer's template
     changes replies so that their place cannot be told; a template that brings `{% generation %}` marks keeps them.
 
+    Args:
+        tokenizer: what knows the special tokens that end a turn.
+        template: Jinja text for messages whose content is a string; the tokenizer's own if left out.
+
     Raises:
-        ValueError: if the tokenizer has no chat template.
+        ValueError: if there is no template to wrap.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
+    if template is None and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "The tokenizer has no chat template that could be wrapped; choose another by name, such as 'vicuna_v0', "
             "or pass Jinja text."
         )
-    inner = tokenizer.get_chat_template()
+    inner = tokenizer.get_chat_template() if template is None else template
+    if _WRAPPED_ALREADY in inner or not _FOLDER.is_dir():
+        return inner  # a saved processor gives its wrapped template to its tokenizer too
     wrapper = (_FOLDER / f"{_WRAPPED}.jinja").read_text(encoding="utf-8")
     if "endgeneration" in inner:
         prelude = wrapper[: wrapper.index("{%- set minigpt4_text -%}")]
@@ -78,10 +86,20 @@ def _end_of_turn(tokenizer: Any, template: str) -> str:
     return max((token for token in tokens if token.strip() and behind.startswith(token)), key=len, default="")
 
 
+def separator_of(template: str, tokenizer: Any) -> str | None:
+    """The text `###` if the template ends replies with it, as the Vicuna templates do; None for every other."""
+    if _SEPARATOR not in template:
+        return None
+    reply = "minigpt4-reply"
+    chat = [{"role": role, "content": [{"type": "text", "text": reply}]} for role in ("user", "assistant")]
+    (rendered,), _ = render_jinja_template([chat], chat_template=template, **tokenizer.special_tokens_map)
+    return _SEPARATOR if str(rendered).rpartition(reply)[2].strip().startswith(_SEPARATOR) else None
+
+
 def _jinja_string(text: str) -> str:
     """`text` as a Jinja string literal."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 
 
-__all__ = ["available_chat_templates", "load_chat_template", "wrap_chat_template"]
+__all__ = ["available_chat_templates", "load_chat_template", "separator_of", "wrap_chat_template"]

@@ -12,7 +12,7 @@ _RESERVED = dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2\ufdd3"))
 _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
-def normalize_conversations(conversation: Any, image_token: str, keep_strings: bool) -> tuple[list[list[dict]], bool]:
+def normalize_conversations(conversation: Any, image_token: str) -> tuple[list[list[dict[str, Any]]], bool]:
     """
     Bring one conversation, or a batch of them, into the form that the chat templates know.
 
@@ -20,7 +20,6 @@ def normalize_conversations(conversation: Any, image_token: str, keep_strings: b
         conversation: a list of messages, or a list of such lists; a message has `role` and `content`, which is a
             string or a list of parts (`text`, `image`, or OpenAI's `image_url`).
         image_token: the placeholder; where a text has it, it is marked as not being a picture.
-        keep_strings: leave contents that are strings as they are, for templates that know no parts.
 
     Returns:
         The conversations as new lists and dicts (the caller's stay as they are), and whether they came as a batch.
@@ -37,7 +36,7 @@ def normalize_conversations(conversation: Any, image_token: str, keep_strings: b
         messages = getattr(chat, "messages", chat)
         if not isinstance(messages, (list, tuple)) or len(messages) == 0:
             raise ValueError("A conversation of the batch has no messages; leave it out, or give it at least one.")
-        normalized.append([_normalize_message(message, image_token, keep_strings) for message in messages])
+        normalized.append([_normalize_message(message, image_token) for message in messages])
     return normalized, batched
 
 
@@ -52,7 +51,7 @@ def protect_text(value: Any, image_token: str) -> Any:
     return value
 
 
-def _normalize_message(message: Any, image_token: str, keep_strings: bool) -> dict[str, Any]:
+def _normalize_message(message: Any, image_token: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(
             f"A message must be a dict with `role` and `content`, but one is {_shown(message)}; a batch is a list of "
@@ -63,8 +62,7 @@ def _normalize_message(message: Any, image_token: str, keep_strings: bool) -> di
     normalized: dict[str, Any] = protect_text(fields, image_token)
     content = message.get("content")
     if isinstance(content, str):
-        text = protect_text(content, image_token)
-        normalized["content"] = text if keep_strings else [{"type": "text", "text": text}]
+        normalized["content"] = [{"type": "text", "text": protect_text(content, image_token)}]
     elif isinstance(content, (list, tuple)):
         normalized["content"] = [_normalize_part(part, image_token) for part in content]
     elif content is not None:

@@ -185,4 +185,25 @@ def padded_length(
     return -(-length // multiple) * multiple
 
 
-__all__ = ["Row", "encode_rows", "padded_length", "truncate_rows"]
+def decode_ids(
+    tokenizer: Any,
+    ids: list[int],
+    placeholder: str,
+    image_token_id: int,
+    num_image_tokens: int,
+    options: dict[str, Any],
+) -> str:
+    """Text of ids: what stands between pictures decoded apart, as it was tokenized, and each picture `placeholder`."""
+    texts, start = [], 0
+    while start < len(ids):
+        end = start
+        is_image = ids[start] == image_token_id
+        while end < len(ids) and (ids[end] == image_token_id) is is_image:
+            end += 1
+        pictures = -(-(end - start) // num_image_tokens)
+        texts.append(placeholder * pictures if is_image else tokenizer.decode(ids[start:end], **options))
+        start = end
+    return "".join(texts)
+
+
+__all__ = ["Row", "decode_ids", "encode_rows", "padded_length", "truncate_rows"]

@@ -6,6 +6,7 @@ scenes' language from (`corpus`), and the script that made the frozen backbones 
 
 from pathlib import Path
 
+
 BACKBONES = Path(__file__).parent / "backbones"
 VISION_BACKBONE = BACKBONES / "blip2"  # vision encoder, Q-Former and query tokens, in BLIP-2's own layout
 LANGUAGE_BACKBONE = BACKBONES / "llama"  # a LlamaForCausalLM and its tokenizer; it has never seen an image

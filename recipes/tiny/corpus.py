@@ -6,7 +6,7 @@ and the answer are, so that the spaces stand where the training rows have them.
 
 import random
 
-from .scenes import (
+from recipes_minigpt4.tiny.scenes import (
     BOILERPLATE_AFTER,
     COLOURS,
     MAX_THINGS,
@@ -19,6 +19,7 @@ from .scenes import (
     noisy_caption,
     sample_scenes,
 )
+
 
 SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-from .scenes import COLOURS, COLUMNS, ROWS, SHAPES, Scene
+from recipes_minigpt4.tiny.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Scene
+
 
 _OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")
 _PLACE = re.compile(rf"\b({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})\b|\bcentre\b")

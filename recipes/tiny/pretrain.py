@@ -39,8 +39,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import corpus
-from .scenes import (
+from recipes_minigpt4.tiny import corpus
+from recipes_minigpt4.tiny.scenes import (
     BACKGROUNDS,
     COLOURS,
     COLUMNS,
@@ -52,6 +52,7 @@ from .scenes import (
     draw_scene,
     sample_scenes,
 )
+
 
 IMAGE_SIZE = 72  # pixels; a patch of 12 is a quarter of a cell
 PATCH_SIZE = 12

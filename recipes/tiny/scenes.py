@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+
 COLOURS: dict[str, tuple[int, int, int]] = {  # name → RGB, 0–255
     "red": (212, 36, 36),
     "orange": (245, 140, 20),

@@ -1,0 +1,389 @@
+"""Processor of MiniGPT-4: text with `<image>` and pictures, or whole chats, to the inputs of the model."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
+from transformers import AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .chat_templates_minigpt4 import load_chat_template, separator_of, wrap_chat_template
+from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations
+from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
+from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, truncate_rows
+
+
+# The one version switch of this folder; it can go when transformers 4.57 is no longer supported.
+IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
+
+class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False}}
+
+
+# Options of a tokenizer that are decided here and not by the tokenizer, which sees texts only in pieces.
+_OWN_OPTIONS = (
+    "padding",
+    "padding_side",
+    "pad_to_multiple_of",
+    "truncation",
+    "max_length",
+    "add_special_tokens",
+    "return_tensors",
+    "return_attention_mask",
+    "return_offsets_mapping",
+    "return_token_type_ids",
+    "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
+)
+
+
+class MiniGPT4Processor(ProcessorMixin):
+    r"""
+    Prepare text and pictures for [`MiniGPT4ForConditionalGeneration`].
+
+    `<image>` in a text marks where a picture goes; it becomes `num_image_tokens` ids `image_token_id`, which no token
+    of the language model has. As in the original, the text before, between and behind pictures is tokenized apart, so
+    that SentencePiece tokenizers put their dummy prefix on every piece, and BOS stands once in front (released code,
+    `minigpt4/models/minigpt_base.py`). In chats, `<image>` that a user typed stays text.
+
+    Args:
+        image_processor ([`MiniGPT4ImageProcessor`]): what makes pixels of pictures.
+        tokenizer (`PreTrainedTokenizerBase`): that of the language model, as it is; no token is added.
+        image_token_id (`int`, *optional*): `config.image_token_id` of the model. Defaults to the size of the
+            tokenizer, which is right where the model's vocabulary is not larger.
+        num_image_tokens (`int`, defaults to 32): `config.num_image_tokens` of the model.
+        chat_template (`str`, *optional*): Jinja text, or a name that [`load_chat_template`] knows.
+        image_token (`str`, defaults to `"<image>"`): what marks a picture in text.
+    """
+
+    valid_processor_kwargs = MiniGPT4ProcessorKwargs
+    if IS_TRANSFORMERS_4:  # 5.x reads the signature of `__init__` instead
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, path: Any, **kwargs: Any) -> list[Any]:
+            # AutoImageProcessor would warn that this image processor has no "fast" twin, which it needs not have.
+            return [
+                MiniGPT4ImageProcessor.from_pretrained(path, **kwargs),
+                AutoTokenizer.from_pretrained(path, **kwargs),
+            ]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_token_id: int | None = None,
+        num_image_tokens: int = 32,
+        chat_template: "str | Mapping[str, str] | None" = None,
+        image_token: str = "<image>",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(chat_template, str) and not _is_jinja(chat_template):
+            chat_template = load_chat_template(chat_template, tokenizer)
+        self.image_token = image_token
+        self.image_token_id = len(tokenizer) if image_token_id is None and tokenizer is not None else image_token_id
+        self.num_image_tokens = num_image_tokens
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def from_backbones(
+        cls, vision: Any, language_model: Any, config: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> "MiniGPT4Processor":
+        """
+        Make the processor for a model that `MiniGPT4ForConditionalGeneration.from_backbones` has composed.
+
+        Args:
+            vision: repository, `"repository@revision"`, folder or dict of the vision encoder; mean, standard
+                deviation and resampling filter are taken from there, the original's (CLIP, bicubic) where it has none.
+            language_model: the same for the language model, whose tokenizer is used.
+            config: the model's [`MiniGPT4Config`].
+            chat_template: Jinja text or a name. By default the language model's own template, taught about pictures
+                (`"wrapped"`), or `"vicuna_v0"` where it has none.
+            **kwargs: how files are fetched (`cache_dir`, `token`, `local_files_only`, …).
+
+        Raises:
+            OSError: if there is no tokenizer.
+        """
+        name, where = _locate(language_model)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where, **kwargs)
+        tokenizer.padding_side = "left"  # what generation needs; trainers ask for their side themselves
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if chat_template is None:
+            chat_template = "wrapped" if tokenizer.chat_template else "vicuna_v0"
+        height, width = config.image_size
+        return cls(
+            image_processor=MiniGPT4ImageProcessor(
+                size={"height": height, "width": width}, **_image_statistics(vision, kwargs)
+            ),
+            tokenizer=tokenizer,
+            image_token_id=config.image_token_id,
+            num_image_tokens=config.num_image_tokens,
+            chat_template=chat_template,
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    @property
+    def separator(self) -> str | None:
+        """Text at which replies of the chat template end beside EOS: `###` of the Vicuna templates, or none."""
+        template = self.chat_template
+        return separator_of(template, self.tokenizer) if isinstance(template, str) else None
+
+    # ---- text and pictures ----------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: "str | Sequence[str] | None" = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Turn texts and pictures into model inputs.
+
+        Args:
+            images: pictures in the order of their `<image>`: PIL images, arrays, tensors, paths, URLs or base64, one,
+                a list, or a list for each text.
+            text: one text or a list of them; each `<image>` in it takes one picture.
+            **kwargs: options of the tokenizer (`padding`, `padding_side`, `truncation`, `max_length`,
+                `add_special_tokens`, `return_offsets_mapping`, …), of the image processor, and `return_tensors`.
+
+        Returns:
+            `input_ids` and `attention_mask` of shape (texts, longest text), `pixel_values` of shape (images, 3,
+            height, width); with `return_mm_token_type_ids`, 1 where image tokens are. `offset_mapping` tells the
+            characters of the text as it was passed; all tokens of a picture have those of its `<image>`.
+
+        Raises:
+            ValueError: if placeholders and pictures do not match, an image cannot be read, the batch is empty, or
+                truncation would cut a picture.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("MiniGPT-4 takes text and images only; leave `videos` and `audio` out.")
+        if images is None and text is None:
+            raise ValueError("There is nothing to process; pass `text`, `images` or both.")
+        kwargs.pop("segment_mark", None)  # transformers 4.57 hands variables of the chat template on to here
+        with_types = kwargs.pop("return_mm_token_type_ids", False)
+        options = self._merge_kwargs(
+            MiniGPT4ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        text_options, image_options = options["text_kwargs"], options["images_kwargs"]
+        tensors = text_options.get("return_tensors") or image_options.get("return_tensors")
+        with_types = text_options.get("return_mm_token_type_ids", with_types)
+
+        data: dict[str, Any] = {}
+        texts = None if text is None else _as_texts(text)
+        if texts is not None:
+            images = self._match(texts, images)
+            data.update(self._encode(texts, text_options))
+            if with_types:
+                data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in data["input_ids"]]
+        if images is not None:
+            image_options = {**image_options, "return_tensors": None}
+            data.update(self.image_processor(self.image_processor.fetch_images(images), **image_options))
+        return BatchFeature(data, tensor_type=tensors)
+
+    def _match(self, texts: list[str], images: Any) -> list[Any] | None:
+        """The pictures as one flat list, after checking that every text has as many as it has places for."""
+        places = [text.count(self.image_token) for text in texts]
+        nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
+        if nested and len(images) == len(texts):
+            given = [len(flatten_images(entry)) for entry in images]
+            for row, (wanted, there) in enumerate(zip(places, given, strict=True)):
+                if wanted != there:
+                    raise ValueError(
+                        f"Text {row} has {wanted} {self.image_token} placeholders but {there} images; give every text "
+                        "one image per placeholder."
+                    )
+        flat = flatten_images(images)
+        if sum(places) != len(flat):
+            raise ValueError(
+                f"The texts have {sum(places)} {self.image_token} placeholders in all but there are {len(flat)} "
+                f"images; write {self.image_token} once where each image goes, and pass as many images."
+            )
+        return flat or None
+
+    def _encode(self, texts: list[str], options: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Tokenize, truncate and pad: `input_ids`, `attention_mask` and, if asked for, `offset_mapping`, as lists."""
+        with_spans = bool(options.get("return_offsets_mapping"))
+        max_length = options.get("max_length")
+        rows = encode_rows(
+            self.tokenizer,
+            texts,
+            self.image_token,
+            self.image_token_id,
+            self.num_image_tokens,
+            add_special_tokens=options.get("add_special_tokens", True),
+            with_spans=with_spans,
+            **{name: value for name, value in options.items() if name not in _OWN_OPTIONS},
+        )
+        if options.get("truncation") not in (None, False, "do_not_truncate"):
+            limit = self.tokenizer.model_max_length if max_length is None else max_length
+            truncate_rows(rows, limit, self.tokenizer.truncation_side, self.image_token_id)
+        joined = [row.joined() for row in rows]
+        length = padded_length(
+            [len(ids) for ids, _ in joined], options.get("padding"), max_length, options.get("pad_to_multiple_of")
+        )
+        side = options.get("padding_side") or self.tokenizer.padding_side
+        padded = [self._pad(row, ids, spans, length, side) for row, (ids, spans) in zip(rows, joined, strict=True)]
+        data = {"input_ids": [ids for ids, _, _ in padded], "attention_mask": [mask for _, mask, _ in padded]}
+        if with_spans:
+            data["offset_mapping"] = [spans for _, _, spans in padded]
+        return data
+
+    def _pad(
+        self, row: Row, ids: list[int], spans: list[tuple[int, int]], length: int | None, side: str
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Ids, attention mask and spans of one row, padded to `length`."""
+        gap = 0 if length is None else length - len(ids)
+        if gap and self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has no pad token, which texts of different lengths need; set one, such as "
+                "`processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
+            )
+        pads, zeros, ones = [self.tokenizer.pad_token_id] * gap, [0] * gap, [1] * len(ids)
+        if side == "left":
+            return pads + ids, zeros + ones, [(0, 0)] * gap + spans
+        end = len(row.text)
+        return ids + pads, ones + zeros, spans + [(end, end)] * gap
+
+    # ---- chats ----------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """
+        Render a chat, or a batch of chats, and tokenize it with its pictures if `tokenize=True`.
+
+        Takes every option of [`~transformers.ProcessorMixin.apply_chat_template`]. Contents may be strings or lists of
+        parts; a picture is `{"type": "image"}` with `image`, `url`, `path` or `base64`, or OpenAI's `image_url`, and
+        goes to the place in the message where it stands. `<image>` in the text of a message stays text.
+
+        Args:
+            conversation: list of messages, or a list of such lists.
+            chat_template: Jinja text, or a name that [`load_chat_template`] knows; the processor's own by default.
+
+        Raises:
+            ValueError: if the conversation is empty or a message is not understood.
+        """
+        template = self._chat_template(chat_template)
+        chats, batched = normalize_conversations(conversation, self.image_token)
+        if kwargs.get("tokenize") and "segment_mark" in template:
+            kwargs["segment_mark"] = SEGMENT_MARK
+        return super().apply_chat_template(chats if batched else chats[0], chat_template=template, **kwargs)
+
+    def _chat_template(self, template: str | None) -> str:
+        """The Jinja text to render; one that knows nothing of parts is wrapped, so that pictures have a place."""
+        if isinstance(self.chat_template, Mapping):
+            template = self.chat_template.get(template or "default", template)
+        template = self.chat_template if template is None else template
+        if template is None:
+            raise ValueError(
+                "The processor has no chat template; pass `chat_template`, such as 'vicuna_v0', or set "
+                "`processor.chat_template`."
+            )
+        if not _is_jinja(template):
+            return load_chat_template(template, self.tokenizer)
+        knows_parts = re.search(r"""\.type\b|\[\s*['"]type['"]\s*\]""", template)
+        return template if knows_parts else wrap_chat_template(self.tokenizer, template)
+
+    # ---- text from ids --------------------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
+        """
+        Text of ids, of one row or of a batch.
+
+        Image tokens are left out with `skip_special_tokens`, and become one `<image>` per picture without.
+        """
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        if isinstance(ids, (list, tuple)) and ids and not isinstance(ids[0], int):
+            return self.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        placeholder = "" if skip_special_tokens else self.image_token
+        options = {"skip_special_tokens": skip_special_tokens, **kwargs}
+        return decode_ids(self.tokenizer, ids, placeholder, self.image_token_id, self.num_image_tokens, options)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """Texts of a batch of ids; see `decode`."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs) for ids in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """
+        Replies as text, without the separator (`###`) at their end.
+
+        Args:
+            generated_outputs: ids of shape (batch_size, length) or (length,) as `generate` gives them, with the
+                prompt in front or without.
+            skip_special_tokens: leave out BOS, EOS, pads and image tokens.
+        """
+        ids = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
+        rows = [ids] if len(ids) and isinstance(ids[0], int) else ids
+        texts = self.batch_decode(rows, skip_special_tokens=skip_special_tokens, **kwargs)
+        separator = self.separator
+        return [_without_separator(text, separator) for text in texts] if separator else texts
+
+    # ---- what inference servers ask -------------------------------------------------------------------------------
+
+    def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **kwargs: Any) -> str:
+        """The text that one `<image>` stands for: as many of them as a picture has tokens."""
+        return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Image tokens and patches of pictures of the given (height, width); the same for every size."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _is_jinja(text: str) -> bool:
+    return "{" in text
+
+
+def _as_texts(text: Any) -> list[str]:
+    """One text or several as a list, or an error that says what is wrong."""
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else [None]
+    if not texts:
+        raise ValueError("The batch is empty; pass at least one text.")
+    if not all(isinstance(entry, str) for entry in texts):
+        raise ValueError("`text` must be a string or a list of strings; chats go to `apply_chat_template`.")
+    return texts
+
+
+def _without_separator(text: str, separator: str) -> str:
+    stripped = text.rstrip()
+    return stripped.removesuffix(separator).rstrip() if stripped.endswith(separator) else text
+
+
+def _locate(source: Any) -> tuple[str, dict[str, Any]]:
+    """Name and fetching options of a repository, `"repository@revision"`, folder, or a dict of these."""
+    spec = dict(source) if isinstance(source, Mapping) else {"name_or_path": os.fspath(source)}
+    name = str(spec["name_or_path"])
+    if not os.path.isdir(name) and "@" in name:
+        name, spec["revision"] = name.rsplit("@", 1)
+    return name, {key: spec[key] for key in ("revision", "subfolder") if spec.get(key)}
+
+
+def _image_statistics(vision: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean, standard deviation and filter of a vision encoder's own image processor, as far as it has one."""
+    name, where = _locate(vision)
+    try:
+        found, _ = MiniGPT4ImageProcessor.get_image_processor_dict(name, **where, **options)
+    except OSError:
+        return {}
+    wanted = ("image_mean", "image_std", "resample", "rescale_factor", "do_normalize", "do_rescale")
+    return {key: found[key] for key in wanted if found.get(key) is not None}
+
+
+MiniGPT4Processor.register_for_auto_class()
+
+__all__ = ["MiniGPT4Processor"]

@@ -1,0 +1,353 @@
+"""MiniGPT-4 in miniature: both stages on the CPU, a table of what each has taught, and an adapter to load.
+
+    minigpt4 demo --output-dir demo-output --seed 0
+
+The two stages are the recipes themselves with `tiny_stage1` and `tiny_stage2`. The output folder gets
+
+    results.json  the numbers of the table
+    report.html   the same with pictures, descriptions before and after, and loss curves
+    adapter/      what one would publish: the projection, the processor, the model card
+    scene.png     a picture to describe
+    stage1/       the adapter after stage 1
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from modeling_minigpt4 import AutoModelForVision2Seq
+from recipes_minigpt4 import RecipeError, stage1_pretrain, stage2_finetune
+from recipes_minigpt4.tiny.corpus import one_sentence
+from recipes_minigpt4.tiny.metrics import score
+from recipes_minigpt4.tiny.report import Curve, Example, render_report
+from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
+from recipes_minigpt4.training import MiniGPT4Trainer, load_model
+
+
+STAGES = {"untrained": "untrained projection", "stage1": "after stage 1", "stage2": "after stage 2"}
+COLUMNS = {  # measure → title of its column, format of its values
+    "object_f1": ("object F1", "{:.3f}"),
+    "position_accuracy": ("position accuracy", "{:.3f}"),
+    "failure_rate": ("failure rate", "{:.1%}"),
+    "mean_words": ("mean words", "{:.1f}"),
+}
+INSTRUCTION = "Describe this image in detail."
+MAX_NEW_TOKENS = 120  # a description of three things takes at most about 90
+THREADS = 2
+
+Shown = Sequence[tuple[Image.Image, Scene]]
+Scores = Mapping[str, float]
+
+# What everyone else does with a published adapter; runs in a process of its own, which knows nothing of the training.
+RELOAD = """
+import json, sys
+from transformers import AutoProcessor, pipeline
+from modeling_minigpt4 import AutoModelForVision2Seq
+
+folder, picture, instruction, length = sys.argv[1:]
+options = {"max_new_tokens": int(length), "do_sample": False}
+content = [{"type": "image", "path": picture}, {"type": "text", "text": instruction}]
+
+model = AutoModelForVision2Seq.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+reply = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+(generated,) = processor.post_process_image_text_to_text(reply)
+
+chat = [{"role": "user", "content": content}]
+describe = pipeline("image-text-to-text", model=folder, device="cpu")
+(answer,) = describe(text=chat, return_full_text=False, generate_kwargs=options)
+print(json.dumps([generated, answer["generated_text"]]))
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Run the demo.
+
+    Raises:
+        RecipeError: for arguments that are not understood and an output folder that cannot be written.
+    """
+    args = parse(arguments)
+    folder = prepare_folder(args.output_dir)
+    started = time.perf_counter()
+    with reproducible(THREADS):
+        shown = evaluation_scenes()
+        replies, trainers = train_and_describe(folder, args.seed, shown)
+    scene = next(image for image, scene in shown if len(scene.things) == 3)
+    scene.save(folder / "scene.png")
+    generated, piped = reload_adapter(folder / "adapter", folder / "scene.png")
+
+    results = summarize(replies, [scene for _, scene in shown])
+    trainers["stage2"].create_model_card(results=card_results(results))
+    results["adapter_bytes"] = adapter_bytes(folder / "adapter")
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    results["seed"] = args.seed
+    curves = {f"Stage {number}": loss_curve(trainers[f"stage{number}"]) for number in (1, 2)}
+    write_results(folder, results, curves, choose_examples(shown, replies, 12))
+
+    print_results(results, choose_examples(shown, replies, 3))
+    print_reload(folder, results["adapter_bytes"], generated, piped)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message[:1].upper()}{message[1:]}.")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read `--output-dir` and `--seed`."""
+    parser = _Parser(prog="minigpt4 demo", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of both stages, default: %(default)s")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.seed < 2**32:
+        raise RecipeError(f"--seed must be between 0 and {2**32 - 1}, not {args.seed}.")
+    return args
+
+
+def prepare_folder(folder: Path) -> Path:
+    """
+    Make the output folder. What else lies in it stays; what an earlier demo wrote will be written anew.
+
+    Raises:
+        RecipeError: if it cannot be made or written into.
+    """
+    folder = folder.expanduser().absolute()
+    try:
+        for place in (folder, folder / "stage1", folder / "adapter"):
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+    except OSError as error:
+        raise RecipeError(
+            f"--output-dir {folder} cannot be used ({error.strerror or error}: {error.filename}); name a folder that "
+            "can be written into."
+        ) from error
+    return folder
+
+
+@contextmanager
+def reproducible(threads: int) -> Iterator[None]:
+    """The same digits for the same seed; and no warning that folders of this machine are no use to others.
+
+    That is said at the end, once, where it is understood.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    logger = logging.getLogger("modeling_minigpt4.backbones")
+    level = logger.level
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        logger.setLevel(level)
+
+
+def train_and_describe(
+    folder: Path, seed: int, shown: Shown
+) -> tuple[dict[str, list[str]], dict[str, MiniGPT4Trainer]]:
+    """Run both stages; let the model describe the pictures before, between and after. Replies, trainers by stage."""
+    stage1 = stage_arguments("tiny_stage1", folder / "stage1", seed)
+    stage2 = [
+        *stage_arguments("tiny_stage2", folder / "adapter", seed),
+        "--model_name_or_path",
+        str(folder / "stage1"),
+    ]
+    images = [image for image, _ in shown]
+    replies, trainers = {}, {}
+
+    model_args, _, training_args = stage1_pretrain.parse(stage1)
+    heading(f"Untrained projection: describing {len(images)} scenes")
+    replies["untrained"] = describe(*load_model(model_args, training_args), images)
+    heading("Stage 1: short, noisy captions")
+    trainers["stage1"] = stage1_pretrain.main(stage1)
+    heading(f"After stage 1: describing {len(images)} scenes")
+    replies["stage1"] = describe(*load_adapter(folder / "stage1"), images)
+    heading("Stage 2: few careful descriptions")
+    trainers["stage2"] = stage2_finetune.main(stage2)
+    heading(f"After stage 2: describing {len(images)} scenes")
+    replies["stage2"] = describe(*load_adapter(folder / "adapter"), images)
+    return replies, trainers
+
+
+def stage_arguments(config: str, folder: Path, seed: int) -> list[str]:
+    """Command line of a stage."""
+    return ["--config", config, "--output_dir", str(folder), "--seed", str(seed)]
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def load_adapter(folder: Path) -> tuple[Any, Any]:
+    """A published adapter with its frozen backbones, and its processor."""
+    return AutoModelForVision2Seq.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def describe(
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    batch_size: int = 80,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[str]:
+    """Greedy replies to `INSTRUCTION` in the processor's chat template, one per picture."""
+    model.eval()
+    replies: list[str] = []
+    for start in range(0, len(images), batch_size):
+        chats = []
+        for image in images[start : start + batch_size]:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": INSTRUCTION}]
+            chats.append([{"role": "user", "content": content}])
+        inputs = processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        replies += processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
+    return replies
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+def summarize(replies: Mapping[str, Sequence[str]], scenes: Sequence[Scene]) -> dict[str, Any]:
+    """The four measures of every stage: `stages` on all scenes, `held_out` on those with a held-out pair."""
+    places = [place for place, scene in enumerate(scenes) if scene.has_held_out_pair]
+    held_out = [scenes[place] for place in places]
+    return {
+        "stages": {stage: score(texts, scenes) for stage, texts in replies.items()},
+        "held_out": {stage: score([texts[place] for place in places], held_out) for stage, texts in replies.items()},
+        "scenes": {"all": len(scenes), "held_out": len(held_out)},
+    }
+
+
+def loss_curve(trainer: MiniGPT4Trainer) -> Curve:
+    """(step, loss) of every log entry."""
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Size of the weights that an adapter folder holds."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def card_results(results: Mapping[str, Any]) -> dict[str, str]:
+    """Measure → value of the trained adapter, for the model card."""
+    told = {}
+    for key, title in (("stages", "scenes never shown"), ("held_out", "those with a held-out colour–shape pair")):
+        for measure, text in zip(COLUMNS, format_scores(results[key]["stage2"]), strict=True):
+            told[f"{COLUMNS[measure][0]}, {title}"] = text
+    return told
+
+
+def format_scores(scores: Scores) -> list[str]:
+    return [style.format(scores[measure]) for measure, (_, style) in COLUMNS.items()]
+
+
+def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: for each stage a row for all scenes, and one for those with held-out pairs."""
+    rows = []
+    for stage, title in STAGES.items():
+        rows.append([title, *format_scores(results["stages"][stage])])
+        rows.append(["  held-out pairs", *format_scores(results["held_out"][stage])])
+    return ["", *(title for title, _ in COLUMNS.values())], rows
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in (header, *rows)
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def choose_examples(shown: Shown, replies: Mapping[str, Sequence[str]], count: int) -> list[Example]:
+    """Scenes with one, two and three things, the first of each kind; every third has a held-out pair."""
+    left = dict(enumerate(shown))
+    examples = []
+    for number in range(count):
+        things, held_out = 1 + (number + number // 3) % 3, number % 3 == 2
+        kinds = {place: (len(scene.things), scene.has_held_out_pair) for place, (_, scene) in left.items()}
+        place = next((place for place, kind in kinds.items() if kind == (things, held_out)), None)
+        if place is None:
+            continue
+        image, scene = left.pop(place)
+        told = {title: replies[stage][place] for stage, title in STAGES.items()}
+        examples.append(Example(image, one_sentence(scene), held_out, told))
+    return examples
+
+
+def write_results(folder: Path, results: Mapping[str, Any], curves: Mapping[str, Curve], examples: Any) -> None:
+    """Write `results.json` and `report.html`."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    header, rows = table(results)
+    page = render_report(results, header, rows, curves, examples)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def print_results(results: Mapping[str, Any], examples: Sequence[Example]) -> None:
+    count = results["scenes"]
+    heading(f"Results on {count['all']} scenes never shown, {count['held_out']} with held-out colour–shape pairs\n")
+    print(format_table(*table(results)))
+    for example in examples:
+        note = " (held-out pair)" if example.held_out else ""
+        print(f"\n{example.truth}{note}")
+        for title, reply in example.replies.items():
+            print(quote(title, reply))
+
+
+def quote(title: str, text: str, width: int = 110) -> str:
+    """A title and a text beside it, in lines of at most `width` characters."""
+    margin = " " * (2 + max(map(len, STAGES.values())) + 2)
+    start = f"  {title}".ljust(len(margin))
+    plain = " ".join(text.split()) or "(nothing)"
+    return textwrap.fill(plain, width, initial_indent=start, subsequent_indent=margin)
+
+
+def print_reload(folder: Path, size: int, generated: str, piped: str) -> None:
+    heading(f"The adapter: {size:,} bytes in {folder / 'adapter'}, loaded in a new process\n")
+    print(quote("from_pretrained", generated))
+    print(quote("pipeline", piped))
+
+
+# ---- the adapter in a new process -----------------------------------------------------------------------------------
+
+
+def reload_adapter(adapter: Path, picture: Path) -> tuple[str, str]:
+    """
+    Let a new process load the adapter and describe a picture, with `generate` and with `pipeline`.
+
+    Raises:
+        RuntimeError: if it fails or the two differ.
+    """
+    command = [sys.executable, "-c", RELOAD, str(adapter), str(picture), INSTRUCTION, str(MAX_NEW_TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise RuntimeError(f"The adapter in {adapter} could not be loaded in a new process:\n{done.stderr}")
+    generated, piped = json.loads(done.stdout.splitlines()[-1])
+    if generated != piped:
+        raise RuntimeError(f"generate and pipeline differ: {generated!r} and {piped!r}.")
+    return generated, piped
