@@ -709,11 +709,37 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         Write replies; see [`~transformers.GenerationMixin.generate`].
 
         Each row ends at EOS or at the separator of the chat template (`generation_config.separator`, `###` for the
-        original), which is kept; the processor's post-processing takes it off.
+        original), which is kept; the processor's post-processing takes it off. Where no text has a place for a
+        picture, or there is no text at all, one picture per row goes in front, behind BOS: the format of stage 1.
         """
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        self._prompt_length = 0 if prompt is None else prompt.shape[1]
-        return super().generate(inputs, *args, **kwargs)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        pictures = kwargs.get("pixel_values", kwargs.get("vision_features"))
+        if pictures is not None and kwargs.get("inputs_embeds") is None:
+            input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
+        self._prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        return super().generate(input_ids, *args, **kwargs)
+
+    def _make_places(
+        self, input_ids: torch.LongTensor | None, pictures: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Put image placeholders behind BOS where `input_ids` have none and there is one picture per row."""
+        bos = (kwargs.get("generation_config") or self.generation_config).bos_token_id
+        if input_ids is None:
+            start = [[] if bos is None else [bos]] * len(pictures)
+            input_ids = torch.tensor(start, dtype=torch.long, device=pictures.device)
+        image_token = self.config.image_token_id
+        if len(pictures) != len(input_ids) or bool((input_ids == image_token).any()):
+            return input_ids, kwargs
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        width = pictures.shape[1] if kwargs.get("pixel_values") is None else self.config.num_image_tokens
+        rows, masks = [], []
+        for ids, real in zip(input_ids.long(), mask.long(), strict=True):
+            first = int(real.argmax()) if len(real) else 0
+            first += int(first < len(ids) and bos is not None and int(ids[first]) == bos)
+            rows.append(torch.cat([ids[:first], ids.new_full((width,), image_token), ids[first:]]))
+            masks.append(torch.cat([real[:first], real.new_ones(width), real[first:]]))
+        return torch.stack(rows), {**kwargs, "attention_mask": torch.stack(masks)}
 
     def prepare_inputs_for_generation(
         self,

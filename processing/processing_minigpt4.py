@@ -1,5 +1,6 @@
 """Processor of MiniGPT-4: text with `<image>` and pictures, or whole chats, to the inputs of the model."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,28 @@ class MiniGPT4Processor(ProcessorMixin):
             num_image_tokens=config.num_image_tokens,
             chat_template=chat_template,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> "MiniGPT4Processor":
+        """
+        Load a processor; see [`~transformers.ProcessorMixin.from_pretrained`].
+
+        Args:
+            chat_template: Jinja text or a name, instead of the template that was saved.
+        """
+        processor: MiniGPT4Processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if chat_template is not None:
+            processor.chat_template = processor._chat_template(chat_template)
+        return processor
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save image processor, tokenizer, chat template and code; see [`~transformers.ProcessorMixin`]."""
+        repo_id = kwargs.pop("repo_id", None) or os.path.basename(os.path.normpath(save_directory))
+        saved = super().save_pretrained(save_directory, **kwargs)
+        _name_tokenizer_for_all_releases(os.path.join(save_directory, "tokenizer_config.json"))
+        return self.push_to_hub(repo_id, **kwargs) if push_to_hub else saved
 
     @property
     def model_input_names(self) -> list[str]:
@@ -382,6 +405,18 @@ def _image_statistics(vision: Any, options: Mapping[str, Any]) -> dict[str, Any]
         return {}
     wanted = ("image_mean", "image_std", "resample", "rescale_factor", "do_normalize", "do_rescale")
     return {key: found[key] for key in wanted if found.get(key) is not None}
+
+
+def _name_tokenizer_for_all_releases(path: str) -> None:
+    """Give a tokenizer that transformers 5 calls `TokenizersBackend` the name that 4.57 knows as well."""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(settings, file, indent=2, ensure_ascii=False)
+                file.write("\n")
 
 
 MiniGPT4Processor.register_for_auto_class()

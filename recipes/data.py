@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 
 from processing_minigpt4 import load_chat_template
+from processing_minigpt4.conversations_minigpt4 import protect_text
 from recipes_minigpt4 import RecipeError
 
 
@@ -117,11 +118,13 @@ def load_pairs(args: DataArguments, stage: int) -> Dataset:
         dataset, folder = _open_curated(path), path
     else:
         dataset, folder = _open_dataset(path, args), path
+    if not len(dataset):
+        raise RecipeError(f"{args.dataset_name} holds no samples; write one row per picture into it.")
     dataset = _choose_columns(dataset, args)
     if args.num_samples is not None:
+        if args.num_samples < 1:
+            raise RecipeError(f"--num_samples is {args.num_samples}; it has to be 1 or more, or left out.")
         dataset = dataset.select(range(min(args.num_samples, len(dataset))))
-    if not len(dataset):
-        raise RecipeError(f"{args.dataset_name} holds no samples.")
     return _as_images(dataset, Path(args.image_folder or folder))
 
 
@@ -139,6 +142,8 @@ def _open_file(path: Path) -> Dataset:
     """Read a table of rows; of a JSON object, the list that it holds under `annotations`."""
     if path.suffix not in FILE_TYPES:
         raise RecipeError(f"{path} is no data file: its name has to end in {', '.join(FILE_TYPES)}.")
+    if not path.stat().st_size:
+        raise RecipeError(f"{path} is empty; write one row per picture into it.")
     try:
         if path.suffix == ".json":
             return Dataset.from_list(_read_annotations(path))
@@ -147,7 +152,14 @@ def _open_file(path: Path) -> Dataset:
     except RecipeError:
         raise
     except Exception as error:  # whatever pandas, pyarrow or json say about a damaged file
-        raise RecipeError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+        raise RecipeError(f"{path} cannot be read as {path.suffix[1:]} ({_reason(error)}); mend the file.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error, or the one behind it, says: one line without a full stop."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _read_annotations(path: Path) -> list[dict[str, Any]]:
@@ -179,13 +191,15 @@ def _open_dataset(path: Path, args: DataArguments) -> Dataset:
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = load_from_disk(str(path))
+            if isinstance(saved, DatasetDict) and args.dataset_split not in saved:
+                raise KeyError(f"its splits are {', '.join(saved)}")
             return saved[args.dataset_split] if isinstance(saved, DatasetDict) else saved
         name = str(path) if path.is_dir() else args.dataset_name
         return load_dataset(name, args.dataset_config, split=args.dataset_split, revision=args.dataset_revision)
     except Exception as error:  # the many ways in which `datasets` says that something is not there
         raise RecipeError(
             f"{args.dataset_name} with the split {args.dataset_split} cannot be opened "
-            f"({' '.join(str(error).split())}); name a dataset of the Hub, a folder with pictures and metadata, or a "
+            f"({_reason(error)}); name a dataset of the Hub, a folder with pictures and metadata, or a "
             "file with --dataset_name."
         ) from error
 
@@ -218,16 +232,24 @@ def _as_images(dataset: Dataset, folder: Path) -> Dataset:
         return dataset
     if isinstance(kind, Value) and "string" in kind.dtype:
         dataset = dataset.map(_join_paths, batched=True, fn_kwargs={"folder": str(folder.absolute())})
-        first = dataset[0]["image"]
-        if "://" not in first and not Path(first).is_file():
-            raise RecipeError(f"There is no picture {first}; say with --image_folder where relative paths start from.")
+        paths = list(dataset["image"])
+        if nameless := sum(not path for path in paths):
+            raise RecipeError(f"{nameless} of {len(paths)} rows have no picture; remove them from the dataset.")
+        if missing := [path for path in paths if "://" not in path and not Path(path).is_file()]:
+            raise RecipeError(
+                f"{len(missing)} of {len(paths)} pictures are missing, {missing[0]} among them; say with "
+                "--image_folder where relative paths start from."
+            )
     elif not (isinstance(kind, Mapping) or (isinstance(kind, Value) and "binary" in kind.dtype)):
-        raise RecipeError(f"The image column holds neither pictures nor paths but {kind}; name another.")
+        raise RecipeError(
+            f"The image column holds neither pictures nor paths but {kind}; name another with --image_column."
+        )
     return dataset.cast_column("image", Image())
 
 
-def _join_paths(batch: Mapping[str, Sequence[str]], folder: str) -> dict[str, list[str]]:
-    return {"image": [path if "://" in path else str(Path(folder, path)) for path in batch["image"]]}
+def _join_paths(batch: Mapping[str, Sequence[str | None]], folder: str) -> dict[str, list[str | None]]:
+    paths = batch["image"]
+    return {"image": [path if not path or "://" in path else str(Path(folder, path)) for path in paths]}
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -240,7 +262,8 @@ class Rows:
 
     Args:
         tokenizer: the language model's.
-        prompts: texts with `<image>`; a pair's `prompt` says which it gets.
+        image_token: what marks a picture; in a caption it is text and stays so.
+        prompts: texts with it; a pair's `prompt` says which it gets.
         start: text that the template puts between prompt and answer, mostly none.
         end: text that ends an answer.
         max_txt_len: longest answer in tokens, `end` included, or None.
@@ -248,6 +271,7 @@ class Rows:
     """
 
     tokenizer: Any
+    image_token: str
     prompts: tuple[str, ...]
     start: str
     end: str
@@ -258,23 +282,34 @@ class Rows:
         return {
             "prompt": [self.prompts[number] for number in batch["prompt"]],
             "completion": [self.completion(text) for text in batch["text"]],
-            "images": [[image] for image in batch["image"]],
+            "images": [[self.picture(image)] for image in batch["image"]],
         }
+
+    def picture(self, stored: Mapping[str, Any] | None) -> Any:
+        """Decode a picture, turned as its EXIF data say."""
+        if stored is None:
+            raise RecipeError("A row has no picture; remove such rows from the dataset.")
+        try:
+            return Image().decode_example(dict(stored))
+        except Exception as error:  # whatever Pillow or the file system say about a damaged or missing file
+            name = stored.get("path") or "A picture of the dataset"
+            raise RecipeError(f"{name} cannot be read ({_reason(error)}); mend it, or remove its row.") from error
 
     def completion(self, text: str) -> str:
         """An answer as it is trained: cleaned, ended, and cut to `max_txt_len` tokens."""
         if not isinstance(text, str):
             raise RecipeError(f"A caption is no text but {text!r}; remove such rows from the dataset.")
         answer = clean_caption(text) if self.clean else text.strip()
-        return truncate(self.start + answer + self.end, self.tokenizer, self.max_txt_len)
+        answer = truncate(self.start + answer + self.end, self.tokenizer, self.max_txt_len)
+        return str(protect_text(answer, self.image_token))
 
 
 def truncate(text: str, tokenizer: Any, max_tokens: int | None) -> str:
     """
     Cut a text behind its first `max_tokens` tokens (released code: `end_sym` counts and can be cut off).
 
-    The text is cut, not its ids, so that any trainer can tokenize it. Where it would come out longer, because a token
-    holds half a character, one token less is kept.
+    The text is cut, not its ids, so that any trainer can tokenize it. Where a token holds half a character, so that
+    the text would come out longer or damaged, one token less is kept.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if max_tokens is None or len(ids) <= max_tokens:
@@ -285,6 +320,8 @@ def truncate(text: str, tokenizer: Any, max_tokens: int | None) -> str:
         ends = [end for _, end in offsets]
     for kept in range(max_tokens, 0, -1):
         shorter = text[: ends[kept - 1]] if ends else tokenizer.decode(ids[:kept], clean_up_tokenization_spaces=False)
+        if "\ufffd" in shorter and "\ufffd" not in text:
+            continue
         if len(tokenizer(shorter, add_special_tokens=False)["input_ids"]) <= max_tokens:
             return shorter
     return ""
@@ -294,6 +331,7 @@ def stage1_rows(pairs: Dataset, processor: Any, args: DataArguments) -> Dataset:
     """Rows of stage 1, `[BOS][image][caption][line break]`, with cleaned captions of at most 32 tokens."""
     rows = Rows(
         tokenizer=processor.tokenizer,
+        image_token=processor.image_token,
         prompts=((processor.tokenizer.bos_token or "") + processor.image_token,),
         start="",
         end="\n" if args.end_sym is None else args.end_sym,
@@ -315,6 +353,7 @@ def stage2_rows(pairs: Dataset, processor: Any, args: DataArguments, seed: int =
     prompts, start, end = instruction_format(processor, args.instruction_template)
     rows = Rows(
         tokenizer=processor.tokenizer,
+        image_token=processor.image_token,
         prompts=prompts,
         start=start,
         end=end if args.end_sym is None else args.end_sym,
@@ -327,7 +366,8 @@ def stage2_rows(pairs: Dataset, processor: Any, args: DataArguments, seed: int =
 
 def _with_rows(pairs: Dataset, rows: Rows, prompts: list[int]) -> Dataset:
     """Number the prompt of every pair, which costs no copy of the pictures, and make rows on access."""
-    return pairs.add_column("prompt", prompts).with_transform(rows)
+    # `rows` decodes by itself, so that it can say which picture cannot be read.
+    return pairs.cast_column("image", Image(decode=False)).add_column("prompt", prompts).with_transform(rows)
 
 
 def instruction_format(processor: Any, template: str | None = None) -> tuple[tuple[str, ...], str, str]:

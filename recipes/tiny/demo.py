@@ -27,9 +27,11 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 from modeling_minigpt4 import AutoModelForVision2Seq
 from recipes_minigpt4 import RecipeError, stage1_pretrain, stage2_finetune
+from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import score
 from recipes_minigpt4.tiny.report import Curve, Example, render_report
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     folder = prepare_folder(args.output_dir)
     started = time.perf_counter()
-    with reproducible(THREADS):
+    with reproducible(THREADS), quiet():
         shown = evaluation_scenes()
         replies, trainers = train_and_describe(folder, args.seed, shown)
     scene = next(image for image, scene in shown if len(scene.things) == 3)
@@ -145,21 +147,35 @@ def prepare_folder(folder: Path) -> Path:
 
 @contextmanager
 def reproducible(threads: int) -> Iterator[None]:
-    """The same digits for the same seed; and no warning that folders of this machine are no use to others.
-
-    That is said at the end, once, where it is understood.
-    """
+    """The same digits for the same seed, whatever the machine's number of cores."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    logger = logging.getLogger("modeling_minigpt4.backbones")
-    level = logger.level
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars while files are read and written, which takes no time here; the trainer's own stay.
+
+    Nor the warning, at every save, that folders of this machine are no use to others: the demo says so at its end.
+    """
+    with_bars, logger = (
+        transformers_logging.is_progress_bar_enabled(),
+        logging.getLogger("modeling_minigpt4.backbones"),
+    )
+    level = logger.level
+    transformers_logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if with_bars:
+            transformers_logging.enable_progress_bar()
         logger.setLevel(level)
 
 
@@ -331,6 +347,10 @@ def print_reload(folder: Path, size: int, generated: str, piped: str) -> None:
     heading(f"The adapter: {size:,} bytes in {folder / 'adapter'}, loaded in a new process\n")
     print(quote("from_pretrained", generated))
     print(quote("pipeline", piped))
+    print(
+        f"\nIts frozen parts stay in {BACKBONES}; to publish an adapter, push its backbones too, or save with full=True."
+        f"\nPictures, descriptions and loss curves: {folder / 'report.html'}"
+    )
 
 
 # ---- the adapter in a new process -----------------------------------------------------------------------------------
