@@ -334,6 +334,15 @@ class BackbonesMixin:
     transformers: this class finds the tensors, checks them and hands them over.
     """
 
+    # What the class that this is mixed into brings.
+    config: Any
+    config_class: Any
+    base_model_prefix: str
+    named_parameters: Any
+    state_dict: Any
+    _skeleton: Any
+    _new_projection: Any
+
     # Names of tensors that came with the checkpoint although their part has a backbone, e.g. a tuned Q-Former.
     _own_tensors: frozenset[str] = frozenset()
 

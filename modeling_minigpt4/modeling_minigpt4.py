@@ -55,7 +55,7 @@ class MiniGPT4ModelOutputWithPast(BaseModelOutputWithPast):
             Image tokens as the language model receives them, behind the projection.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -76,12 +76,12 @@ class MiniGPT4CausalLMOutputWithPast(ModelOutput):
             Image tokens as the language model receives them, behind the projection.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class Float32Linear(nn.Linear):
@@ -203,7 +203,7 @@ class SeparatorCriteria(StoppingCriteria):
         self.start = prompt_length
         self.seen = prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         # Assisted decoding adds several ids a step, so look at all new ones and as many before as could begin it.
         first = max(self.start, min(self.seen, input_ids.shape[1] - 1) - len(self.separator) + 1)
         self.seen = input_ids.shape[1]
@@ -357,7 +357,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
     def set_decoder(self, decoder: PreTrainedModel) -> None:
         self.language_model = decoder
 
-    def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """
         Run the frozen vision side: encoder, and Q-Former or the joining of patches.
 
@@ -404,8 +404,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
@@ -441,8 +441,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         return outputs
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor, image_features: torch.FloatTensor | None = None
-    ) -> torch.BoolTensor:
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Find the places of image tokens.
 
@@ -471,13 +471,13 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -511,9 +511,9 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                     "`inputs_embeds` must hold the image tokens already."
                 )
             image_tokens = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_tokens)
-        if position_ids is None:
+        if position_ids is None and inputs_embeds is not None:
             position_ids = self._positions(attention_mask, inputs_embeds)
         options = {
             "attention_mask": attention_mask,
@@ -537,7 +537,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             image_hidden_states=image_tokens,
         )
 
-    def _embed(self, input_ids: torch.LongTensor, image_tokens: torch.FloatTensor | None) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None) -> torch.Tensor:
         """Look up text tokens and put image tokens, in order, where the placeholders are."""
         mask = self.get_placeholder_mask(input_ids, image_tokens)
         # Placeholders lie outside the vocabulary, so any row of it stands in for the look-up.
@@ -548,7 +548,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         return embeddings.masked_scatter(mask.unsqueeze(-1).to(embeddings.device), image_tokens)
 
     @staticmethod
-    def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.LongTensor | None:
+    def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
         """
         Count positions over real tokens only, as `generate` does, so that left padding changes nothing.
 
@@ -611,30 +611,30 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
 
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See [`MiniGPT4Model.get_image_features`]."""
         return self.model.get_image_features(pixel_values, vision_features, **kwargs)
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor, image_features: torch.FloatTensor | None = None
-    ) -> torch.BoolTensor:
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See [`MiniGPT4Model.get_placeholder_mask`]."""
         return self.model.get_placeholder_mask(input_ids, image_features)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -704,7 +704,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             criteria.append(SeparatorCriteria(separator, pieces, self._prompt_length))
         return criteria
 
-    def generate(self, inputs: torch.LongTensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Write replies; see [`~transformers.GenerationMixin.generate`].
 
@@ -720,8 +720,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         return super().generate(input_ids, *args, **kwargs)
 
     def _make_places(
-        self, input_ids: torch.LongTensor | None, pictures: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        self, input_ids: torch.Tensor | None, pictures: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Put image placeholders behind BOS where `input_ids` have none and there is one picture per row."""
         bos = (kwargs.get("generation_config") or self.generation_config).bos_token_id
         if input_ids is None:
@@ -743,10 +743,10 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         *args: Any,
-        pixel_values: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Give pictures to the steps whose slice of `input_ids` has places for them: the first, or all if uncached."""
@@ -760,9 +760,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """Repeat rows for beams; pictures are encoded once and repeated with their row, however many it has."""
         pixels, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("vision_features", None)
         if expand_size > 1 and input_ids is not None and (pixels is not None or features is not None):

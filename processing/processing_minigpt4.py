@@ -21,7 +21,7 @@ from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, trun
 IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
-class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):
+class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     _defaults = {"text_kwargs": {"padding": False}}
 
 
@@ -88,7 +88,9 @@ class MiniGPT4Processor(ProcessorMixin):
         if isinstance(chat_template, str) and not _is_jinja(chat_template):
             chat_template = load_chat_template(chat_template, tokenizer)
         self.image_token = image_token
-        self.image_token_id = len(tokenizer) if image_token_id is None and tokenizer is not None else image_token_id
+        self.image_token_id: Any = image_token_id
+        if image_token_id is None and tokenizer is not None:
+            self.image_token_id = len(tokenizer)
         self.num_image_tokens = num_image_tokens
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
@@ -258,7 +260,10 @@ class MiniGPT4Processor(ProcessorMixin):
         )
         side = options.get("padding_side") or self.tokenizer.padding_side
         padded = [self._pad(row, ids, spans, length, side) for row, (ids, spans) in zip(rows, joined, strict=True)]
-        data = {"input_ids": [ids for ids, _, _ in padded], "attention_mask": [mask for _, mask, _ in padded]}
+        data: dict[str, list[Any]] = {
+            "input_ids": [ids for ids, _, _ in padded],
+            "attention_mask": [mask for _, mask, _ in padded],
+        }
         if with_spans:
             data["offset_mapping"] = [spans for _, _, spans in padded]
         return data
@@ -374,7 +379,9 @@ def _is_jinja(text: str) -> bool:
 
 def _as_texts(text: Any) -> list[str]:
     """One text or several as a list, or an error that says what is wrong."""
-    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else [None]
+    texts: list[Any] = [text]
+    if isinstance(text, (list, tuple)):
+        texts = list(text)
     if not texts:
         raise ValueError("The batch is empty; pass at least one text.")
     if not all(isinstance(entry, str) for entry in texts):

@@ -87,7 +87,9 @@ def _peel_bos(row: Row, tokenizer: Any) -> int:
 
 def _split(text: str, start: int, image_token: str) -> list[_Piece]:
     """Cut a text at its placeholders and segment marks, and take the marks of literal placeholders out."""
-    pieces, chars, places = [], [], []
+    pieces: list[_Piece] = []
+    chars: list[str] = []
+    places: list[int] = []
 
     def close() -> None:
         if chars:

@@ -105,7 +105,7 @@ class StageArguments(SFTConfig):
     language: str = field(default="en", metadata={"help": "Language of the training text, for the model card."})
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16:
+        if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
             self.fp16 = gpu and not self.bf16
@@ -117,7 +117,7 @@ class StageParser(TrlParser):
 
     def __init__(self, command: str, dataclass_types: Sequence[type]) -> None:
         usage = f"minigpt4 {command} [--config YAML] [--FIELD VALUE ...]"
-        super().__init__(dataclass_types=dataclass_types, usage=usage)
+        super().__init__(dataclass_types=dataclass_types, usage=usage, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         raise RecipeError(f"{message}.")
@@ -139,12 +139,15 @@ class StageParser(TrlParser):
             *parsed, in_file, in_command = self.parse_args_and_config(
                 arguments, return_remaining_strings=True, separate_remaining_strings=True
             )
-        except yaml.YAMLError as error:
-            raise RecipeError(f"The configuration is no YAML: {' '.join(str(error).split())}.") from error
+        except RecipeError:
+            raise
+        except (yaml.YAMLError, ValueError) as error:  # also what the settings of transformers and TRL refuse
+            kind = "The configuration is no YAML: " if isinstance(error, yaml.YAMLError) else ""
+            raise RecipeError(f"{kind}{' '.join(str(error).split()).rstrip('.')}.") from error
         for unknown in (text for text in (*in_file, *in_command) if text.startswith("-")):
             name = unknown.lstrip("-").split("=")[0]
             close = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
-            hint = f"did you mean {close[0]}?" if close else "--help lists those there are."
+            hint = f"the nearest is {close[0]}." if close else "--help lists those there are."
             raise RecipeError(f"There is no argument {name!r}; {hint}")
         if in_command:
             raise RecipeError(f"Nothing takes the value {in_command[0]!r}; write --FIELD VALUE.")
@@ -178,7 +181,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
         RecipeError: if a part is not named, cannot be found or does not fit.
     """
     set_seed(training.seed)  # a new projection is drawn from it
-    options = {"dtype": _dtype(args, training)}
+    options: dict[str, Any] = {"dtype": _dtype(args, training)}
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
     parts = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
@@ -191,6 +194,8 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
             )
             processor = MiniGPT4Processor.from_pretrained(args.model_name_or_path, **template)
         elif {"vision", "language_model"} <= parts.keys():
+            if (args.chat_template or "").startswith("vicuna_v0"):
+                options["separator"] = "###"  # also where the language model's own chats end in another way
             model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, **options)
             processor = MiniGPT4Processor.from_backbones(
                 language_model=parts["language_model"], vision=parts["vision"], config=model.config, **template
@@ -306,7 +311,7 @@ class MiniGPT4Trainer(SFTTrainer):
         return [name for name, shape in shapes.items() if len(shape) >= 2]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if self.lr_scheduler is None and self.args.original_schedule:
+        if self.lr_scheduler is None and self.args.original_schedule:  # type: ignore[has-type]
             args, top = self.args, self.args.learning_rate
 
             def factor(step: int) -> float:
@@ -333,22 +338,29 @@ class MiniGPT4Trainer(SFTTrainer):
             self._images, self._clock = 0, now
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        self._write_card(output_dir or self.args.output_dir)
+
     def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write README.md into the output folder, from the template MODEL_CARD.md."""
+        """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""
         if self.is_world_process_zero():
-            card = render_card(
-                self.model,
-                self.args,
-                steps=self.state.global_step,
-                stage=self.stage,
-                dataset_name=self.dataset_name,
-                results=results or self.results(),
-            )
-            (Path(self.args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+            self._write_card(self.args.output_dir, results)
+
+    def _write_card(self, folder: str, results: Mapping[str, Any] | None = None) -> None:
+        card = render_card(
+            self.model,
+            self.args,
+            steps=self.state.global_step,
+            stage=self.stage,
+            dataset_name=self.dataset_name,
+            results=results or self.results(),
+        )
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
     def results(self) -> dict[str, float]:
         """The last logged loss and token accuracy on the training data."""
-        last = next((entry for entry in reversed(self.state.log_history) if "loss" in entry), {})
+        last: dict[str, float] = next((entry for entry in reversed(self.state.log_history) if "loss" in entry), {})
         names = {"loss": "training loss", "mean_token_accuracy": "training token accuracy"}
         return {text: last[name] for name, text in names.items() if name in last}
 
@@ -358,18 +370,28 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     Train, or go on from a checkpoint, then save the adapter with its processor and card, and push them if asked to.
 
     Raises:
-        RecipeError: if there is no checkpoint to resume from.
+        RecipeError: if there is no checkpoint to resume from, or no room for the pictures.
     """
     args = trainer.args
+    check_max_length(trainer)
     if trainer.is_world_process_zero():
         print(describe_parameters(trainer.model))
     trainer.train(resume_from_checkpoint=find_checkpoint(args))
-    trainer.save_model()
+    trainer.save_model()  # which pushes too, if asked to
     trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    else:
-        trainer.create_model_card()
+
+
+def check_max_length(trainer: MiniGPT4Trainer) -> None:
+    """Refuse a `max_length` that would cut pictures, before the first step rather than in it."""
+    if (limit := trainer.args.max_length) is None:
+        return
+    row = next(iter(trainer.train_dataset))
+    prompt = trainer.processing_class(images=row["images"], text=row["prompt"], add_special_tokens=False)
+    if (needed := len(prompt["input_ids"][0])) >= limit:
+        raise RecipeError(
+            f"max_length is {limit}, but picture and prompt alone take {needed} tokens; leave it out, for "
+            "--max_txt_len cuts long answers and never a picture."
+        )
 
 
 def find_checkpoint(args: StageArguments) -> str | None:

@@ -221,13 +221,7 @@ def load_adapter(folder: Path) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def describe(
-    model: Any,
-    processor: Any,
-    images: Sequence[Image.Image],
-    batch_size: int = 80,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-) -> list[str]:
+def describe(model: Any, processor: Any, images: Sequence[Image.Image], batch_size: int = 80) -> list[str]:
     """Greedy replies to `INSTRUCTION` in the processor's chat template, one per picture."""
     model.eval()
     replies: list[str] = []
@@ -239,7 +233,7 @@ def describe(
         inputs = processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         replies += processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
     return replies
 
@@ -348,7 +342,8 @@ def print_reload(folder: Path, size: int, generated: str, piped: str) -> None:
     print(quote("from_pretrained", generated))
     print(quote("pipeline", piped))
     print(
-        f"\nIts frozen parts stay in {BACKBONES}; to publish an adapter, push its backbones too, or save with full=True."
+        f"\nIts frozen parts are those in {BACKBONES}."
+        "\nTo publish an adapter, push its backbones first and name them by repository, or save with full=True."
         f"\nPictures, descriptions and loss curves: {folder / 'report.html'}"
     )
 

@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture) -> Callable:
     def call(command: str, arguments: list[str], status: int = 0) -> str:
         assert cli.main([command, *arguments]) == status
         printed = capsys.readouterr()
-        return printed.err if status else printed.out
+        return printed.err.splitlines()[-1] if status else printed.out  # progress bars go to standard error too
 
     return call
 
@@ -165,7 +165,7 @@ def test_resuming_equals_a_run_without_a_break(run: Callable, stage: Callable, t
 @pytest.mark.parametrize("wanted", ["true", "nowhere"])
 def test_nothing_to_resume_from_is_told(run: Callable, stage: Callable, wanted: str) -> None:
     told = run("stage1", stage(resume_from_checkpoint=wanted), status=2)
-    assert told.count("\n") == 1 and "resume" in told
+    check_sentence(told, ("resume", "--resume_from_checkpoint"))
 
 
 # ---- other ways to start --------------------------------------------------------------------------------------------
@@ -314,8 +314,9 @@ def test_mistakes_are_told_in_one_sentence(name: str, run: Callable, stage: Call
 FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown field": ("learning_rat: 1\n", ("learning_rat", "learning_rate")),
     "no YAML": ("a: [1\n", ("YAML",)),
-    "a list": ("- 1\n", ("YAML", "fields")),
-    "empty": ("", ("--vision",)),
+    "a list": ("- 1\n", ("own.yaml", "YAML mapping")),
+    "empty": ("", ("own.yaml", "YAML mapping")),
+    "values that contradict each other": ("bf16: true\nfp16: true\n", ("bf16", "fp16")),
     "wrong number": ("max_steps: many\n", ("max_steps", "many")),
 }
 
@@ -342,7 +343,7 @@ def test_what_is_missing_or_too_small_is_told(fields, named, run: Callable, stag
 
 
 def check_sentence(told: str, named: tuple[str, ...]) -> None:
-    assert told.startswith("minigpt4 stage1: ") and told.endswith(".\n") and told.count("\n") == 1, told
+    assert told.startswith("minigpt4 stage1: ") and told.endswith("."), told
     assert not [word for word in named if word not in told], told
 
 

@@ -1,6 +1,7 @@
 """The demo: what it writes and prints, with backbones that have learned nothing and stages of a few steps."""
 
-import argparse
+import base64
+import io
 import json
 import random
 import re
@@ -22,6 +23,7 @@ SHOWN = [
     (Image.new("RGB", (8, 8), scenes.COLOURS[scene.things[0].colour]), scene)
     for scene in scenes.sample_scenes(random.Random(5), 60, lambda scene: True)
 ]
+SHORT = ["--max_steps", "3", "--num_samples", "12", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
 MEASURES = {"object_f1", "position_accuracy", "failure_rate", "mean_words"}
 
 
@@ -60,18 +62,15 @@ def test_arguments_that_are_not_understood(arguments, message, capsys):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("place", ["", "adapter", "stage1", "below/it"])
-def test_an_output_folder_that_is_a_file(place, tmp_path):
-    in_the_way = tmp_path / "out" / place
-    in_the_way.parent.mkdir(exist_ok=True)
-    in_the_way = in_the_way.parent if place == "below/it" else in_the_way
-    if in_the_way.is_dir():
-        in_the_way.rmdir()
-    in_the_way.write_text("precious")
-    target = tmp_path / "out" / place if place in ("", "below/it") else tmp_path / "out"
+@pytest.mark.parametrize(
+    ("file", "folder"), [("out", "out"), ("out", "out/below"), ("out/adapter", "out"), ("out/stage1", "out")]
+)
+def test_an_output_folder_where_a_file_is_in_the_way(file, folder, tmp_path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("precious")
     with pytest.raises(RecipeError, match=r"--output-dir .* cannot be used .*; name a folder"):
-        demo.prepare_folder(target)
-    assert in_the_way.read_text() == "precious"
+        demo.prepare_folder(tmp_path / folder)
+    assert (tmp_path / file).read_text() == "precious"
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -111,7 +110,7 @@ def test_the_table_has_a_row_per_stage_and_one_for_its_held_out_pairs():
     header, rows = demo.table(some_results())
     lines = demo.format_table(header, rows).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].split() == "object F1 position accuracy failure rate mean words".split()
+    assert lines[0].split() == ["object", "F1", "position", "accuracy", "failure", "rate", "mean", "words"]
     titles = [re.split(r"\s{2,}", line.strip())[0] for line in lines[2:]]
     assert titles == [title for stage in demo.STAGES.values() for title in (stage, "held-out pairs")]
     assert re.split(r"\s{2,}", lines[2].strip())[1:] == ["0.000", "0.000", "100.0%", "0.0"]
@@ -122,8 +121,7 @@ def test_examples_are_different_scenes_of_every_kind():
     examples = demo.choose_examples(SHOWN, perfect_and_silent(), 9)
     assert len({example.truth for example in examples}) == 9
     assert sum(example.held_out for example in examples) == 3
-    described = {scenes_one.truth for scenes_one in examples}
-    assert {demo.one_sentence(scene) for _, scene in SHOWN} >= described
+    assert {demo.one_sentence(scene) for _, scene in SHOWN} >= {example.truth for example in examples}
     for example in examples:
         assert list(example.replies) == list(demo.STAGES.values())
         assert example.replies["untrained projection"] == ""
@@ -194,9 +192,6 @@ def test_replies_cannot_write_html():
 
 def test_a_picture_comes_back_from_its_link():
     image = scenes.draw_scene(SHOWN[0][1])
-    import base64
-    import io
-
     back = Image.open(io.BytesIO(base64.b64decode(report.data_uri(image).partition(",")[2])))
     assert back.tobytes() == image.tobytes()
 
@@ -218,7 +213,9 @@ def test_no_curve_no_drawing():
     assert "<svg" not in report.draw_curve([], "empty")
 
 
-@pytest.mark.parametrize(("extent", "step"), [(0, 1), (0.04, 0.01), (1, 0.2), (4, 1), (6.7, 2), (500, 100), (501, 200)])
+@pytest.mark.parametrize(
+    ("extent", "step"), [(0, 1), (0.04, 0.01), (1, 0.2), (4, 1), (6.7, 2), (500, 100), (501, 200)]
+)
 def test_nice_steps(extent, step):
     assert report.nice_step(extent) == pytest.approx(step)
 
@@ -238,17 +235,19 @@ def untaught(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def short_demo(untaught, tmp_path_factory):
-    """The folder and the output of `minigpt4 demo` with stages of three steps and six pictures."""
+def short_demo(untaught, tmp_path_factory) -> Path:
+    """What `minigpt4 demo` writes with stages of three steps and six pictures, in a folder that was not empty."""
     folder = tmp_path_factory.mktemp("demo") / "out"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "results.json").write_text("of an earlier run")
+    (folder / "notes.txt").write_text("mine")
     pictures = scenes.evaluation_scenes()[157:163]
     long = demo.stage_arguments
-    short = ["--max_steps", "3", "--num_samples", "12", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "VISION_BACKBONE", untaught / "blip2")
         patch.setattr(tiny, "LANGUAGE_BACKBONE", untaught / "llama")
         patch.setattr(demo, "evaluation_scenes", lambda: pictures)
-        patch.setattr(demo, "stage_arguments", lambda *args: [*long(*args), *short])
+        patch.setattr(demo, "stage_arguments", lambda *args: [*long(*args), *SHORT])
         patch.setattr(demo, "MAX_NEW_TOKENS", 12)
         threads = torch.get_num_threads()
         assert run_command(["demo", "--output-dir", str(folder), "--seed", "11"]) == 0
@@ -303,23 +302,29 @@ def test_the_report_and_the_picture(short_demo):
     assert Image.open(short_demo / "scene.png").size == (96, 96)
 
 
-def test_a_second_run_gives_the_same_digits(short_demo, untaught, monkeypatch, tmp_path):
+def test_other_files_in_the_folder_stay(short_demo):
+    assert (short_demo / "notes.txt").read_text() == "mine"
+
+
+def test_the_same_seed_gives_the_same_digits(short_demo, untaught, monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "VISION_BACKBONE", untaught / "blip2")
     monkeypatch.setattr(tiny, "LANGUAGE_BACKBONE", untaught / "llama")
-    before = load_file(short_demo / "adapter" / "model.safetensors")
-    short = ["--max_steps", "3", "--num_samples", "12", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
-    with demo.reproducible(demo.THREADS), demo.quiet():
-        demo.stage1_pretrain.main([*demo.stage_arguments("tiny_stage1", tmp_path / "stage1", 11), *short])
-    after = load_file(tmp_path / "stage1" / "model.safetensors")
-    expected = load_file(short_demo / "stage1" / "model.safetensors")
-    assert all(torch.equal(after[name], expected[name]) for name in expected)
-    assert before.keys() == after.keys()
+    torch.manual_seed(99)
+    random.seed(99)
+    first = load_file(short_demo / "stage1" / "model.safetensors")
+    for seed, same in ((11, True), (12, False)):
+        folder = tmp_path / str(seed)
+        with demo.reproducible(demo.THREADS), demo.quiet():
+            demo.stage1_pretrain.main([*demo.stage_arguments("tiny_stage1", folder, seed), *SHORT])
+        again = load_file(folder / "model.safetensors")
+        assert all(torch.equal(again[name], first[name]) is same for name in first)
 
 
-def test_replies_do_not_depend_on_the_batch(short_demo):
+def test_replies_do_not_depend_on_the_batch(short_demo, monkeypatch):
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 6)
     model, processor = demo.load_adapter(short_demo / "adapter")
     images = [image for image, _ in scenes.evaluation_scenes(5, 1)]
-    one, two = (demo.describe(model, processor, images, size, max_new_tokens=6) for size in (2, 5))
+    one, two = (demo.describe(model, processor, images, size) for size in (2, 5))
     assert one == two
     assert len(one) == 5
 

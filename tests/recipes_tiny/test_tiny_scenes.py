@@ -1,4 +1,4 @@
-"""The generated world: the same for everybody, true to its words, and split so that nothing is measured on what trained."""
+"""The generated world: the same for everybody, true to its words, and split into what trains and what measures."""
 
 import random
 from collections import Counter
@@ -130,7 +130,8 @@ def test_large_things_cover_more_than_small_ones():
 
     for shape in scenes.SHAPES:
         smallest, largest = (
-            edge(covered(size, shape, jitter) for jitter in range(10)) for edge, size in ((min, "large"), (max, "small"))
+            edge(covered(size, shape, jitter) for jitter in range(10))
+            for edge, size in ((min, "large"), (max, "small"))
         )
         assert smallest > 1.5 * largest
 
