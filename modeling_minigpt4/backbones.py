@@ -375,8 +375,10 @@ class BackbonesMixin:
         where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
             path = pretrained_model_name_or_path if config is None else config
+            # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
+            dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-            kwargs = {**kwargs, **where}
+            kwargs = {**kwargs, **where, **dtypes}
         if pretrained_model_name_or_path is None or not config.backbones:
             return load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 

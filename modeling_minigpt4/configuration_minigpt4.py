@@ -50,6 +50,8 @@ class _SubConfigs:
         parts: dict[str, type] = {"vision_config": AutoConfig, "text_config": AutoConfig}
         if config is None or config.qformer_config is not None:
             parts["qformer_config"] = Blip2QFormerConfig
+        if config is not None and isinstance(config.vision_config, Blip2VisionConfig):
+            parts["vision_config"] = Blip2VisionConfig  # which AutoConfig of 4.57 does not know
         return parts
 
 

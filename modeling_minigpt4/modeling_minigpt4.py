@@ -257,6 +257,21 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
         tensors = build_projection(config).state_dict()
         return {f"model.language_projection.{name}": tensor for name, tensor in tensors.items()}
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """
+        Resize the vocabulary; see [`~transformers.PreTrainedModel.resize_token_embeddings`].
+
+        `config.image_token_id` moves with it if it would otherwise become a token of the vocabulary.
+        """
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.image_token_id < (vocab_size := self.config.text_config.vocab_size):
+            logger.warning(
+                f"The vocabulary has grown over the image placeholder {self.config.image_token_id}, which is now "
+                f"{vocab_size}; set `processor.image_token_id = {vocab_size}` too."
+            )
+            self.config.image_token_id = vocab_size
+        return embeddings
+
     # ---- freezing -------------------------------------------------------------------------------------------------
 
     def freeze_backbones(self, train: Sequence[str] = ()) -> None:
@@ -437,8 +452,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 f"`vision_features` have {outputs.last_hidden_state.shape[-1]} channels but the projection takes "
                 f"{first.in_features}; compute them with `encode_images` of the same model."
             )
-        outputs.pooler_output = projection(outputs.last_hidden_state)
-        return outputs
+        # In place, 4.57's outputs would keep a field that was None out of their tuple.
+        return BaseModelOutputWithPooling(**{**outputs, "pooler_output": projection(outputs.last_hidden_state)})
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None
@@ -573,6 +588,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     ```
     """
 
+    # Tensor parallelism: every device scores a share of the vocabulary, and the shares are put together.
+    _tp_plan = {"lm_head": "colwise_rep" if IS_TRANSFORMERS_4 else "colwise_gather_output"}
+
     def __init__(self, config: MiniGPT4Config) -> None:
         super().__init__(config)
         # The language model's own class brings the right head: with or without a bias, under whatever name.
@@ -677,21 +695,6 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """
-        Resize the vocabulary; see [`~transformers.PreTrainedModel.resize_token_embeddings`].
-
-        `config.image_token_id` moves with it if it would otherwise become a token of the vocabulary.
-        """
-        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
-        if self.config.image_token_id < (vocab_size := self.config.text_config.vocab_size):
-            logger.warning(
-                f"The vocabulary has grown over the image placeholder {self.config.image_token_id}, which is now "
-                f"{vocab_size}; set `processor.image_token_id = {vocab_size}` too."
-            )
-            self.config.image_token_id = vocab_size
-        return embeddings
-
     # ---- generation -----------------------------------------------------------------------------------------------
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
@@ -745,11 +748,13 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         self,
         input_ids: torch.Tensor,
         *args: Any,
+        inputs_embeds: torch.Tensor | None = None,  # named, because `generate` looks for it in this signature
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Give pictures to the steps whose slice of `input_ids` has places for them: the first, or all if uncached."""
+        kwargs["inputs_embeds"] = inputs_embeds
         model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         ids = model_inputs.get("input_ids")
         if ids is not None and bool((ids == self.config.image_token_id).any()):

@@ -4,6 +4,7 @@ A card goes to people who do not have this machine: folders appear by their last
 """
 
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -53,6 +54,7 @@ def render_card(
     steps: int | None = None,
     stage: int | None = None,
     dataset_name: str | None = None,
+    repo_id: str | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> str:
     """
@@ -64,6 +66,7 @@ def render_card(
         steps: optimizer steps that were taken.
         stage: 1 or 2, if it was one of the two.
         dataset_name: what it was trained on; a path becomes its last name.
+        repo_id: where it is published; that of the settings if left out.
         results: measure → value, the table of results.
 
     Returns:
@@ -86,8 +89,8 @@ def render_card(
     card = ModelCard.from_template(
         data,
         template_str=card_template(),
-        repo_id=args.hub_model_id or "your-name/your-adapter",
-        title=(args.hub_model_id or os.path.basename(os.path.normpath(args.output_dir))).split("/")[-1],
+        repo_id=repo_id or args.hub_model_id,
+        title=(repo_id or args.hub_model_id or os.path.basename(os.path.normpath(args.output_dir))).split("/")[-1],
         stage=stage,
         parts={
             PARTS[part]: public_name(source["name_or_path"], source.get("revision"))
@@ -100,7 +103,9 @@ def render_card(
         settings=_settings(args, steps),
         results={name: _format(value) for name, value in (results or {}).items()},
     )
-    return str(card)
+    # The template hides from its readers, in comments, what is to be filled in; empty ones are left of them.
+    text = re.sub(r"<!--.*?-->", "", str(card), flags=re.DOTALL)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _settings(args: Any, steps: int | None) -> dict[str, str]:

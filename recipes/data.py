@@ -65,8 +65,8 @@ class DataArguments:
     instruction_template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template of the training text of stage 2: a name or Jinja. Default: the processor's own, but "
-            "vicuna_v0_alignment where it chats in vicuna_v0."
+            "help": "Chat template of the training text of stage 2: a name or Jinja. Default: the processor's own, "
+            "but vicuna_v0_alignment where it chats in vicuna_v0."
         },
     )
     end_sym: str | None = field(
@@ -155,11 +155,16 @@ def _open_file(path: Path) -> Dataset:
         raise RecipeError(f"{path} cannot be read as {path.suffix[1:]} ({_reason(error)}); mend the file.") from error
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 def _reason(error: BaseException) -> str:
-    """What an error, or the one behind it, says: one line without a full stop."""
+    """What the error at the root of an error says; `datasets` hides it behind general ones."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return one_line(error)
 
 
 def _read_annotations(path: Path) -> list[dict[str, Any]]:
@@ -392,7 +397,7 @@ def instruction_format(processor: Any, template: str | None = None) -> tuple[tup
             template = "vicuna_v0_alignment" if own == load_chat_template("vicuna_v0") else own
         text = template if "{" in template else load_chat_template(template, processor.tokenizer)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"{one_line(error)}.") from error
     # The system text of `llama2` is for chats; the original trains without.
     system = [{"role": "system", "content": ""}] if text == load_chat_template("llama2") else []
 

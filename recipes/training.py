@@ -18,11 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-
 from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.data import TINY
+from recipes_minigpt4.data import TINY, one_line
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ class StageParser(TrlParser):
             raise
         except (yaml.YAMLError, ValueError) as error:  # also what the settings of transformers and TRL refuse
             kind = "The configuration is no YAML: " if isinstance(error, yaml.YAMLError) else ""
-            raise RecipeError(f"{kind}{' '.join(str(error).split()).rstrip('.')}.") from error
+            raise RecipeError(f"{kind}{one_line(error)}.") from error
         for unknown in (text for text in (*in_file, *in_command) if text.startswith("-")):
             name = unknown.lstrip("-").split("=")[0]
             close = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
@@ -209,7 +208,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
     except RecipeError:
         raise
     except (OSError, ValueError) as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"{one_line(error)}.") from error
     return model, processor
 
 
@@ -354,6 +353,7 @@ class MiniGPT4Trainer(SFTTrainer):
             steps=self.state.global_step,
             stage=self.stage,
             dataset_name=self.dataset_name,
+            repo_id=getattr(self, "hub_model_id", None),  # set when the repository is made, at the first push
             results=results or self.results(),
         )
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")

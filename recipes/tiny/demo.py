@@ -19,6 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,21 +163,24 @@ def reproducible(threads: int) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """No bars while files are read and written, which takes no time here; the trainer's own stay.
 
-    Nor the warning, at every save, that folders of this machine are no use to others: the demo says so at its end.
+    Nor what is no news to whoever tries the demo: names that transformers will drop one day, and, at every save, that
+    backbones in folders of this machine are no use to others. The latter is said at the end.
     """
-    with_bars, logger = (
-        transformers_logging.is_progress_bar_enabled(),
-        logging.getLogger("modeling_minigpt4.backbones"),
-    )
+    with_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    logger = logging.getLogger("modeling_minigpt4.backbones")
     level = logger.level
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
+        logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
         if with_bars:
             transformers_logging.enable_progress_bar()
-        logger.setLevel(level)
 
 
 def train_and_describe(

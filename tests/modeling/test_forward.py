@@ -89,6 +89,8 @@ def test_stored_vision_features_replace_pixels(model, make_inputs) -> None:
 
 @torch.no_grad()
 def test_image_features_have_the_shape_that_servers_expect(model, make_inputs) -> None:
+    model = copy.deepcopy(model)
+    model.set_attn_implementation({"vision_config": "eager"})  # others keep no attentions
     pixels = make_inputs(model, [["image", "image"]])["pixel_values"]
     features = model.get_image_features(pixels)
     config = model.config
@@ -96,6 +98,7 @@ def test_image_features_have_the_shape_that_servers_expect(model, make_inputs) -
     as_tuple = model.get_image_features(pixels, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[1], features.pooler_output)
+    assert torch.equal(features["pooler_output"], features.pooler_output)
     outputs = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == config.vision_config.num_hidden_layers + 1
     assert len(outputs.attentions) == config.vision_config.num_hidden_layers
@@ -287,7 +290,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_inputs
     expected = gradients(model, inputs)
     calls = []
     layer = model.language_model.layers[0].mlp
-    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.train()
     found = gradients(model, inputs)

@@ -252,76 +252,57 @@ def write(folder: Path, name: str, text: str) -> str:
     return str(path)
 
 
+def file(name: str, text: str) -> Callable[[Path], str]:
+    """A data file of that text, ready to be written."""
+    return lambda folder: write(folder, name, text)
+
+
+def lines(*rows: dict) -> Callable[[Path], str]:
+    """A .jsonl file of these rows, ready to be written."""
+    return file("pairs.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+def curated(**annotation) -> Callable[[Path], str]:
+    """The folder of stage 2 data with one annotation and no picture, ready to be written."""
+    text = json.dumps({"annotations": [annotation]})
+    return lambda folder: str(Path(write(folder, "filter_cap.json", text)).parent)
+
+
 # What is written, which arguments it needs beside, and what the sentence has to name: what was found and the remedy.
-MISTAKES: dict[str, tuple[Callable[[Path], str | None], dict, tuple[str, ...]]] = {
+MISTAKES: dict[str, tuple[Callable[[Path], object], dict, tuple[str, ...]]] = {
     "nothing named": (lambda folder: None, {}, ("--dataset_name",)),
-    "no such dataset": (lambda folder: str(folder / "nowhere"), {}, ("nowhere", "--dataset_name")),
-    "no data file": (lambda folder: write(folder, "pairs.txt", "x"), {}, ("pairs.txt", ".jsonl")),
-    "damaged json": (lambda folder: write(folder, "pairs.json", "{"), {}, ("pairs.json", "json")),
-    "damaged jsonl": (lambda folder: write(folder, "pairs.jsonl", '{"a": 1}\nnonsense'), {}, ("pairs.jsonl",)),
-    "damaged parquet": (lambda folder: write(folder, "pairs.parquet", "nonsense"), {}, ("pairs.parquet",)),
-    "json of something else": (lambda folder: write(folder, "pairs.json", '{"a": 1}'), {}, ("pairs.json", "list")),
-    "no rows": (lambda folder: write(folder, "pairs.json", "[]"), {}, ("pairs.json", "no samples")),
-    "empty file": (lambda folder: write(folder, "pairs.jsonl", ""), {}, ("pairs.jsonl",)),
-    "no such text column": (
-        lambda folder: str(write_jsonl(folder)),
-        {"text_column": "words"},
-        ("words", "caption", "--text_column"),
-    ),
-    "no such image column": (
-        lambda folder: str(write_jsonl(folder)),
-        {"image_column": "photo"},
-        ("photo", "image", "--image_column"),
-    ),
-    "text column of numbers": (
-        lambda folder: write(folder, "pairs.jsonl", '{"image": "0.png", "caption": 3}'),
-        {},
-        ("caption", "int64", "--text_column"),
-    ),
-    "image column of numbers": (
-        lambda folder: write(folder, "pairs.jsonl", '{"image": 3, "caption": "a"}'),
-        {},
-        ("int64", "--image_column"),
-    ),
+    "no such dataset": (lambda folder: folder / "nowhere", {}, ("nowhere", "--dataset_name")),
+    "no data file": (file("pairs.txt", "x"), {}, ("pairs.txt", ".jsonl")),
+    "damaged json": (file("pairs.json", "{"), {}, ("pairs.json", "line 1", "mend")),
+    "damaged jsonl": (file("pairs.jsonl", '{"a": 1}\nnonsense'), {}, ("pairs.jsonl", "mend")),
+    "damaged parquet": (file("pairs.parquet", "nonsense"), {}, ("pairs.parquet", "mend")),
+    "json of something else": (file("pairs.json", '{"a": 1}'), {}, ("pairs.json", "list")),
+    "no rows": (file("pairs.json", "[]"), {}, ("pairs.json", "no samples")),
+    "empty file": (file("pairs.jsonl", ""), {}, ("pairs.jsonl", "empty")),
+    "no such text column": (write_jsonl, {"text_column": "words"}, ("words", "caption", "--text_column")),
+    "no such image column": (write_jsonl, {"image_column": "photo"}, ("photo", "image", "--image_column")),
+    "text of numbers": (lines({"image": "0.png", "caption": 3}), {}, ("caption", "int64", "--text_column")),
+    "pictures of numbers": (lines({"image": 3, "caption": "a"}), {}, ("int64", "--image_column")),
     "missing picture": (
-        lambda folder: write(folder, "pairs.jsonl", "\n".join(map(json.dumps, [*table(), {**table()[0], "image": "9.png"}]))),
+        lines(*table(), {"image": "9.png", "caption": "a"}),
         {},
-        ("9.png", "--image_folder"),
+        ("1 of 4", "9.png", "--image_folder"),
     ),
-    "row without a picture": (
-        lambda folder: write(folder, "pairs.jsonl", "\n".join(map(json.dumps, [*table(), {"caption": "a"}]))),
-        {},
-        ("no picture", "remove"),
-    ),
-    "missing picture of curated data": (
-        lambda folder: str(Path(write(folder, "filter_cap.json", '{"annotations": [{"image_id": 7, "caption": "a"}]}')).parent),
-        {},
-        ("image/7.jpg", "copy"),
-    ),
-    "other fields in curated data": (
-        lambda folder: str(Path(write(folder, "filter_cap.json", '{"annotations": [{"id": 7, "text": "a"}]}')).parent),
-        {},
-        ("filter_cap.json", "image_id", "text"),
-    ),
-    "no such split": (lambda folder: str(write_metadata(folder)), {"dataset_split": "best"}, ("best",)),
-    "no such split of a saved dataset": (
-        lambda folder: str(write_saved_splits(folder)),
-        {"dataset_split": "best"},
-        ("best", "train"),
-    ),
-    "negative number of samples": (
-        lambda folder: str(write_jsonl(folder)),
-        {"num_samples": 0},
-        ("--num_samples", "0"),
-    ),
-}  # fmt: skip
+    "row without a picture": (lines(*table(), {"caption": "a"}), {}, ("1 of 4", "no picture", "remove")),
+    "missing curated picture": (curated(image_id=7, caption="a"), {}, ("image/7.jpg", "copy")),
+    "other curated fields": (curated(id=7, text="a"), {}, ("filter_cap.json", "image_id", "text")),
+    "no such split": (write_metadata, {"dataset_split": "best"}, ("best", "train")),
+    "no such saved split": (write_saved_splits, {"dataset_split": "best"}, ("best", "train")),
+    "no samples wanted": (write_jsonl, {"num_samples": 0}, ("--num_samples", "0")),
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_wrong_data_is_told_in_one_sentence(name: str, folder: Path) -> None:
     write_it, fields, named = MISTAKES[name]
+    written = write_it(folder)
     with pytest.raises(RecipeError) as told:
-        load_pairs(DataArguments(dataset_name=write_it(folder), **fields), stage=1)
+        load_pairs(DataArguments(dataset_name=None if written is None else str(written), **fields), stage=1)
     check_sentence(str(told.value), named)
 
 
@@ -477,7 +458,18 @@ def test_rows_decode_a_picture_only_when_asked_for(folder: Path, compose: Callab
         rows[2]
 
 
-def test_shuffled_batches_stay_on_the_right(pairs, compose: Callable) -> None:
+def test_placeholder_in_a_caption_is_text(folder: Path, compose: Callable) -> None:
+    processor = compose()[1]
+    pairs = datasets.Dataset.from_dict({"image": [str(folder / "0.png")], "text": ["an <image> tag"]})
+    pairs = pairs.cast_column("image", datasets.Image())
+    for make, end in ((stage1_rows, "\n"), (stage2_rows, "###")):
+        batch = collate(make(pairs, processor, DataArguments()), processor)
+        labels = batch["labels"][0]
+        assert processor.tokenizer.decode(labels[labels != -100]) == f"an <image> tag{end}"
+        assert int((batch["input_ids"] == processor.image_token_id).sum()) == 3
+
+
+def test_pads_stay_on_the_right(pairs, compose: Callable) -> None:
     processor = compose()[1]
     processor.tokenizer.padding_side = "left"
     batch = collate(stage1_rows(pairs, processor, DataArguments()), processor)

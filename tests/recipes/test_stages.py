@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import RepoUrl
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationConfig
 
@@ -122,7 +123,9 @@ def test_checkpoints_are_adapter_only_and_complete(run: Callable, stage: Callabl
         processor = AutoProcessor.from_pretrained(folder)
         inputs = processor(images=pictures[0], text="<image> a", return_tensors="pt")
         model = AutoModelForVision2Seq.from_pretrained(folder)
-        assert torch.equal(model.state_dict()["model.language_projection.weight"], saved["model.language_projection.weight"])
+        assert torch.equal(
+            model.state_dict()["model.language_projection.weight"], saved["model.language_projection.weight"]
+        )
         assert torch.isfinite(model(**inputs).logits).all()  # fmt: skip
 
 
@@ -206,10 +209,11 @@ class Hub:
     def __init__(self) -> None:
         self.created: list[str] = []
         self.uploads: list[dict[str, bytes]] = []
+        self.owner = ""
 
     def create_repo(self, repo_id: str, **kwargs):
         self.created.append(repo_id)
-        return type("RepoUrl", (str,), {"repo_id": repo_id})(f"https://huggingface.co/{repo_id}")
+        return RepoUrl(f"https://huggingface.co/{self.owner}{repo_id}")
 
     def upload_folder(self, *, folder_path: str, ignore_patterns=(), **kwargs) -> None:
         files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
@@ -241,6 +245,13 @@ def test_push_uploads_the_adapter_with_its_card(run, stage, tmp_path, hub: Hub, 
     assert "# adapter" in card and '"somebody/adapter"' in card
     for secret in (str(tmp_path), *parts.values(), str(Path.home())):
         assert secret not in card
+
+
+def test_push_without_an_id_takes_the_folder_s_name(run, stage, hub: Hub) -> None:
+    hub.owner = "somebody/"
+    run("stage1", stage(max_steps=1, push_to_hub=True, hub_strategy="end"))
+    assert hub.created == ["run"]
+    assert '"somebody/run"' in hub.uploads[-1]["README.md"].decode()
 
 
 # ---- configurations -------------------------------------------------------------------------------------------------

@@ -1,0 +1,174 @@
+"""MODEL_CARD.md: a card as it stands, and the template of every card that is pushed."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from recipes_minigpt4 import card as cards
+from recipes_minigpt4.card import card_template, is_local, public_name, render_card
+
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = ("Base models", "Languages and licences", "How to load", "Training", "Results", "Limits", "Citation")
+HUB = {"vision": "owner/eyes", "qformer": "owner/eyes", "language_model": "owner/words"}
+
+
+def settings(**changes) -> SimpleNamespace:
+    """The fields of `StageArguments` that a card tells."""
+    fields = {
+        "learning_rate": 3e-5, "min_learning_rate": 1e-5, "warmup_steps": 200, "weight_decay": 0.05, "seed": 7,
+        "per_device_train_batch_size": 12, "gradient_accumulation_steps": 2, "world_size": 4, "bf16": True,
+        "fp16": False, "license": "apache-2.0", "language": "en", "hub_model_id": None, "output_dir": "/secret/my-run",
+    }  # fmt: skip
+    return SimpleNamespace(**{**fields, **changes})
+
+
+@pytest.fixture
+def on_hub(compose: Callable):
+    """A model whose configuration names repositories of the Hub."""
+    model, _ = compose()
+    for part, source in model.config.backbones.items():
+        source.update(name_or_path=HUB[part], revision="a1b2c3")
+    return model
+
+
+def test_the_template_is_the_card_at_the_top() -> None:
+    assert card_template() == (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_card_is_readable_as_it_stands() -> None:
+    card = ModelCard.load(ROOT / "MODEL_CARD.md", ignore_metadata_errors=False)
+    data = card.data.to_dict()
+    assert data["base_model"] == ["Salesforce/blip2-flan-t5-xxl"]
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-text-to-text"
+    assert {"language", "license", "tags"} <= data.keys()
+    for section in SECTIONS:
+        assert f"\n## {section}\n" in card.text
+    headings = re.findall(r"^#+ .*", re.sub(r"```.*?```", "", card.text, flags=re.DOTALL), re.MULTILINE)
+    assert headings[0] == "# MiniGPT-4" and len(headings) == 1 + len(SECTIONS)
+    shown = re.sub(r"<!--.*?-->", "", card.text, flags=re.DOTALL)  # what a page shows
+    assert not re.search(r"\{\{|\{%", shown)
+    assert shown.count("|---|---|") == 2 and "3,149,824 parameters" in shown
+
+
+def test_figures_of_the_paper_are_there() -> None:
+    text = card_template()
+    for figure in ("7.2 %", "9.6 %", "28.8", "175", "35 %", "32 %", "58.2", "32.2", "2304.10592"):
+        assert figure in text
+
+
+def test_template_renders_without_anything(on_hub) -> None:
+    text = render_card(on_hub, settings())
+    assert not re.search(r"\{\{|\{%|<!--|-->", text)
+    assert ModelCard(text).data.license == "apache-2.0"
+    assert "No measurements were given" in text and text.count('"your-name/your-adapter"') == 2
+
+
+def test_template_is_one_for_huggingface_hub_alone() -> None:
+    data = ModelCardData(language="de", license="mit", base_model="owner/words")
+    card = ModelCard.from_template(data, template_path=str(ROOT / "MODEL_CARD.md"), title="Mine")
+    assert (card.data.license, card.data.base_model) == ("mit", "owner/words")
+    assert "\n# Mine\n" in card.text and "Licence of the trained weights: mit." in card.text
+    assert "{%" not in card.text
+
+
+def test_rendered_card_tells_everything(on_hub) -> None:
+    text = render_card(
+        on_hub,
+        settings(hub_model_id="somebody/my-adapter"),
+        steps=1000,
+        stage=2,
+        dataset_name="owner/pairs",
+        results={"object F1": 0.9312345, "failures": "2 %"},
+    )
+    data = ModelCard(text).data.to_dict()
+    assert data["base_model"] == ["owner/eyes", "owner/words"] and data["base_model_relation"] == "adapter"
+    assert (data["language"], data["license"], data["datasets"]) == ("en", "apache-2.0", ["owner/pairs"])
+    assert text.splitlines().count("---") == 2 and "\n# my-adapter\n" in text
+    for row in (
+        "| vision encoder | [owner/eyes](https://huggingface.co/owner/eyes), revision `a1b2c3` |",
+        "| Q-Former | [owner/eyes](https://huggingface.co/owner/eyes), revision `a1b2c3` |",
+        "| language model | [owner/words](https://huggingface.co/owner/words), revision `a1b2c3` |",
+        "| steps | 1,000 |",
+        "| batch size | 96 |",
+        "| learning rate | 3e-05 |",
+        "| weight decay (matrices only) | 0.05 |",
+        "| warm-up steps | 200 |",
+        "| seed | 7 |",
+        "| precision | bfloat16 mixed |",
+        "| object F1 | 0.9312 |",
+        "| failures | 2 % |",
+    ):
+        assert f"\n{row}\n" in text
+    assert "\nTrained: language_projection (408 parameters).\n" in text
+    assert text.count('from_pretrained("somebody/my-adapter")') == 2
+    assert "\nThis is an adapter of stage 2.\n" in text and "Not loadable by others" not in text
+    for section in SECTIONS:
+        assert f"\n## {section}\n" in text
+
+
+def test_tables_are_tables(on_hub) -> None:
+    lines = render_card(on_hub, settings(), results={"a": 1, "b": 2}).splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("|---")]
+    assert len(starts) == 3
+    for start in starts:
+        assert lines[start - 1].startswith("| ") and lines[start - 2] == ""
+        end = next(number for number in range(start, len(lines)) if not lines[number].startswith("|"))
+        assert end - start > 2 and all(line.count("|") == 3 for line in lines[start:end])
+
+
+def test_stage_1_is_warned_about(on_hub) -> None:
+    assert "speaks badly" in render_card(on_hub, settings(), stage=1)
+    assert "speaks badly" not in render_card(on_hub, settings(), stage=2)
+
+
+def test_local_backbones_are_told_without_their_path(compose: Callable, parts: dict[str, str]) -> None:
+    text = render_card(compose()[0], settings(), dataset_name="/secret/data/pairs.jsonl")
+    assert "**Not loadable by others as it is:**" in text and "full=True" in text
+    for part in ("vision encoder", "Q-Former", "language model"):
+        assert f"the {part}" in text
+    assert "(llama)" in text and "(pairs.jsonl)" in text
+    for secret in (*parts.values(), "/secret", str(Path(parts["vision"]).parent)):
+        assert secret not in text
+    data = ModelCard(text).data.to_dict()
+    assert "base_model" not in data and "datasets" not in data
+
+
+@pytest.mark.parametrize(
+    "name, local",
+    [
+        ("owner/name", False),
+        ("gpt2", False),
+        ("/abs/path", True),
+        ("./rel", True),
+        ("../up", True),
+        ("~/home", True),
+        ("runs/stage1/checkpoint-5", True),
+    ],
+)
+def test_paths_and_repositories_are_told_apart(name: str, local: bool) -> None:
+    assert is_local(name) == local
+    assert (name in public_name(name)) != local
+
+
+def test_a_folder_that_looks_like_a_repository_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_local("owner/name")
+
+
+def test_languages_may_be_several(on_hub) -> None:
+    text = render_card(on_hub, settings(language=["en", "de"]))
+    assert "Language: en, de" in text and ModelCard(text).data.language == ["en", "de"]
+
+
+def test_titles_and_ids_cannot_break_the_metadata(on_hub) -> None:
+    text = render_card(on_hub, settings(license="cc-by-nc-4.0", hub_model_id="a/b"), dataset_name="tiny")
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["license"] == "cc-by-nc-4.0" and metadata["tags"] == cards.TAGS
+    assert "coloured shapes" in text
