@@ -102,6 +102,8 @@ def load_backbone_config(
 
 
 def _not_found(part: str, source: Mapping[str, Any]) -> str:
+    if part not in PARTS:
+        return f"The {part} {describe(source)} has no weights; save it again, or check the name, network and access."
     return (
         f"The {part} backbone {describe(source)} cannot be opened: no configuration or weights were found there. If "
         f'it has moved, pass `backbones={{"{part}": "new folder or repository"}}` to `from_pretrained`; if it is on '
@@ -161,13 +163,16 @@ class Checkpoint:
         raise OSError(_not_found(self.part, self.source))
 
     def _find(self, filename: str) -> str | None:
-        path: str | None = cached_file(
-            self.source["name_or_path"],
-            filename,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=True,
-            **self._options,
-        )
+        try:
+            path: str | None = cached_file(
+                self.source["name_or_path"],
+                filename,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=True,
+                **self._options,
+            )
+        except (OSError, ValueError) as error:  # transformers takes a folder that is gone for a repository
+            raise OSError(_not_found(self.part, self.source)) from error
         return path
 
     def _path(self, filename: str) -> str:
@@ -376,7 +381,7 @@ class BackbonesMixin:
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
             path = pretrained_model_name_or_path if config is None else config
             # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
-            dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+            dtypes: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **where, **dtypes}
         if pretrained_model_name_or_path is None or not config.backbones:
@@ -385,6 +390,8 @@ class BackbonesMixin:
         for name in where:
             kwargs.pop(name)
         config = copy.deepcopy(config)
+        if unknown := set(backbones or {}) - set(PARTS):
+            raise ValueError(f"`backbones` names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}.")
         for part, source in (backbones or {}).items():
             config.backbones[part] = {**config.backbones.get(part, {}), **normalize_source(source)}
         generation_config = kwargs.pop("generation_config", None) or _find_generation_config(

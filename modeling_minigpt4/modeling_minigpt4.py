@@ -700,7 +700,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         """Add the template's separator, which the checkpoint's generation config spells in token ids."""
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        # A config that the caller made has no such field, unless to switch it off with `separator=None`.
+        # A config that the caller made has no such field, unless to switch it off with `separator=""`.
         source = generation_config if hasattr(generation_config, "separator") else self.generation_config
         if separator := getattr(source, "separator", None):
             pieces = {int(token): text for token, text in source.separator_pieces.items()}
@@ -875,7 +875,7 @@ def _compose_generation_config(
         return generation_config
     try:
         tokenizer = AutoTokenizer.from_pretrained(source["name_or_path"], **where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: 4.57, where the vocabulary's file is missing
         if separator == "auto":
             return generation_config  # a language model without a tokenizer has no chat template either
         raise OSError(

@@ -34,7 +34,9 @@ def load_chat_template(name: str, tokenizer: Any = None) -> str:
         ValueError: if there is no template of that name, or nothing to wrap.
     """
     if name not in available_chat_templates():
-        known = ", ".join(available_chat_templates()) or "none, as the package `minigpt4-transformers` is not installed"
+        known = (
+            ", ".join(available_chat_templates()) or "none, as the package `minigpt4-transformers` is not installed"
+        )
         raise ValueError(f"There is no chat template named {name!r}; pass Jinja text, or one of these names: {known}.")
     if name == _WRAPPED:
         return wrap_chat_template(tokenizer)
@@ -43,7 +45,7 @@ def load_chat_template(name: str, tokenizer: Any = None) -> str:
 
 def wrap_chat_template(tokenizer: Any, template: str | None = None) -> str:
     """
-    Chat template that renders exactly what the tokenizer's own, or another, does, and knows about pictures and replies.
+    Chat template that renders what the tokenizer's own, or another, does, and knows about pictures and replies.
 
     A picture becomes `<image>` at the place in the message where the user put it. Each reply with its end-of-turn
     token is marked for `return_assistant_tokens_mask` (TRL's `assistant_only_loss`), unless the tokenizer's template

@@ -29,7 +29,9 @@ def normalize_conversations(conversation: Any, image_token: str) -> tuple[list[l
     """
     chats = getattr(conversation, "messages", conversation)
     if not isinstance(chats, (list, tuple)) or len(chats) == 0:
-        raise ValueError("There is no conversation to render; pass a list of messages, each with `role` and `content`.")
+        raise ValueError(
+            "There is no conversation to render; pass a list of messages, each with `role` and `content`."
+        )
     batched = isinstance(chats[0], (list, tuple)) or hasattr(chats[0], "messages")
     normalized = []
     for chat in chats if batched else [chats]:

@@ -43,16 +43,17 @@ def open_image(image: Any) -> Any:
         ValueError: if the file, URL or string holds no picture that Pillow can open.
         TypeError: if it is of another type.
     """
+    source = image
     if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, pathlib.Path):
-        image = os.fspath(image)
-    if isinstance(image, (bytes, bytearray, str)):
-        image = _open_source(image)
-    if isinstance(image, PIL.Image.Image):
-        image = PIL.ImageOps.exif_transpose(image)
-        _warn_if_clipped(image)
-        return image.convert("RGB")
+    if isinstance(image, (str, bytes, bytearray, pathlib.Path, PIL.Image.Image)):
+        try:
+            return _upright_rgb(image if isinstance(image, PIL.Image.Image) else _open_source(image))
+        except Exception as error:  # Pillow's decoders raise errors of many types
+            raise ValueError(
+                f"No image could be read from {_named(source)} ({_reason(error)}); pass a file, URL or base64 string "
+                "that holds a picture Pillow can open."
+            ) from error
     if isinstance(image, np.ndarray) or hasattr(image, "detach"):
         return image
     raise TypeError(
@@ -61,30 +62,50 @@ def open_image(image: Any) -> Any:
     )
 
 
-def _open_source(source: "bytes | bytearray | str") -> PIL.Image.Image:
-    """Open a path, URL, base64 string or raw bytes; the error names the source and what was wrong with it."""
-    shown = "bytes" if not isinstance(source, str) else source if len(source) <= 200 else source[:197] + "..."
-    try:
-        # Local files are opened here and not by `load_image`, so that 16-bit pictures are seen before its conversion.
-        if not isinstance(source, str):
-            return PIL.Image.open(BytesIO(source))
-        if not source.startswith(("http://", "https://")) and os.path.isfile(source):
-            return PIL.Image.open(source)
-        return load_image(source)
-    except Exception as error:
-        reason = str(error) if isinstance(error, OSError) and isinstance(source, str) else type(error).__name__
-        raise ValueError(
-            f"No image could be read from {shown!r} ({reason}); pass a file, URL or base64 string that holds a "
-            "picture Pillow can open."
-        ) from error
+def _upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    image = PIL.ImageOps.exif_transpose(image)
+    _warn_if_clipped(image)
+    return image.convert("RGB")
+
+
+def _open_source(source: "str | bytes | bytearray | pathlib.Path") -> PIL.Image.Image:
+    """Open a path, URL, base64 string or raw bytes."""
+    # Local files are opened here and not by `load_image`, so that 16-bit pictures are seen before its conversion.
+    if isinstance(source, (bytes, bytearray)):
+        return PIL.Image.open(BytesIO(source))
+    source = os.fspath(source)
+    if not source.startswith(("http://", "https://")) and os.path.isfile(source):
+        return PIL.Image.open(source)
+    return load_image(source)
+
+
+def _named(source: Any) -> str:
+    """What an error calls a picture that cannot be read."""
+    if isinstance(source, Mapping):
+        source = source.get("path") or source.get("bytes")
+    if isinstance(source, PIL.Image.Image):
+        source = getattr(source, "filename", "") or "the PIL image"
+    if isinstance(source, (bytes, bytearray)):
+        return f"{len(source)} bytes"
+    text = str(source)
+    return repr(text if len(text) <= 200 else text[:197] + "...")
+
+
+def _reason(error: Exception) -> str:
+    """Why a picture cannot be read, in a few words and without its content."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "it is in no format that Pillow knows"
+    if type(error) is ValueError and str(error).startswith("Incorrect image source"):
+        return "it is neither an existing file nor base64 of a picture"
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _warn_if_clipped(image: PIL.Image.Image) -> None:
-    """Warn once if converting to 8 bits loses brightness: Pillow clips 16- and 32-bit greys instead of scaling them."""
+    """Warn once if converting to 8 bits loses brightness: Pillow clips greys of 16 and 32 bits, it does not scale."""
     if image.mode.startswith(("I", "F")) and image.getextrema()[1] > 255:
         logger.warning_once(
-            f"A picture of mode {image.mode} has grey values above 255, which Pillow clips to white; scale it to 0–255 "
-            "yourself before passing it if that is not what you want."
+            f"A picture of mode {image.mode} has grey values above 255, which Pillow clips to white; scale it to "
+            "0–255 yourself before passing it if that is not what you want."
         )
 
 
@@ -257,8 +278,11 @@ def _height_and_width(size: Any) -> dict[str, int]:
 def _channels_last(image: Any, input_data_format: "str | ChannelDimension | None") -> np.ndarray:
     """A picture of any kind as an array of shape (H, W, C)."""
     if hasattr(image, "detach"):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     array = np.asarray(image)
+    if array.size == 0:
+        raise ValueError(f"An image has the shape {array.shape}, which holds no pixel; leave it out.")
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
@@ -268,7 +292,15 @@ def _channels_last(image: Any, input_data_format: "str | ChannelDimension | None
         )
     if isinstance(image, PIL.Image.Image):
         return array
-    layout = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+    layout = input_data_format
+    if layout is None:
+        try:
+            layout = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+        except ValueError as error:
+            raise ValueError(
+                f"An image has the shape {array.shape}, in which neither the first nor the last axis has 1, 3 or 4 "
+                "channels; pass (height, width), (height, width, channels) or (channels, height, width)."
+            ) from error
     return to_channel_dimension_format(array, ChannelDimension.LAST, layout)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import transformers
 from transformers import AutoTokenizer
@@ -114,8 +114,8 @@ class MiniGPT4Processor(ProcessorMixin):
             OSError: if there is no tokenizer.
         """
         name, where = _locate(language_model)
-        tokenizer = AutoTokenizer.from_pretrained(name, **where, **kwargs)
-        tokenizer.padding_side = "left"  # what generation needs; trainers ask for their side themselves
+        # What generation needs; trainers ask for their side themselves. An attribute set later would not be saved.
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **where, **kwargs)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if chat_template is None:
@@ -169,9 +169,7 @@ class MiniGPT4Processor(ProcessorMixin):
         self,
         images: Any = None,
         text: "str | Sequence[str] | None" = None,
-        videos: Any = None,
-        audio: Any = None,
-        **kwargs: Any,
+        **kwargs: Unpack[MiniGPT4ProcessorKwargs],  # type: ignore[misc]  # a TypedDict of transformers, untyped here
     ) -> BatchFeature:
         """
         Turn texts and pictures into model inputs.
@@ -192,7 +190,7 @@ class MiniGPT4Processor(ProcessorMixin):
             ValueError: if placeholders and pictures do not match, an image cannot be read, the batch is empty, or
                 truncation would cut a picture.
         """
-        if videos is not None or audio is not None:
+        if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError("MiniGPT-4 takes text and images only; leave `videos` and `audio` out.")
         if images is None and text is None:
             raise ValueError("There is nothing to process; pass `text`, `images` or both.")
@@ -319,7 +317,7 @@ class MiniGPT4Processor(ProcessorMixin):
             )
         if not _is_jinja(template):
             return load_chat_template(template, self.tokenizer)
-        knows_parts = re.search(r"""\.type\b|\[\s*['"]type['"]\s*\]""", template)
+        knows_parts = re.search(r"""\.(type|text)\b|\[\s*['"](type|text)['"]\s*\]""", template)
         return template if knows_parts else wrap_chat_template(self.tokenizer, template)
 
     # ---- text from ids --------------------------------------------------------------------------------------------

@@ -193,8 +193,8 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
             )
             processor = MiniGPT4Processor.from_pretrained(args.model_name_or_path, **template)
         elif {"vision", "language_model"} <= parts.keys():
-            if (args.chat_template or "").startswith("vicuna_v0"):
-                options["separator"] = "###"  # also where the language model's own chats end in another way
+            if args.chat_template and "{" not in args.chat_template:  # not what the language model's own chats end in
+                options["separator"] = "###" if args.chat_template.startswith("vicuna_v0") else None
             model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, **options)
             processor = MiniGPT4Processor.from_backbones(
                 language_model=parts["language_model"], vision=parts["vision"], config=model.config, **template

@@ -85,7 +85,7 @@ def seed() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., MiniGPT4Config]:
-    """`tiny_config(qformer=True, text={...}, vision={...}, **fields)`: a small configuration; dicts change the parts."""
+    """`tiny_config(qformer=True, text={...}, vision={...}, **fields)`: a small one; dicts change its parts."""
 
     def build(qformer: bool = True, text: Any = None, vision: Any = None, **fields: Any) -> MiniGPT4Config:
         # A dict with a model type, or a configuration, replaces a part; another dict changes some of its fields.
@@ -175,8 +175,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -55,10 +56,8 @@ def _prepare(folder: Path) -> None:
     add(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
     add(f"{PACKAGE}.utils")  # its table is for configurations without parts, and ours has parts
     add(f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs={})
-    helper = {"url_to_local_path": lambda url, **_: _local_file(url, folder.parent)}
-    if "fetch_hub_objects_for_ci" not in sys.modules:
-        add("fetch_hub_objects_for_ci", **helper)  # its name in 5.x
-        add("utils.fetch_hub_objects_for_ci", **helper)  # and in 4.57
+    for name in ("fetch_hub_objects_for_ci", "utils.fetch_hub_objects_for_ci"):  # its names in 5.x and in 4.57
+        add(name, url_to_local_path=lambda url, **_: _local_file(url, folder.parent))
 
 
 def _local_file(url: str, folder: Path) -> str:
@@ -69,5 +68,7 @@ def _local_file(url: str, folder: Path) -> str:
     path = folder / name
     if not path.exists():
         pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
+        unfinished = path.with_name(f"{os.getpid()}-{name}")  # tests run in several processes
+        Image.fromarray(pixels).save(unfinished)
+        os.replace(unfinished, path)
     return str(path)

@@ -25,7 +25,7 @@ def config_fields(qformer: bool) -> dict[str, Any]:
         "qformer_config": {
             "model_type": "blip_2_qformer",
             "vocab_size": 8,
-            "hidden_size": 32,
+            "hidden_size": 24,
             "intermediate_size": 37,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,

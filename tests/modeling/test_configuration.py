@@ -144,5 +144,5 @@ def test_impossible_values_are_refused(fields: dict, message: str) -> None:
 
 def test_an_encoder_of_unknown_width_is_refused_with_a_remedy() -> None:
     vision = transformers.PretrainedConfig()
-    with pytest.raises(ValueError, match="neither `hidden_size` nor `hidden_sizes`.* set `hidden_size`"):
+    with pytest.raises(ValueError, match=r"neither `hidden_size` nor `hidden_sizes`.* set `hidden_size`"):
         MiniGPT4Config(vision_config=vision)

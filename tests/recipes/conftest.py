@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -93,6 +94,14 @@ def draw(colour: str) -> Image.Image:
     picture = Image.new("RGB", (SIZE + 4, SIZE), "white")
     ImageDraw.Draw(picture).rectangle((6, 6, 20, 20), fill=colour)
     return picture
+
+
+@pytest.fixture(autouse=True)
+def mixed_precision_of_one_run_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a run tells all later ones of the process, in the environment and in accelerate's shared state."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -242,6 +242,13 @@ def test_more_samples_than_there_are_is_all(folder: Path) -> None:
     assert len(load_pairs(DataArguments(dataset_name=str(write_jsonl(folder)), num_samples=99), stage=1)) == 3
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_embedded_world_is_drawn(stage: int) -> None:
+    first, again = (load_pairs(DataArguments(dataset_name="tiny", num_samples=3), stage) for _ in range(2))
+    assert first["text"][:] == again["text"][:] and len(first) == 3
+    assert all(picture.mode == "RGB" for picture in first["image"])
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 

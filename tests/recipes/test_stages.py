@@ -101,6 +101,45 @@ def test_stage2_goes_on_from_stage1(run: Callable, stage: Callable, tmp_path: Pa
     assert equal(one, none)  # without a step to speak of, the projection of stage 1 is what is saved
 
 
+def test_stage2_finds_backbones_that_have_moved(run, stage, tmp_path: Path, parts: dict[str, str]) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for name in ("blip2", "llama"):
+        shutil.copytree(Path(parts["vision"]).parent / name, old / name)
+    places = {"vision": "blip2", "qformer": "blip2", "language_model": "llama"}
+    run("stage1", stage("one", **{part: old / name for part, name in places.items()}))
+    old.rename(new)
+    fields = {"model_name_or_path": tmp_path / "one"}
+    told = run("stage2", stage("two", **fields), status=2)
+    assert str(old) in told and "moved" in told
+    run("stage2", stage("two", **fields, **{part: new / name for part, name in places.items()}))
+    assert tensors_of(tmp_path / "two").keys() == PROJECTION
+
+
+def test_workers_change_nothing(run: Callable, stage: Callable, tmp_path: Path) -> None:
+    for name, workers in (("none", 0), ("one", 1)):
+        run("stage1", stage(name, dataloader_num_workers=workers))
+    assert equal(tensors_of(tmp_path / "none"), tensors_of(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("how", ["bf16", "dtype"])
+def test_the_projection_stays_in_float32(how: str, stage: Callable, tmp_path: Path) -> None:
+    fields = {"bf16": {"bf16": True}, "dtype": {"dtype": "bfloat16"}}[how]
+    trainer = stage1_pretrain.main(stage(**fields))
+    dtypes = {name: tensor.dtype for name, tensor in trainer.model.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == PROJECTION
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "run").values()} == {torch.float32}
+    assert all(0 < entry["loss"] < 20 for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize("template, separator", [("vicuna_v0", "###"), ("llama2", None)])
+def test_replies_of_the_adapter_stop_as_its_template_says(template, separator, run, stage, tmp_path: Path) -> None:
+    run("stage1", stage(chat_template=template, max_steps=1))
+    run("stage2", stage("two", model_name_or_path=tmp_path / "run", max_steps=1))
+    for folder in (tmp_path / "run", tmp_path / "two"):
+        assert getattr(GenerationConfig.from_pretrained(folder), "separator", None) == separator
+        assert AutoProcessor.from_pretrained(folder).separator == separator
+
+
 def test_same_seed_same_adapter(run: Callable, stage: Callable, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("stage1", stage(name, seed=seed))
@@ -193,10 +232,9 @@ def test_accelerate_launches_a_stage(parts: dict[str, str], pairs_file: Path, tm
     assert "| seed | 3 |" in (tmp_path / "run" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("stage_module", [stage1_pretrain, stage2_finetune])
-def test_modules_are_commands_of_their_own(stage_module, tmp_path: Path) -> None:
+def test_modules_are_commands_of_their_own(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", stage_module.__name__, "--config", "nowhere.yaml"],
+        [sys.executable, "-m", "recipes_minigpt4.stage2_finetune", "--config", "nowhere.yaml"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
