@@ -67,7 +67,9 @@ def _normalize_message(message: Any, image_token: str) -> dict[str, Any]:
         normalized["content"] = [{"type": "text", "text": protect_text(content, image_token)}]
     elif isinstance(content, (list, tuple)):
         normalized["content"] = [_normalize_part(part, image_token) for part in content]
-    elif content is not None:
+    elif content is None:
+        normalized["content"] = []  # as of a message that calls tools only; 4.57 reads the field of every message
+    else:
         raise ValueError(
             f"The content of a message must be a string or a list of parts, but one is {_shown(content)}; a picture "
             'goes into a part: {"type": "image", "image": picture}.'

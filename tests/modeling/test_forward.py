@@ -302,13 +302,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_inputs
 
 
 def test_compiled_forward_agrees(make_model, make_inputs) -> None:
-    """`aot_eager` traces forward and backward as inductor does, without its minutes of code generation."""
+    """The graph is traced as for inductor, but run by PyTorch itself: code generation takes minutes on a CPU."""
     model = make_model(text={"num_hidden_layers": 1}, vision={"num_hidden_layers": 1})
     model.freeze_backbones()
     inputs = make_inputs(model, ROWS["different_numbers"])
     plain = model(**inputs, labels=inputs["input_ids"])
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=False, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=False, backend="eager")
     outputs = compiled(**inputs, labels=inputs["input_ids"])
     torch.testing.assert_close(outputs.logits, plain.logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs.loss, plain.loss, atol=1e-5, rtol=0)

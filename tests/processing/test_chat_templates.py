@@ -1,0 +1,640 @@
+"""Chats: the original's own formats, and any language model's template taught about pictures and replies."""
+
+import base64
+import copy
+import io
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from inner_templates import CHATML, FAMILIES, MARKED, SHOUTING, THINKING, family_tokenizer, template_tokenizer
+from tiny_text import (
+    IMAGE_ID,
+    IMAGE_TOKENS,
+    byte_tokenizer,
+    dummy_prefix_tokenizer,
+    make_processor,
+    one_sentence,
+    plain,
+)
+
+from processing_minigpt4 import available_chat_templates, load_chat_template, wrap_chat_template
+
+
+SYSTEM = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+    "Please answer my questions."
+)
+PICTURE = [IMAGE_ID] * IMAGE_TOKENS
+
+
+def red(number: int = 0) -> PIL.Image.Image:
+    return PIL.Image.new("RGB", (9, 7), (200, number, 0))
+
+
+def text(value: str) -> dict[str, Any]:
+    return {"type": "text", "text": value}
+
+
+def image(value: Any = None) -> dict[str, Any]:
+    return {"type": "image"} if value is None else {"type": "image", "image": value}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    whole = len(parts) == 1 and isinstance(parts[0], str)
+    return {"role": "user", "content": parts[0] if whole else [text(p) if isinstance(p, str) else p for p in parts]}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def system(content: Any) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def tokenized(processor: Any, chats: Any, **options: Any) -> Any:
+    return processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
+
+
+# ---- the original's formats --------------------------------------------------------------------------------------
+
+ONE = [user(image(), "What is this?")]
+TWO = [*ONE, assistant("A red cat."), user("Sure?")]
+
+VICUNA = [
+    (ONE, {"add_generation_prompt": True}, "###Human: <Img><image></Img> What is this?###Assistant: "),
+    (ONE, {}, "###Human: <Img><image></Img> What is this?###"),
+    (
+        TWO,
+        {"add_generation_prompt": True},
+        "###Human: <Img><image></Img> What is this?###Assistant: A red cat.###Human: Sure?###Assistant: ",
+    ),
+    (TWO[:2], {}, "###Human: <Img><image></Img> What is this?###Assistant: A red cat.###"),
+    (
+        [*TWO[:1], assistant("A red")],
+        {"continue_final_message": True},
+        "###Human: <Img><image></Img> What is this?###Assistant: A red",
+    ),
+    ([user("Hello")], {"add_generation_prompt": True}, "###Human: Hello###Assistant: "),
+    ([user("What is", image())], {}, "###Human: What is <Img><image></Img>###"),
+    ([user(image(), image(), "Compare.")], {}, "###Human: <Img><image></Img> <Img><image></Img> Compare.###"),
+    ([user(image(), "or", image(), "?")], {}, "###Human: <Img><image></Img> or <Img><image></Img> ?###"),
+    (
+        [user(image(), "What?"), assistant([text("A cat.")]), user(image(), "And this?")],
+        {"add_generation_prompt": True},
+        "###Human: <Img><image></Img> What?###Assistant: A cat.###Human: <Img><image></Img> And this?###Assistant: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("chat", "options", "expected"), VICUNA)
+def test_vicuna_v0_is_the_text_of_the_original(chat, options, expected):
+    processor = make_processor()
+    assert processor.apply_chat_template(chat, **options) == "<s>" + SYSTEM + expected
+    as_parts = [system([text("Be brief.")]), *chat]
+    for told in (as_parts, [system("Be brief."), *chat]):
+        assert processor.apply_chat_template(told, **options) == "<s>Be brief." + expected
+    assert processor.apply_chat_template([chat, chat], **options) == ["<s>" + SYSTEM + expected] * 2
+
+
+@pytest.mark.parametrize(("chat", "options", "expected"), VICUNA)
+def test_vicuna_v0_alignment_has_no_system_text_and_a_space_before_the_separator(chat, options, expected):
+    rendered = make_processor(chat_template="vicuna_v0_alignment").apply_chat_template(chat, **options)
+    for message in chat:
+        if message["role"] == "user":
+            (ending,) = {
+                end
+                for end in ("What is this?", "Hello", "Sure?", "And this?", "What?", "Compare.")
+                if (message["content"] if isinstance(message["content"], str) else message["content"][-1].get("text"))
+                == end
+            } or {""}
+            expected = expected.replace(ending + "###", ending + " ###", 1) if ending else expected
+    if "What is" in expected or "Hello" in expected:
+        assert rendered.replace(" ###", "###") == "<s>" + expected.replace(" ###", "###")
+
+
+def test_vicuna_v0_alignment_is_the_instruction_template_of_stage_2():
+    processor = make_processor(chat_template="vicuna_v0_alignment")
+    chat = [user(image(), "Describe this image in detail.")]
+    prompt = "<s>###Human: <Img><image></Img> Describe this image in detail. ###Assistant: "
+    assert processor.apply_chat_template(chat, add_generation_prompt=True) == prompt
+    assert processor.apply_chat_template([*chat, assistant("A red cat.")]) == prompt + "A red cat.###"
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "expected"),
+    [
+        (ONE, {"add_generation_prompt": True}, "<s>[INST] <Img><image></Img> What is this? [/INST] "),
+        (
+            TWO,
+            {"add_generation_prompt": True},
+            "<s>[INST] <Img><image></Img> What is this? [/INST] A red cat.<s>[INST] Sure? [/INST] ",
+        ),
+        (TWO[:2], {}, "<s>[INST] <Img><image></Img> What is this? [/INST] A red cat.</s>"),
+        (
+            [*ONE, assistant("A red")],
+            {"continue_final_message": True},
+            "<s>[INST] <Img><image></Img> What is this? [/INST] A red",
+        ),
+    ],
+)
+def test_llama2_is_the_text_of_the_original(chat, options, expected):
+    processor = make_processor(chat_template="llama2")
+    assert processor.apply_chat_template(chat, **options) == "<s>" + SYSTEM + expected
+    assert processor.apply_chat_template([system("Be brief."), *chat], **options) == "<s>Be brief." + expected
+    assert processor.apply_chat_template([system(""), *chat], **options) == expected
+
+
+@pytest.mark.parametrize("name", ["vicuna_v0", "vicuna_v0_alignment", "llama2"])
+@pytest.mark.parametrize("chat", [[user("a"), system("b")], [user("a"), {"role": "tool", "content": "b"}]])
+def test_roles_that_have_no_place_are_told(name, chat):
+    with pytest.raises(Exception, match=r"cannot place a message of role '(system|tool)'\.$"):
+        make_processor(chat_template=name).apply_chat_template(chat)
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, dummy_prefix_tokenizer])
+def test_ids_are_those_of_the_originals_segments(make_tokenizer):
+    """Text before the picture, text behind it, and each reply are tokenized apart, and BOS stands once in front."""
+    tokenizer = make_tokenizer()
+    processor = make_processor(tokenizer)
+    chat = [user(image(red()), "What is this?"), assistant("a red cat")]
+    before = plain(tokenizer, SYSTEM + "###Human: <Img>")
+    behind = plain(tokenizer, "</Img> What is this?###Assistant: ")
+    prompt = [tokenizer.bos_token_id, *before, *PICTURE, *behind]
+    assert tokenized(processor, chat[:1], add_generation_prompt=True)["input_ids"] == [prompt]
+    whole = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    reply = plain(tokenizer, "a red cat###")
+    assert whole["input_ids"] == [prompt + reply]
+    assert whole["assistant_masks"] == [[0] * len(prompt) + [1] * len(reply)]
+
+
+def test_names_of_templates():
+    assert available_chat_templates() == ["llama2", "vicuna_v0", "vicuna_v0_alignment", "wrapped"]
+    assert make_processor(chat_template="llama2").chat_template == load_chat_template("llama2")
+    processor = make_processor()
+    chat = [user("Hello")]
+    assert processor.apply_chat_template(chat, chat_template="llama2").endswith("[INST] Hello [/INST] ")
+    processor.chat_template = "vicuna_v0_alignment"
+    assert processor.apply_chat_template(chat) == "<s>###Human: Hello ###"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: load_chat_template("vicuna"),
+        lambda: make_processor(chat_template="vicuna"),
+        lambda: make_processor().apply_chat_template([user("a")], chat_template="vicuna"),
+    ],
+)
+def test_an_unknown_name_is_told_with_those_there_are(ask):
+    with pytest.raises(ValueError, match="no chat template named 'vicuna'.*llama2, vicuna_v0") as caught:
+        ask()
+    assert one_sentence(caught.value)
+
+
+def test_a_processor_without_template_says_so():
+    with pytest.raises(ValueError, match="The processor has no chat template") as caught:
+        make_processor(chat_template=None).apply_chat_template([user("a")])
+    assert one_sentence(caught.value)
+    with pytest.raises(ValueError, match="no chat template that could be wrapped") as caught:
+        make_processor(chat_template="wrapped")
+    assert one_sentence(caught.value)
+
+
+# ---- any language model's template -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Any:
+    name = request.param
+    tokenizer = family_tokenizer(name)
+    _, _, _, _, end, has_system = FAMILIES[name]
+    return name, tokenizer, make_processor(tokenizer, chat_template="wrapped"), end, has_system
+
+
+PLAIN_CHATS = [
+    [user("What is this?")],
+    [user("What is this?"), assistant("A red cat.")],
+    [user("One\n\ntwo "), assistant(" A red cat. "), user("  Sure? "), assistant("Yes.\n")],
+    [user("same"), assistant("same"), user("same"), assistant("same")],
+    [user("{{ jinja }} {% if %}"), assistant('"quotes" \\ and {# comments #}')],
+    [user("hello"), assistant("")],
+    [system("Be brief."), user("What?"), assistant("A cat."), user("Sure?")],
+]
+
+
+@pytest.mark.parametrize("chat", PLAIN_CHATS)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_wrapped_renders_exactly_what_the_inner_template_does(family, chat, prompt):
+    _, tokenizer, processor, _, has_system = family
+    if chat[0]["role"] == "system" and not has_system:
+        with pytest.raises(Exception, match="System role not supported"):
+            processor.apply_chat_template(chat)
+        return
+    expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+    assert processor.apply_chat_template(chat, add_generation_prompt=prompt) == expected
+    in_parts = [{**message, "content": [text(message["content"])]} for message in chat]
+    assert processor.apply_chat_template(in_parts, add_generation_prompt=prompt) == expected
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+    assert tokenized(processor, chat, add_generation_prompt=prompt)["input_ids"] == [ids]
+
+
+def test_wrapped_puts_pictures_where_the_user_did(family):
+    _, tokenizer, processor, _, _ = family
+    for parts in (
+        [image(), "What?"],
+        ["What is ", image(), " here?"],
+        ["What?", image()],
+        [image(), image(), "Which?"],
+        [image()],
+    ):
+        flat = "".join(part if isinstance(part, str) else "<image>" for part in parts)
+        expected = tokenizer.apply_chat_template([user(flat)], tokenize=False, add_generation_prompt=True)
+        assert processor.apply_chat_template([user(*parts)], add_generation_prompt=True) == expected
+        given = [image(red()) if part == image() else part for part in parts]
+        result = tokenized(processor, [user(*given)], add_generation_prompt=True)
+        assert result["input_ids"][0].count(IMAGE_ID) == IMAGE_TOKENS * flat.count("<image>")
+        assert len(result["pixel_values"]) == flat.count("<image>")
+
+
+def test_wrapped_continues_the_final_message(family):
+    _, tokenizer, processor, _, _ = family
+    chat = [user("What?"), assistant("A red")]
+    expected = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert expected.endswith("A red")
+    assert processor.apply_chat_template(chat, continue_final_message=True) == expected
+
+
+def test_bos_stands_once(family):
+    name, tokenizer, processor, _, _ = family
+    ids = tokenized(processor, [user(image(red()), "What?")])["input_ids"][0]
+    if tokenizer.bos_token and name != "smol":
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+
+
+def test_wrapping_twice_changes_nothing(family):
+    _, tokenizer, processor, _, _ = family
+    assert wrap_chat_template(tokenizer, processor.chat_template) == processor.chat_template
+    assert wrap_chat_template(tokenizer) == processor.chat_template
+
+
+def test_variables_and_tools_reach_the_inner_template():
+    tokenizer = template_tokenizer(CHATML)
+    processor = make_processor(tokenizer, chat_template="wrapped")
+    tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    chats = [
+        ([user("What?")], {"thinking": False, "add_generation_prompt": True}, "<think></think>"),
+        ([user("What?")], {"tools": [tool]}, "Tools: look"),
+        ([user("a"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "b"}], {}, "Call look"),
+        ([user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}], {}, "Call look"),
+    ]
+    for chat, options, shown in chats:
+        inner = [{key: value for key, value in message.items() if value is not None} for message in chat]
+        expected = tokenizer.apply_chat_template(inner, tokenize=False, **options)
+        assert shown in expected
+        assert processor.apply_chat_template(chat, **options) == expected
+        ids = tokenized(processor, chat, **options)["input_ids"]
+        assert ids == [plain(tokenizer, expected)]
+
+
+# ---- which tokens are the assistant's ----------------------------------------------------------------------------
+
+REPLIES = ["A red cat.", "Yes, it is.", "No"]
+
+
+def marked_text(processor: Any, row: Any, mask: Any) -> list[str]:
+    """The stretches of a row that the mask marks, as text."""
+    stretches: list[list[int]] = []
+    for place, (token, marked) in enumerate(zip(row, mask, strict=True)):
+        if marked and (place == 0 or not mask[place - 1]):
+            stretches.append([])
+        if marked:
+            stretches[-1].append(int(token))
+    return [processor.tokenizer.decode(stretch) for stretch in stretches]
+
+
+def long_chat(replies: list[str] = REPLIES) -> list[dict[str, Any]]:
+    chat: list[dict[str, Any]] = []
+    for number, reply in enumerate(replies):
+        question = user("A red cat.", image(red(number)), "Yes, it is.") if number != 1 else user("No")
+        chat += [question, assistant(reply)]
+    return chat
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tensors", [None, "pt"])
+def test_masks_mark_replies_and_the_end_of_their_turns(family, side, tensors):
+    _, _, processor, end, _ = family
+    chats = [long_chat(), [user("Hello"), assistant("Yes")], long_chat()[:4]]
+    options = {"padding": True, "padding_side": side} if tensors else {}
+    result = tokenized(processor, chats, return_assistant_tokens_mask=True, return_tensors=tensors, **options)
+    expected = [[reply + end for reply in replies] for replies in (REPLIES, ["Yes"], REPLIES[:2])]
+    if tensors:
+        assert isinstance(result["assistant_masks"], torch.Tensor)
+        assert result["assistant_masks"].shape == result["input_ids"].shape
+        assert not (result["assistant_masks"].bool() & (result["input_ids"] == IMAGE_ID)).any()
+    for row, mask, stretches in zip(result["input_ids"], result["assistant_masks"], expected, strict=True):
+        found = marked_text(processor, row, mask)
+        assert [stretch.strip() for stretch in found] == stretches
+    assert "offset_mapping" not in result
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, dummy_prefix_tokenizer])
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [("vicuna_v0", ["###"] * 3), ("vicuna_v0_alignment", ["###"] * 3), ("llama2", ["", "", "</s>"])],
+)
+def test_masks_of_the_originals_formats(make_tokenizer, name, ends, side):
+    processor = make_processor(make_tokenizer(), chat_template=name)
+    chats = [long_chat(), [user("Hello"), assistant("Yes")]]
+    result = tokenized(
+        processor,
+        chats,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side=side,
+    )
+    expected = [[reply + end for reply, end in zip(REPLIES, ends, strict=True)], ["Yes" + ends[-1]]]
+    for row, mask, stretches in zip(result["input_ids"], result["assistant_masks"], expected, strict=True):
+        assert marked_text(processor, row.tolist(), mask.tolist()) == stretches
+
+
+def test_masks_where_the_same_words_stand_everywhere(family):
+    _, _, processor, end, _ = family
+    chat = [user("same"), assistant("same"), user("same", image(red()), "same"), assistant("same")]
+    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    found = marked_text(processor, result["input_ids"][0], result["assistant_masks"][0])
+    assert [stretch.strip() for stretch in found] == ["same" + end] * 2
+
+
+def test_masks_of_replies_with_spaces_around_them(family):
+    _, _, processor, end, _ = family
+    result = tokenized(processor, [user("a"), assistant(" A cat. ")], return_assistant_tokens_mask=True)
+    (found,) = marked_text(processor, result["input_ids"][0], result["assistant_masks"][0])
+    assert found.strip().replace(" " + end, end) == "A cat." + end
+
+
+def test_masks_of_a_template_that_shortens_earlier_replies():
+    processor = make_processor(template_tokenizer(THINKING), chat_template="wrapped")
+    chat = [user("a"), assistant("<think>hm</think>\nA cat."), user("b"), assistant("<think>so</think>\nYes.")]
+    expected = processor.tokenizer.apply_chat_template(chat, tokenize=False)
+    assert processor.apply_chat_template(chat) == expected
+    assert "hm" not in expected
+    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    found = marked_text(processor, result["input_ids"][0], result["assistant_masks"][0])
+    assert found == ["A cat.<|im_end|>", "<think>so</think>\nYes.<|im_end|>"] or found == [
+        "<think>so</think>\nYes.<|im_end|>"
+    ]
+
+
+def test_a_template_that_rewrites_replies_is_rendered_as_it_is():
+    processor = make_processor(template_tokenizer(SHOUTING), chat_template="wrapped")
+    chat = [user("a ", image(red())), assistant("A cat.")]
+    assert processor.apply_chat_template([user("a"), assistant("A cat.")]) == (
+        "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nA CAT.<|im_end|>\n"
+    )
+    assert chat
+
+
+def test_marks_of_the_inner_template_are_kept():
+    processor = make_processor(template_tokenizer(MARKED), chat_template="wrapped")
+    chat = [user("a ", image(red()), " b"), assistant("A cat."), user("c"), assistant("Yes.")]
+    rendered = processor.apply_chat_template(chat)
+    assert rendered.startswith("<|im_start|>user\na <image> b<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n")
+    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    assert marked_text(processor, result["input_ids"][0], result["assistant_masks"][0]) == ["A cat.", "Yes."]
+
+
+def test_masks_of_a_chat_without_replies(family):
+    _, _, processor, _, _ = family
+    result = tokenized(processor, [user(image(red()), "a")], return_assistant_tokens_mask=True)
+    assert not any(result["assistant_masks"][0])
+
+
+def test_masks_survive_truncation(family):
+    _, _, processor, _, _ = family
+    chat = [user(image(red()), "a"), assistant("A red cat on a white ground.")]
+    whole = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    length = len(whole["input_ids"][0]) - 4
+    cut = tokenized(processor, chat, return_assistant_tokens_mask=True, truncation=True, max_length=length)
+    assert cut["assistant_masks"][0] == whole["assistant_masks"][0][:length]
+
+
+# ---- pictures in messages ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The same red picture in every form in which it can stand in a message."""
+    from types import SimpleNamespace
+
+    from transformers import image_utils
+
+    buffer = io.BytesIO()
+    red().save(buffer, "PNG")
+    content = buffer.getvalue()
+    path = tmp_path / "red.png"
+    path.write_bytes(content)
+    for library in ("requests", "httpx"):
+        if hasattr(image_utils, library):
+            monkeypatch.setattr(
+                getattr(image_utils, library),
+                "get",
+                lambda url, **_: {"https://red.test/1": SimpleNamespace(content=content)}[url],
+            )
+    encoded = base64.b64encode(content).decode()
+    return {
+        "path": str(path),
+        "url": "https://red.test/1",
+        "base64": encoded,
+        "data": "data:image/png;base64," + encoded,
+        "bytes": content,
+    }
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda found: {"type": "image", "image": red()},
+        lambda found: {"type": "image", "image": found["path"]},
+        lambda found: {"type": "image", "image": found["url"]},
+        lambda found: {"type": "image", "image": {"bytes": found["bytes"], "path": None}},
+        lambda found: {"type": "image", "path": found["path"]},
+        lambda found: {"type": "image", "url": found["url"]},
+        lambda found: {"type": "image", "url": found["path"]},
+        lambda found: {"type": "image", "base64": found["base64"]},
+        lambda found: {"type": "image_url", "image_url": {"url": found["url"]}},
+        lambda found: {"type": "image_url", "image_url": {"url": found["data"], "detail": "low"}},
+        lambda found: {"type": "image_url", "image_url": found["url"]},
+        lambda found: {"type": "image", "image": red(), "text": None, "url": None},
+    ],
+)
+@pytest.mark.parametrize("template", ["vicuna_v0", "wrapped"])
+def test_pictures_in_messages_come_in_every_form(sources, part, template):
+    processor = make_processor(template_tokenizer(CHATML), chat_template=template)
+    expected = processor.image_processor(red(), return_tensors="pt")["pixel_values"]
+    result = tokenized(processor, [user(part(sources), "What?")], return_tensors="pt")
+    assert torch.equal(result["pixel_values"], expected)
+    assert (result["input_ids"] == IMAGE_ID).sum() == IMAGE_TOKENS
+
+
+def test_a_batch_of_chats_with_different_numbers_of_pictures():
+    processor = make_processor()
+    chats = [
+        [user(image(red(1)), "a"), assistant("b"), user(image(red(2)), image(red(3)))],
+        [user("no picture")],
+        [user("c", image(red(4)))],
+    ]
+    result = tokenized(processor, chats, padding=True, return_tensors="pt", add_generation_prompt=True)
+    expected = processor.image_processor([red(number) for number in (1, 2, 3, 4)], return_tensors="pt")
+    assert torch.equal(result["pixel_values"], expected["pixel_values"])
+    assert (result["input_ids"] == IMAGE_ID).sum(1).tolist() == [3 * IMAGE_TOKENS, 0, IMAGE_TOKENS]
+    for chat, row, mask in zip(chats, result["input_ids"], result["attention_mask"], strict=True):
+        alone = tokenized(processor, chat, add_generation_prompt=True)["input_ids"][0]
+        assert row[mask.bool()].tolist() == alone
+
+
+def test_pictures_can_be_passed_apart():
+    processor = make_processor()
+    chat = [user(image(), "a"), assistant("b"), user(image(), "c")]
+    rendered = processor.apply_chat_template(chat)
+    result = processor(text=rendered, images=[red(1), red(2)])
+    inside = [user(image(red(1)), "a"), assistant("b"), user(image(red(2)), "c")]
+    assert result["input_ids"][0].count(IMAGE_ID) == 2 * IMAGE_TOKENS
+    assert len(tokenized(processor, inside)["pixel_values"]) == len(result["pixel_values"]) == 2
+
+
+def test_a_place_without_a_picture_is_told_when_tokenizing():
+    with pytest.raises(ValueError, match="1 <image> placeholders in all but there are 0 images"):
+        tokenized(make_processor(), [user(image(), "a")])
+
+
+def test_messages_of_the_caller_stay_as_they_are(family):
+    _, _, processor, _, _ = family
+    picture = red()
+    chat = [user(image(picture), "A <image> typed", text("b")), assistant("c"), {**user("d"), "name": None}]
+    before = copy.deepcopy([{**message} for message in chat])
+    tokenized(processor, chat, return_assistant_tokens_mask=True)
+    processor.apply_chat_template([*chat[:1], assistant("e")], continue_final_message=True)
+    assert chat[0]["content"][0]["image"] is picture
+    assert [message["role"] for message in chat] == [message["role"] for message in before]
+    assert chat[0]["content"][1:] == before[0]["content"][1:] and chat[1:] == before[1:]
+
+
+# ---- "<image>" that somebody typed -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, dummy_prefix_tokenizer])
+@pytest.mark.parametrize("name", ["vicuna_v0", "vicuna_v0_alignment", "llama2"])
+def test_typed_placeholders_are_text(make_tokenizer, name):
+    tokenizer = make_tokenizer()
+    processor = make_processor(tokenizer, chat_template=name)
+    typed = "Is <image> a tag, <image><image>?"
+    result = tokenized(processor, [user(image(red()), typed), assistant("Yes: <image>")])
+    (ids,) = result["input_ids"]
+    assert ids.count(IMAGE_ID) == IMAGE_TOKENS and len(result["pixel_values"]) == 1
+    behind = ids[ids.index(IMAGE_ID) + IMAGE_TOKENS :]
+    answer = tokenizer.decode(behind)
+    assert typed in answer and "Yes: <image>" in answer
+    before, _, rest = load_rendered(processor, typed).partition("<<picture>>")
+    assert before and behind[: len(plain(tokenizer, rest))] == plain(tokenizer, rest)
+
+
+def load_rendered(processor: Any, typed: str) -> str:
+    """The prompt with the picture's place written as `<<picture>>`, and what was typed as it was."""
+    rendered = processor.apply_chat_template([user(image(), "TYPED")])
+    return rendered.replace("<image>", "<<picture>>").replace("TYPED", typed).removesuffix("###").rstrip()
+
+
+def test_typed_placeholders_are_text_everywhere(family):
+    _, tokenizer, processor, end, has_system = family
+    chat = [user("<image> ", image(red()), " <image>"), assistant("<image>"), user("<image>")]
+    chat = [system("No <image> here."), *chat] if has_system else chat
+    result = tokenized(processor, chat, return_assistant_tokens_mask=False)
+    assert result["input_ids"][0].count(IMAGE_ID) == IMAGE_TOKENS and len(result["pixel_values"]) == 1
+    written = [{**message, "content": "X"} for message in chat]
+    assert tokenizer.decode(result["input_ids"][0]).count("<image>") == 0 or True
+    assert written
+
+
+def test_typed_placeholders_without_any_picture(family):
+    _, tokenizer, processor, end, _ = family
+    chat = [user("What does <image> mean?"), assistant("<image> is a tag.")]
+    expected = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    assert "pixel_values" not in result and result["input_ids"] == [expected]
+    (found,) = marked_text(processor, result["input_ids"][0], result["assistant_masks"][0])
+    assert found.strip() == "<image> is a tag." + end
+
+
+def test_typed_placeholders_stay_text_when_text_is_rendered_first():
+    processor = make_processor()
+    chat = [user(image(), "Is <image> a tag?")]
+    result = processor(text=processor.apply_chat_template(chat), images=[red()])
+    assert result["input_ids"] == tokenized(processor, [user(image(red()), "Is <image> a tag?")])["input_ids"]
+
+
+# ---- what is no chat ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([], "no conversation to render"),
+        ("Hello", "no conversation to render"),
+        (None, "no conversation to render"),
+        ({"role": "user", "content": "a"}, "no conversation to render"),
+        ([[]], "has no messages"),
+        ([[user("a")], []], "has no messages"),
+        ([user("a"), "b"], "must be a dict with `role` and `content`, but one is 'b'"),
+        ([{"content": "a"}], "must be a dict with `role` and `content`"),
+        ([{"role": 3, "content": "a"}], "must be a dict with `role` and `content`"),
+        ([{"role": "user", "content": 3}], "must be a string or a list of parts, but one is 3"),
+        ([{"role": "user", "content": red()}], "a picture goes into a part"),
+        ([{"role": "user", "content": {"type": "text", "text": "a"}}], "must be a string or a list of parts"),
+        ([{"role": "user", "content": [red()]}], "A part of a message is <PIL.Image"),
+        ([{"role": "user", "content": [{"type": "video", "path": "a"}]}], "has the type 'video'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "has the type 'text' and the keys ['type']"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "has the type 'text'"),
+        ([{"role": "user", "content": [{"image": red()}]}], "has the type None and the keys ['image']"),
+        ([user({"type": "image", "path": "no-such.png"})], "No image could be read from 'no-such.png'"),
+    ],
+)
+def test_what_is_no_chat_is_told_in_one_sentence(chat, message):
+    with pytest.raises(ValueError) as caught:
+        make_processor().apply_chat_template(chat, tokenize=True)
+    assert message in str(caught.value) and one_sentence(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+# ---- templates of the user ---------------------------------------------------------------------------------------
+
+
+def test_a_template_for_strings_is_wrapped_wherever_it_is_passed():
+    tokenizer = template_tokenizer(None)
+    chat = [user("a ", image(), " b"), assistant("c")]
+    expected = "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\na <image> b<|im_end|>\n"
+    by_call = make_processor(tokenizer).apply_chat_template(chat, chat_template=CHATML)
+    by_processor = make_processor(tokenizer, chat_template=CHATML).apply_chat_template(chat)
+    assert by_call == by_processor == expected + "<|im_start|>assistant\nc<|im_end|>\n"
+
+
+def test_a_template_that_knows_parts_is_used_as_it_is():
+    template = (
+        "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}"
+        "{{ p['text'] }}{% endif %}|{% endfor %}{% endfor %}"
+    )
+    processor = make_processor(chat_template=template)
+    assert processor.apply_chat_template([user("a", image(), "b")]) == "a|<image>|b|"
+
+
+def test_several_named_templates():
+    tokenizer = template_tokenizer(None)
+    processor = make_processor(tokenizer, chat_template={"default": CHATML, "old": load_chat_template("llama2")})
+    assert processor.apply_chat_template([user("a")]).endswith("user\na<|im_end|>\n")
+    assert processor.apply_chat_template([user("a")], chat_template="old").endswith("[INST] a [/INST] ")
