@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import StoppingCriteria
+from transformers.generation import LogitsProcessorList, StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
@@ -43,6 +43,9 @@ logger = logging.get_logger(__name__)
 
 # The one version switch of this file; it can go when transformers 4.57 is no longer supported.
 IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
+# Inputs that only a model with eyes takes.
+PICTURES = ("pixel_values", "vision_features")
 
 
 @dataclass
@@ -150,7 +153,7 @@ def check_head(causal_lm: PreTrainedModel) -> None:
     name, text_config = type(causal_lm).__name__, causal_lm.config
     head = causal_lm.get_output_embeddings()
     children = {child for child, module in causal_lm.named_children() if any(True for _ in module.parameters())}
-    extra = children - {causal_lm.base_model_prefix, head_name(causal_lm)}
+    extra = children - {decoder_name(causal_lm), head_name(causal_lm)}
     suspicious = re.compile(r"(?=.*(logit|lm_head))(?=.*(scal|cap|mult|norm))(?!.*(attn|attention|router))")
     options = {
         key
@@ -169,6 +172,14 @@ def head_name(causal_lm: PreTrainedModel) -> str:
     """Name of the LM head inside a causal language model, such as `lm_head` or `embed_out`."""
     head = causal_lm.get_output_embeddings()
     return next((name for name, module in causal_lm.named_modules() if module is head and head is not None), "")
+
+
+def decoder_name(causal_lm: PreTrainedModel) -> str:
+    """Name of the decoder inside a causal language model; in 4.57, Gemma-3's prefix is not its name."""
+    prefix = causal_lm.base_model_prefix
+    if hasattr(causal_lm, prefix):
+        return prefix
+    return next((name for name, child in causal_lm.named_children() if isinstance(child, PreTrainedModel)), prefix)
 
 
 def mask_image_labels(
@@ -210,6 +221,41 @@ class SeparatorCriteria(StoppingCriteria):
         rows = input_ids[:, first:].tolist()
         found = [self.separator in "".join(self.pieces.get(token, "\0") for token in row) for row in rows]
         return torch.tensor(found, device=input_ids.device)
+
+
+class WordProcessors(LogitsProcessorList):
+    """
+    Logits processors that do not see image placeholders, which have no score; each counts as another id of its row.
+
+    4.57 looks every id of the prompt up in the scores, for repetition_penalty among others.
+    """
+
+    def __init__(self, processors: Sequence[Any], image_token_id: int) -> None:
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
+        if input_ids.shape[1] == 0:
+            return super().__call__(input_ids, scores, **kwargs)
+        places = input_ids == self.image_token_id
+        others = input_ids.masked_fill(places, -1).amax(-1, keepdim=True).clamp(min=0)
+        return super().__call__(torch.where(places, others, input_ids), scores, **kwargs)
+
+
+class TextCandidates:
+    """Guesses of an assistant that knows text only, for assisted decoding; placeholders are any word to it."""
+
+    def __init__(self, generator: Any, config: MiniGPT4Config) -> None:
+        self.generator = generator
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        words = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+        candidates, logits = self.generator.get_candidates(words, **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :].to(input_ids.device)], dim=-1), logits
 
 
 def separator_pieces(tokenizer: Any, separator: str) -> dict[int, str]:
@@ -271,6 +317,14 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
             )
             self.config.image_token_id = vocab_size
         return embeddings
+
+    def set_attn_implementation(self, attn_implementation: "str | dict[str, str]") -> None:
+        """Set the attention of every part; the Q-Former of 4.57, which knows eager attention only, keeps it."""
+        if IS_TRANSFORMERS_4 and self.config.qformer_config is not None:
+            if isinstance(attn_implementation, str):
+                attn_implementation = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
+            attn_implementation = {**attn_implementation, "qformer_config": "eager"}
+        super().set_attn_implementation(attn_implementation)
 
     # ---- freezing -------------------------------------------------------------------------------------------------
 
@@ -591,13 +645,16 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     # Tensor parallelism: every device scores a share of the vocabulary, and the shares are put together.
     _tp_plan = {"lm_head": "colwise_rep" if IS_TRANSFORMERS_4 else "colwise_gather_output"}
 
+    if IS_TRANSFORMERS_4:
+        main_input_name = "pixel_values"  # what pipeline("image-to-text"), gone from 5.x, hands to `generate` first
+
     def __init__(self, config: MiniGPT4Config) -> None:
         super().__init__(config)
         # The language model's own class brings the right head: with or without a bias, under whatever name.
         causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         check_head(causal_lm)
-        self.lm_head_name, self.decoder_name = head_name(causal_lm), causal_lm.base_model_prefix
-        self.model = MiniGPT4Model(config, language_model=causal_lm.base_model)
+        self.lm_head_name, self.decoder_name = head_name(causal_lm), decoder_name(causal_lm)
+        self.model = MiniGPT4Model(config, language_model=getattr(causal_lm, self.decoder_name))
         self.lm_head = causal_lm.get_output_embeddings()
         embeddings = self.get_input_embeddings()
         source = next(name for name, module in self.named_modules() if module is embeddings) + ".weight"
@@ -707,6 +764,21 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             criteria.append(SeparatorCriteria(separator, pieces, self._prompt_length))
         return criteria
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep image placeholders from penalties."""
+        return WordProcessors(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """An assistant that knows text only gets the prompt without pictures."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is None or "pixel_values" in inspect.signature(assistant.forward).parameters:
+            return super()._get_candidate_generator(*args, **kwargs)
+        kwargs["input_ids"] = kwargs["input_ids"].masked_fill(kwargs["input_ids"] == self.config.image_token_id, 0)
+        kwargs["model_kwargs"] = {
+            name: value for name, value in kwargs["model_kwargs"].items() if name not in PICTURES
+        }
+        return TextCandidates(super()._get_candidate_generator(*args, **kwargs), self.config)
+
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Write replies; see [`~transformers.GenerationMixin.generate`].
@@ -715,12 +787,27 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         original), which is kept; the processor's post-processing takes it off. Where no text has a place for a
         picture, or there is no text at all, one picture per row goes in front, behind BOS: the format of stage 1.
         """
+        if inputs is not None and inputs.is_floating_point():  # as the image-to-text pipeline of 4.57 gives them
+            inputs, kwargs["pixel_values"] = None, inputs
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         pictures = kwargs.get("pixel_values", kwargs.get("vision_features"))
         if pictures is not None and kwargs.get("inputs_embeds") is None:
             input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
         self._prompt_length = 0 if input_ids is None else input_ids.shape[1]
         return super().generate(input_ids, *args, **kwargs)
+
+    def estimate_tokens(self, input_dict: dict[str, Any]) -> int:
+        """Tokens of a batch, for the Trainer's count of operations: text and placeholders, not pixels."""
+        ids = input_dict.get("input_ids")
+        return 0 if ids is None else int(ids.numel())
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Generation is about text, whatever `main_input_name` tells the image-to-text pipeline."""
+        self.main_input_name = "input_ids"
+        try:
+            return super()._prepare_model_inputs(*args, **kwargs)
+        finally:
+            del self.main_input_name
 
     def _make_places(
         self, input_ids: torch.Tensor | None, pictures: torch.Tensor, kwargs: dict[str, Any]

@@ -1,5 +1,6 @@
 """The chat templates of MiniGPT-4: by name, or built around the one a language model brings."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def wrap_chat_template(tokenizer: Any, template: str | None = None) -> str:
         template: Jinja text for messages whose content is a string; the tokenizer's own if left out.
 
     Raises:
-        ValueError: if there is no template to wrap.
+        ValueError: if there is no template to wrap, or only the code that travels with a checkpoint is present.
     """
     if template is None and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
@@ -64,8 +65,13 @@ def wrap_chat_template(tokenizer: Any, template: str | None = None) -> str:
             "or pass Jinja text."
         )
     inner = tokenizer.get_chat_template() if template is None else template
-    if _WRAPPED_ALREADY in inner or not _FOLDER.is_dir():
+    if _WRAPPED_ALREADY in inner:
         return inner  # a saved processor gives its wrapped template to its tokenizer too
+    if not _FOLDER.is_dir():
+        raise ValueError(
+            "This chat template takes contents that are strings, and only the package `minigpt4-transformers` can "
+            "teach it about pictures; install it, or pass a template that takes lists of parts."
+        )
     wrapper = (_FOLDER / f"{_WRAPPED}.jinja").read_text(encoding="utf-8")
     if "endgeneration" in inner:
         prelude = wrapper[: wrapper.index("{%- set minigpt4_text -%}")]
@@ -98,10 +104,15 @@ def separator_of(template: str, tokenizer: Any) -> str | None:
     return _SEPARATOR if str(rendered).rpartition(reply)[2].strip().startswith(_SEPARATOR) else None
 
 
+def knows_parts(template: str) -> bool:
+    """Whether a template takes contents that are lists of parts; one that does not has to be wrapped."""
+    return re.search(r"""\.(type|text)\b|\[\s*['"](type|text)['"]\s*\]""", template) is not None
+
+
 def _jinja_string(text: str) -> str:
     """`text` as a Jinja string literal."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 
 
-__all__ = ["available_chat_templates", "load_chat_template", "separator_of", "wrap_chat_template"]
+__all__ = ["available_chat_templates", "knows_parts", "load_chat_template", "separator_of", "wrap_chat_template"]

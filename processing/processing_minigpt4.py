@@ -11,7 +11,13 @@ from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .chat_templates_minigpt4 import load_chat_template, separator_of, wrap_chat_template
+from .chat_templates_minigpt4 import (
+    available_chat_templates,
+    knows_parts,
+    load_chat_template,
+    separator_of,
+    wrap_chat_template,
+)
 from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
 from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, truncate_rows
@@ -85,8 +91,10 @@ class MiniGPT4Processor(ProcessorMixin):
         image_token: str = "<image>",
         **kwargs: Any,
     ) -> None:
-        if isinstance(chat_template, str) and not _is_jinja(chat_template):
-            chat_template = load_chat_template(chat_template, tokenizer)
+        if isinstance(chat_template, str):
+            chat_template = _ready(chat_template, tokenizer)
+        elif isinstance(chat_template, Mapping):
+            chat_template = {name: _ready(template, tokenizer) for name, template in chat_template.items()}
         self.image_token = image_token
         self.image_token_id: Any = image_token_id
         if image_token_id is None and tokenizer is not None:
@@ -115,7 +123,13 @@ class MiniGPT4Processor(ProcessorMixin):
         """
         name, where = _locate(language_model)
         # What generation needs; trainers ask for their side themselves. An attribute set later would not be saved.
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **where, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **where, **kwargs)
+        except ValueError as error:
+            raise OSError(
+                f"No tokenizer could be loaded from the language model {name!r}; put its tokenizer files beside its "
+                "weights, or name a repository that has them."
+            ) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if chat_template is None:
@@ -160,8 +174,9 @@ class MiniGPT4Processor(ProcessorMixin):
     @property
     def separator(self) -> str | None:
         """Text at which replies of the chat template end beside EOS: `###` of the Vicuna templates, or none."""
-        template = self.chat_template
-        return separator_of(template, self.tokenizer) if isinstance(template, str) else None
+        if not self.chat_template or (isinstance(self.chat_template, Mapping) and "default" not in self.chat_template):
+            return None
+        return separator_of(self._chat_template(None), self.tokenizer)
 
     # ---- text and pictures ----------------------------------------------------------------------------------------
 
@@ -258,10 +273,9 @@ class MiniGPT4Processor(ProcessorMixin):
         )
         side = options.get("padding_side") or self.tokenizer.padding_side
         padded = [self._pad(row, ids, spans, length, side) for row, (ids, spans) in zip(rows, joined, strict=True)]
-        data: dict[str, list[Any]] = {
-            "input_ids": [ids for ids, _, _ in padded],
-            "attention_mask": [mask for _, mask, _ in padded],
-        }
+        data: dict[str, list[Any]] = {"input_ids": [ids for ids, _, _ in padded]}
+        if options.get("return_attention_mask") is not False:
+            data["attention_mask"] = [mask for _, mask, _ in padded]
         if with_spans:
             data["offset_mapping"] = [spans for _, _, spans in padded]
         return data
@@ -307,9 +321,15 @@ class MiniGPT4Processor(ProcessorMixin):
 
     def _chat_template(self, template: str | None) -> str:
         """The Jinja text to render; one that knows nothing of parts is wrapped, so that pictures have a place."""
-        if isinstance(self.chat_template, Mapping):
-            template = self.chat_template.get(template or "default", template)
-        template = self.chat_template if template is None else template
+        own = self.chat_template
+        if isinstance(own, Mapping):
+            if template is None and "default" not in own:
+                raise ValueError(
+                    "The processor has several chat templates and none of them is called 'default'; pass "
+                    f"`chat_template` with one of their names: {', '.join(own)}."
+                )
+            template = own.get(template or "default", template)
+        template = own if template is None else template
         if template is None:
             raise ValueError(
                 "The processor has no chat template; pass `chat_template`, such as 'vicuna_v0', or set "
@@ -317,8 +337,7 @@ class MiniGPT4Processor(ProcessorMixin):
             )
         if not _is_jinja(template):
             return load_chat_template(template, self.tokenizer)
-        knows_parts = re.search(r"""\.(type|text)\b|\[\s*['"](type|text)['"]\s*\]""", template)
-        return template if knows_parts else wrap_chat_template(self.tokenizer, template)
+        return template if knows_parts(template) else wrap_chat_template(self.tokenizer, template)
 
     # ---- text from ids --------------------------------------------------------------------------------------------
 
@@ -373,6 +392,14 @@ class MiniGPT4Processor(ProcessorMixin):
 
 def _is_jinja(text: str) -> bool:
     return "{" in text
+
+
+def _ready(template: str, tokenizer: Any) -> str:
+    """A named template as Jinja text, and one for strings wrapped, so that a saved folder needs no file of ours."""
+    if not _is_jinja(template):
+        return load_chat_template(template, tokenizer)
+    can_wrap = tokenizer is not None and available_chat_templates()
+    return wrap_chat_template(tokenizer, template) if can_wrap and not knows_parts(template) else template
 
 
 def _as_texts(text: Any) -> list[str]:

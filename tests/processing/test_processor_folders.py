@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-import transformers
 from inner_templates import CHATML, template_tokenizer
 from tiny_text import (
     IMAGE_ID,
@@ -31,7 +30,6 @@ import modeling_minigpt4  # noqa: F401  # registers the processor with AutoProce
 from processing_minigpt4 import MiniGPT4ImageProcessor, MiniGPT4Processor, load_chat_template, wrap_chat_template
 
 
-TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 PICTURE = PIL.Image.new("RGB", (9, 7), (200, 30, 0))
 CHAT = [
     {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is this?"}]},
@@ -106,8 +104,8 @@ def test_saving_again_changes_nothing(saved, tmp_path):
     again = MiniGPT4Processor.from_pretrained(tmp_path / "again")
     assert again.chat_template == processor.chat_template
     assert outputs(again) == outputs(processor)
-    for path in folder.iterdir():
-        if path.is_file():
+    for path in folder.iterdir():  # what transformers writes for a tokenizer depends on how it was made
+        if path.suffix in (".py", ".jinja") or path.name in ("processor_config.json", "preprocessor_config.json"):
             assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -221,7 +219,7 @@ made = {name: result[name] for name in ("input_ids", "attention_mask", "assistan
 made["pixels"] = np.asarray(result["pixel_values"]).tolist()
 made["text"] = processor.apply_chat_template(chat)
 # A template for strings that comes from the caller needs no file of the package.
-made["other"] = processor.apply_chat_template([{"role": "user", "content": "a"}], chat_template="{{ messages[0].role }}")
+made["other"] = processor.apply_chat_template(chat[1:], chat_template="{{ messages[0].role }}")
 print(json.dumps(made))
 """
 
@@ -240,7 +238,7 @@ def test_a_process_without_the_package(tmp_path, name):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     made = json.loads(done.stdout)
-    assert made.pop("other") == "user"
+    assert made.pop("other") == "assistant"
     assert made == outputs(processor)
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == CODE
 
@@ -308,8 +306,6 @@ def test_from_backbones_takes_the_statistics_of_the_vision_encoder(tmp_path, vis
             "do_center_crop": True,
         }
     )
-    if "image_processor" in content and TRANSFORMERS_4:
-        pytest.skip("transformers 4.57 does not read image processors nested in processor_config.json of a folder")
     edit_json(vision / name, **content)
     spec = {"name_or_path": str(vision)}
     processor = MiniGPT4Processor.from_backbones(spec, {"name_or_path": tmp_path / "llm"}, CONFIG).image_processor
@@ -319,7 +315,7 @@ def test_from_backbones_takes_the_statistics_of_the_vision_encoder(tmp_path, vis
 
 def test_from_backbones_without_a_tokenizer_fails_clearly(tmp_path, vision):
     (tmp_path / "llm").mkdir()
-    with pytest.raises((OSError, ValueError)) as caught:
+    with pytest.raises(OSError) as caught:
         MiniGPT4Processor.from_backbones(vision, tmp_path / "llm", CONFIG)
     assert str(tmp_path / "llm") in str(caught.value)
 
@@ -339,6 +335,8 @@ def test_a_sentencepiece_tokenizer(tmp_path):
             vocab_size=340,
             model_type="bpe",
             byte_fallback=True,
+            remove_extra_whitespaces=False,  # as LLaMA's was trained
+            normalization_rule_name="identity",
             minloglevel=2,
             hard_vocab_limit=False,
         )
