@@ -1,6 +1,7 @@
 """The chat templates of MiniGPT-4: by name, or built around the one a language model brings."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,10 @@ def wrap_chat_template(tokenizer: Any, template: str | None = None) -> str:
 
 def _end_of_turn(tokenizer: Any, template: str) -> str:
     """The special token that the template puts behind a reply (`<|im_end|>`, `<end_of_turn>`, `</s>`), or `""`."""
-    reply = "minigpt4-reply"
-    chat = [{"role": "user", "content": "minigpt4-question"}, {"role": "assistant", "content": reply}]
-    chat += [{"role": "user", "content": "minigpt4-question"}]
-    (rendered,), _ = render_jinja_template([chat], chat_template=template, **tokenizer.special_tokens_map)
-    behind = rendered.partition(reply)[2].lstrip()
+    reply_end = "\ufdd3"  # survives templates that change words
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply" + reply_end}]
+    chat += [{"role": "user", "content": "question"}]
+    behind = _rendered(chat, template, tokenizer.special_tokens_map).partition(reply_end)[2].lstrip()
     tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     return max((token for token in tokens if token.strip() and behind.startswith(token)), key=len, default="")
 
@@ -100,13 +100,39 @@ def separator_of(template: str, tokenizer: Any) -> str | None:
         return None
     reply = "minigpt4-reply"
     chat = [{"role": role, "content": [{"type": "text", "text": reply}]} for role in ("user", "assistant")]
-    (rendered,), _ = render_jinja_template([chat], chat_template=template, **tokenizer.special_tokens_map)
-    return _SEPARATOR if str(rendered).rpartition(reply)[2].strip().startswith(_SEPARATOR) else None
+    behind = _rendered(chat, template, tokenizer.special_tokens_map).rpartition(reply)[2].strip()
+    return _SEPARATOR if behind.startswith(_SEPARATOR) else None
 
 
-def knows_parts(template: str) -> bool:
-    """Whether a template takes contents that are lists of parts; one that does not has to be wrapped."""
-    return re.search(r"""\.(type|text)\b|\[\s*['"](type|text)['"]\s*\]""", template) is not None
+def knows_parts(template: str, tokenizer: Any) -> bool:
+    """
+    Whether a template is for contents that are lists of parts; one that is for strings only has to be wrapped.
+
+    One that takes texts in both forms but has no place for a picture counts as one for strings.
+    """
+    tokens = tokenizer.special_tokens_map.items()
+    return _knows_parts(template, tuple((name, token) for name, token in tokens if isinstance(token, str)))
+
+
+@lru_cache(maxsize=64)
+def _knows_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    text = "20190408"  # survives templates that change words
+
+    def shown(content: Any) -> str:
+        rendered = _rendered([{"role": "user", "content": content}], template, dict(special_tokens))
+        return "" if re.search(r"""['"]type['"]""", rendered) else rendered  # a list printed as it is
+
+    parts = shown([{"type": "image"}, {"type": "text", "text": text}])
+    return ("<image>" in parts and text in parts) or text not in shown(text)
+
+
+def _rendered(chat: list[dict[str, Any]], template: str, special_tokens: dict[str, Any]) -> str:
+    """A chat as text, or `""` if the template raises: it may raise anything where it refuses a message."""
+    try:
+        (rendered,), _ = render_jinja_template([chat], chat_template=template, **special_tokens)
+    except Exception:
+        return ""
+    return str(rendered)
 
 
 def _jinja_string(text: str) -> str:

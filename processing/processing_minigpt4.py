@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -314,6 +313,8 @@ class MiniGPT4Processor(ProcessorMixin):
             ValueError: if the conversation is empty or a message is not understood.
         """
         template = self._chat_template(chat_template)
+        if self.image_token != "<image>":
+            template = template.replace("<image>", self.image_token)
         chats, batched = normalize_conversations(conversation, self.image_token)
         if kwargs.get("tokenize") and "segment_mark" in template:
             kwargs["segment_mark"] = SEGMENT_MARK
@@ -337,7 +338,7 @@ class MiniGPT4Processor(ProcessorMixin):
             )
         if not _is_jinja(template):
             return load_chat_template(template, self.tokenizer)
-        return template if knows_parts(template) else wrap_chat_template(self.tokenizer, template)
+        return template if knows_parts(template, self.tokenizer) else wrap_chat_template(self.tokenizer, template)
 
     # ---- text from ids --------------------------------------------------------------------------------------------
 
@@ -399,7 +400,7 @@ def _ready(template: str, tokenizer: Any) -> str:
     if not _is_jinja(template):
         return load_chat_template(template, tokenizer)
     can_wrap = tokenizer is not None and available_chat_templates()
-    return wrap_chat_template(tokenizer, template) if can_wrap and not knows_parts(template) else template
+    return wrap_chat_template(tokenizer, template) if can_wrap and not knows_parts(template, tokenizer) else template
 
 
 def _as_texts(text: Any) -> list[str]:

@@ -5,6 +5,10 @@
           order, and the background. They see no reserved scene and no held-out pair.
 `llama/`  a LlamaForCausalLM and its byte-level BPE tokenizer that read `corpus.document`s and never see an image.
 
+Both are then trained a little longer, from what was saved: the vision side so that a query's features say nothing but
+its word (`sharpen`), the language model so that it reads words that are only nearly right (`harden`). One linear layer
+cannot clean up the former, and a large language model needs not be taught the latter.
+
 Both are rounded to float16 on disk (the configurations say float32, which is how they load). The same seed, thread
 count and versions of torch and transformers give the same weights. It takes about an hour on two CPU cores.
 """
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -210,6 +214,33 @@ def pretrain_vision(steps: int, batch_size: int, lr: float, seed: int, log: Log)
     return side
 
 
+def sharpen_vision(side: VisionSide, steps: int, batch_size: int, lr: float, seed: int, log: Log) -> None:
+    """Make each query's features a linear code of its word, whatever else is in the picture.
+
+    Classifying words leaves a rest in the features that tells of neighbours; regression on one-hot codes removes it.
+    """
+    rng = random.Random(f"sharpen, seed {seed}")
+    modules = nn.ModuleList([side.vision_model, side.qformer, side.query_head])
+    optimizer = optimizer_for(modules)
+    started = time.perf_counter()
+    for step in range(steps):
+        shown = sample_scenes(rng, batch_size, lambda scene: not scene.is_reserved and not scene.has_held_out_pair)
+        pixel_values, query_targets, _ = picture_batch(shown, rng)
+        codes = nn.functional.one_hot(query_targets, len(WORDS)).float()
+        loss = (side(pixel_values)[0] - codes).square().sum(-1).mean()
+        update(modules, optimizer, loss, cosine(step, steps, lr, warmup=100))
+        if step % 100 == 0 or step == steps - 1:
+            log(f"sharpen step {step:5d}  squared error {loss:.4f}  {time.perf_counter() - started:.0f} s")
+
+
+def load_vision(folder: Path, seed: int) -> VisionSide:
+    """What `save_vision` wrote, with new classifiers."""
+    torch.manual_seed(seed)
+    side = VisionSide()
+    side.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return side
+
+
 def is_unseen(scene: Scene, held_out: bool) -> bool:
     """Whether a scene is kept for evaluation and has, or has not, a held-out pair."""
     return scene.is_reserved and scene.has_held_out_pair is held_out
@@ -327,11 +358,15 @@ def language_loss(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def pretrain_language(
-    tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, lr: float, seed: int, log: Log
-) -> LlamaForCausalLM:
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    log: Log,
+) -> None:
     """Teach the language model the corpus, every token of it."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(language_config(tokenizer))
     optimizer = optimizer_for(model)
     batches = token_batches(tokenizer, batch_size, random.Random(seed))
     started = time.perf_counter()
@@ -340,7 +375,71 @@ def pretrain_language(
         update(model, optimizer, loss, cosine(step, steps, lr))
         if step % 100 == 0 or step == steps - 1:
             log(f"language step {step:5d}  loss {loss.item():.4f}  {time.perf_counter() - started:.0f} s")
-    return model
+
+
+def notes_place(segments: list[str]) -> int | None:
+    """Which segment of a document holds the notes, that is, stands where an image will."""
+    if segments[0].endswith("<Img>"):
+        return 1
+    return 0 if len(segments) > 1 and not segments[0].startswith("###") else None
+
+
+def noisy_batches(
+    tokenizer: PreTrainedTokenizerFast, batch_size: int, rng: random.Random
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of token ids (B, T), padded at the right, and a mask (B, T) of the tokens of notes."""
+    while True:
+        rows = []
+        for _ in range(16 * batch_size):
+            segments = corpus.document(rng)
+            place = notes_place(segments)
+            pieces = tokenizer(segments, add_special_tokens=False)["input_ids"]
+            mask = [int(i == place) for i, piece in enumerate(pieces) for _ in piece]
+            ids = [token for piece in pieces for token in piece]
+            rows.append(([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], [0, *mask, 0]))
+        rows.sort(key=lambda row: len(row[0]))
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        rng.shuffle(batches)
+        for batch in batches:
+            longest = max(len(ids) for ids, _ in batch)
+            tokens = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in batch]
+            masks = [mask + [0] * (longest - len(mask)) for _, mask in batch]
+            yield torch.tensor(tokens), torch.tensor(masks)
+
+
+def blur(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings (B, T, C) with noise, and a share of another token of the row, where the mask (B, T) is 1."""
+    rows = len(embeddings)
+    spread = embeddings.detach().std()
+    noise = torch.rand(rows, 1, 1) * 0.5 * spread * torch.randn_like(embeddings)
+    shift = int(torch.randint(1, 7, ()))
+    leak = torch.rand(rows, 1, 1) * 0.3 * embeddings.detach().roll(shift, dims=1)
+    return embeddings + mask[..., None] * (noise + leak)
+
+
+def harden_language(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    log: Log,
+) -> None:
+    """Teach the language model to read notes whose embeddings are blurred. It still sees nothing but text."""
+    torch.manual_seed(seed)
+    optimizer = optimizer_for(model)
+    batches = noisy_batches(tokenizer, batch_size, random.Random(f"harden, seed {seed}"))
+    started = time.perf_counter()
+    for step in range(steps):
+        tokens, mask = next(batches)
+        embeddings = blur(model.get_input_embeddings()(tokens), mask)
+        targets = tokens.masked_fill(tokens.eq(model.config.pad_token_id), -100)
+        logits = model(inputs_embeds=embeddings).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        update(model, optimizer, loss, cosine(step, steps, lr, warmup=100))
+        if step % 100 == 0 or step == steps - 1:
+            log(f"harden step {step:5d}  loss {loss.item():.4f}  {time.perf_counter() - started:.0f} s")
 
 
 def save_language(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -388,19 +487,45 @@ def make_vision(folder: Path, arguments: argparse.Namespace) -> None:
 def make_language(folder: Path, arguments: argparse.Namespace) -> None:
     """Pre-train and save the language model and its tokenizer, with a log and samples beside the weights."""
     with logging_to(folder) as log:
-        tokenizer = train_tokenizer(arguments.seed)
-        model = pretrain_language(
-            tokenizer, arguments.language_steps, batch_size=64, lr=3e-3, seed=arguments.seed, log=log
+        torch.manual_seed(arguments.seed)
+        if arguments.language_from is None:
+            tokenizer = train_tokenizer(arguments.seed)
+            model = LlamaForCausalLM(language_config(tokenizer))
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.language_from)
+            model = LlamaForCausalLM.from_pretrained(arguments.language_from)
+        options = {"steps": arguments.language_steps, "lr": arguments.language_lr, "seed": arguments.seed}
+        pretrain_language(model.train(), tokenizer, batch_size=64, log=log, **options)
+        save_language(model, tokenizer, folder)
+        generate_samples(model.eval(), tokenizer, arguments.seed, log)
+
+
+def sharpen(folder: Path, arguments: argparse.Namespace) -> None:
+    """Go on with the vision side that was saved."""
+    with logging_to(folder, "a") as log:
+        side = load_vision(folder, arguments.seed)
+        sharpen_vision(side, arguments.sharpen_steps, batch_size=128, lr=5e-4, seed=arguments.seed, log=log)
+        save_vision(side, folder)
+        check_vision(side.eval(), log)
+
+
+def harden(folder: Path, arguments: argparse.Namespace) -> None:
+    """Go on with the language model that was saved."""
+    with logging_to(folder, "a") as log:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        model = LlamaForCausalLM.from_pretrained(folder).train()
+        harden_language(
+            model, tokenizer, arguments.harden_steps, batch_size=64, lr=1.5e-3, seed=arguments.seed, log=log
         )
         save_language(model, tokenizer, folder)
         generate_samples(model.eval(), tokenizer, arguments.seed, log)
 
 
 @contextmanager
-def logging_to(folder: Path) -> Iterator[Log]:
+def logging_to(folder: Path, mode: str = "w") -> Iterator[Log]:
     """A log function that prints each line and keeps it in `folder/pretraining_log.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "pretraining_log.txt").open("w", encoding="utf-8") as file:
+    with (folder / "pretraining_log.txt").open(mode, encoding="utf-8") as file:
 
         def log(line: str) -> None:
             print(line, flush=True)
@@ -413,18 +538,22 @@ def logging_to(folder: Path) -> Iterator[Log]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the frozen backbones of the embedded world.")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the folders blip2/ and llama/")
-    parser.add_argument("--parts", nargs="+", choices=("vision", "language"), default=("vision", "language"))
+    parts = {"vision": make_vision, "sharpen": sharpen, "language": make_language, "harden": harden}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--vision-steps", type=int, default=3000)
     parser.add_argument("--language-steps", type=int, default=4000)
+    parser.add_argument("--language-lr", type=float, default=3e-3, help="highest learning rate of the language model")
+    parser.add_argument("--language-from", type=Path, help="folder of a language model to go on from")
+    parser.add_argument("--sharpen-steps", type=int, default=800)
+    parser.add_argument("--harden-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; sums, hence weights, may depend on it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
-    if "vision" in arguments.parts:
-        make_vision(arguments.output_dir / "blip2", arguments)
-    if "language" in arguments.parts:
-        make_language(arguments.output_dir / "llama", arguments)
+    for part, run in parts.items():
+        if part in arguments.parts:
+            run(arguments.output_dir / ("blip2" if part in ("vision", "sharpen") else "llama"), arguments)
 
 
 if __name__ == "__main__":

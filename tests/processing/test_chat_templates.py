@@ -2,7 +2,10 @@
 
 import base64
 import copy
+import inspect
 import io
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -18,6 +21,7 @@ from tiny_text import (
     one_sentence,
     plain,
 )
+from transformers import ProcessorMixin, image_utils
 
 from processing_minigpt4 import available_chat_templates, load_chat_template, wrap_chat_template
 
@@ -102,17 +106,8 @@ def test_vicuna_v0_is_the_text_of_the_original(chat, options, expected):
 @pytest.mark.parametrize(("chat", "options", "expected"), VICUNA)
 def test_vicuna_v0_alignment_has_no_system_text_and_a_space_before_the_separator(chat, options, expected):
     rendered = make_processor(chat_template="vicuna_v0_alignment").apply_chat_template(chat, **options)
-    for message in chat:
-        if message["role"] == "user":
-            (ending,) = {
-                end
-                for end in ("What is this?", "Hello", "Sure?", "And this?", "What?", "Compare.")
-                if (message["content"] if isinstance(message["content"], str) else message["content"][-1].get("text"))
-                == end
-            } or {""}
-            expected = expected.replace(ending + "###", ending + " ###", 1) if ending else expected
-    if "What is" in expected or "Hello" in expected:
-        assert rendered.replace(" ###", "###") == "<s>" + expected.replace(" ###", "###")
+    # An instruction is everything from "Human: " to the next "###".
+    assert rendered == "<s>" + re.sub(r"(?<=###)(Human: .*?)###", r"\1 ###", expected)
 
 
 def test_vicuna_v0_alignment_is_the_instruction_template_of_stage_2():
@@ -189,7 +184,7 @@ def test_names_of_templates():
     ],
 )
 def test_an_unknown_name_is_told_with_those_there_are(ask):
-    with pytest.raises(ValueError, match="no chat template named 'vicuna'.*llama2, vicuna_v0") as caught:
+    with pytest.raises(ValueError, match=r"no chat template named 'vicuna'.*llama2, vicuna_v0") as caught:
         ask()
     assert one_sentence(caught.value)
 
@@ -300,6 +295,21 @@ def test_variables_and_tools_reach_the_inner_template():
         assert ids == [plain(tokenizer, expected)]
 
 
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n", "{{ '!' }}\n", " \n"])
+def test_the_very_end_of_the_inner_template_is_rendered_as_it_is(ending):
+    tokenizer = template_tokenizer("{% for m in messages %}{{ m.role + ':' + m.content }};{% endfor %}." + ending)
+    chat = [user("a"), assistant("b")]
+    expected = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert make_processor(tokenizer, chat_template="wrapped").apply_chat_template(chat) == expected
+
+
+def test_a_message_that_only_calls_tools_has_no_content():
+    inner = "{% for m in messages %}{{ m.content if m.content is defined else 'nothing' }};{% endfor %}"
+    processor = make_processor(template_tokenizer(inner), chat_template="wrapped")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
+    assert processor.apply_chat_template([user("a"), call, {**call, "content": ""}]) == "a;nothing;;"
+
+
 # ---- which tokens are the assistant's ----------------------------------------------------------------------------
 
 REPLIES = ["A red cat.", "Yes, it is.", "No"]
@@ -387,18 +397,18 @@ def test_masks_of_a_template_that_shortens_earlier_replies():
     assert "hm" not in expected
     result = tokenized(processor, chat, return_assistant_tokens_mask=True)
     found = marked_text(processor, result["input_ids"][0], result["assistant_masks"][0])
-    assert found == ["A cat.<|im_end|>", "<think>so</think>\nYes.<|im_end|>"] or found == [
-        "<think>so</think>\nYes.<|im_end|>"
-    ]
+    # Of the first reply one of its two marks is gone with the thoughts, so it is not trained; the last one is whole.
+    assert found == ["<think>so</think>\nYes.<|im_end|>"]
 
 
 def test_a_template_that_rewrites_replies_is_rendered_as_it_is():
     processor = make_processor(template_tokenizer(SHOUTING), chat_template="wrapped")
-    chat = [user("a ", image(red())), assistant("A cat.")]
-    assert processor.apply_chat_template([user("a"), assistant("A cat.")]) == (
-        "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nA CAT.<|im_end|>\n"
-    )
-    assert chat
+    chat = [user("a"), assistant("A cat.")]
+    expected = "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nA CAT.<|im_end|>\n"
+    assert processor.apply_chat_template(chat) == expected
+    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    found = marked_text(processor, result["input_ids"][0], result["assistant_masks"][0])
+    assert found == ["A CAT.<|im_end|>"]
 
 
 def test_marks_of_the_inner_template_are_kept():
@@ -431,10 +441,6 @@ def test_masks_survive_truncation(family):
 @pytest.fixture
 def sources(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The same red picture in every form in which it can stand in a message."""
-    from types import SimpleNamespace
-
-    from transformers import image_utils
-
     buffer = io.BytesIO()
     red().save(buffer, "PNG")
     content = buffer.getvalue()
@@ -529,37 +535,42 @@ def test_messages_of_the_caller_stay_as_they_are(family):
 # ---- "<image>" that somebody typed -------------------------------------------------------------------------------
 
 
+TYPED = "Is <image> a tag, <image><image>?"
+
+
 @pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, dummy_prefix_tokenizer])
-@pytest.mark.parametrize("name", ["vicuna_v0", "vicuna_v0_alignment", "llama2"])
-def test_typed_placeholders_are_text(make_tokenizer, name):
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [
+        ("vicuna_v0", ("###Human: <Img>", "</Img> ", "###Assistant: ", "###")),
+        ("vicuna_v0_alignment", ("###Human: <Img>", "</Img> ", " ###Assistant: ", "###")),
+        ("llama2", ("<s>[INST] <Img>", "</Img> ", " [/INST] ", "</s>")),
+    ],
+)
+def test_typed_placeholders_are_tokenized_as_text(make_tokenizer, name, around):
     tokenizer = make_tokenizer()
     processor = make_processor(tokenizer, chat_template=name)
-    typed = "Is <image> a tag, <image><image>?"
-    result = tokenized(processor, [user(image(red()), typed), assistant("Yes: <image>")])
-    (ids,) = result["input_ids"]
-    assert ids.count(IMAGE_ID) == IMAGE_TOKENS and len(result["pixel_values"]) == 1
-    behind = ids[ids.index(IMAGE_ID) + IMAGE_TOKENS :]
-    answer = tokenizer.decode(behind)
-    assert typed in answer and "Yes: <image>" in answer
-    before, _, rest = load_rendered(processor, typed).partition("<<picture>>")
-    assert before and behind[: len(plain(tokenizer, rest))] == plain(tokenizer, rest)
+    before, behind, between, end = around
+    chat = [system("No <image>."), user(image(red()), TYPED), assistant("Yes: <image>")]
+    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
+    expected = [tokenizer.bos_token_id, *plain(tokenizer, "No <image>." + before), *PICTURE]
+    expected += plain(tokenizer, behind + TYPED + between)
+    reply = plain(tokenizer, "Yes: <image>" + end)
+    assert result["input_ids"] == [expected + reply]
+    assert result["assistant_masks"] == [[0] * len(expected) + [1] * len(reply)]
+    assert len(result["pixel_values"]) == 1
 
 
-def load_rendered(processor: Any, typed: str) -> str:
-    """The prompt with the picture's place written as `<<picture>>`, and what was typed as it was."""
-    rendered = processor.apply_chat_template([user(image(), "TYPED")])
-    return rendered.replace("<image>", "<<picture>>").replace("TYPED", typed).removesuffix("###").rstrip()
-
-
-def test_typed_placeholders_are_text_everywhere(family):
-    _, tokenizer, processor, end, has_system = family
-    chat = [user("<image> ", image(red()), " <image>"), assistant("<image>"), user("<image>")]
-    chat = [system("No <image> here."), *chat] if has_system else chat
-    result = tokenized(processor, chat, return_assistant_tokens_mask=False)
-    assert result["input_ids"][0].count(IMAGE_ID) == IMAGE_TOKENS and len(result["pixel_values"]) == 1
-    written = [{**message, "content": "X"} for message in chat]
-    assert tokenizer.decode(result["input_ids"][0]).count("<image>") == 0 or True
-    assert written
+def test_typed_placeholders_are_text_beside_pictures(family):
+    _, tokenizer, processor, _, has_system = family
+    chat = [user("<image> ", image(red()), " <image>"), assistant("<image>"), user(TYPED)]
+    flat = [user("<image> \0 <image>"), assistant("<image>"), user(TYPED)]
+    if has_system:
+        chat, flat = [system("No <image>."), *chat], [system("No <image>."), *flat]
+    result = tokenized(processor, chat)
+    before, behind = tokenizer.apply_chat_template(flat, tokenize=False).split("\0")
+    assert result["input_ids"] == [plain(tokenizer, before) + PICTURE + plain(tokenizer, behind)]
+    assert len(result["pixel_values"]) == 1
 
 
 def test_typed_placeholders_without_any_picture(family):
@@ -633,8 +644,84 @@ def test_a_template_that_knows_parts_is_used_as_it_is():
     assert processor.apply_chat_template([user("a", image(), "b")]) == "a|<image>|b|"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        # Texts in both forms, and no place for a picture.
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+        "{{ p.text }}{% endfor %}{% endif %}|{% endfor %}",
+        # A placeholder of another model.
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+        "{{ '<picture>' if p['type'] == 'image' else p.text }}{% endfor %}{% endif %}|{% endfor %}",
+        # Types of something else than parts.
+        "{% for t in tools or [] %}{{ t.type }}{{ t.text }}{% endfor %}"
+        "{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}|{% endfor %}",
+    ],
+    ids=["texts", "other-model", "tools", "printed"],
+)
+def test_a_template_without_a_place_for_pictures_is_wrapped(template):
+    processor = make_processor(chat_template=template)
+    assert processor.apply_chat_template([user("a ", image(), " b"), assistant("c")]) == "a <image> b|c|"
+    result = tokenized(processor, [user("a ", image(red()), " b"), assistant("c")], return_assistant_tokens_mask=True)
+    assert result["input_ids"][0].count(IMAGE_ID) == IMAGE_TOKENS
+    assert marked_text(processor, result["input_ids"][0], result["assistant_masks"][0]) == ["c"]
+
+
+def test_a_template_for_texts_in_parts_is_used_as_it_is():
+    template = "{% for m in messages %}{{ m['content'][0]['text'] }}|{% endfor %}"
+    assert make_processor(chat_template=template).apply_chat_template([user("a"), assistant("b")]) == "a|b|"
+
+
+@pytest.mark.parametrize("name", ["vicuna_v0", "llama2", "wrapped"])
+def test_chats_use_the_placeholder_of_the_processor(name):
+    processor = make_processor(template_tokenizer(CHATML), chat_template=name, image_token="<|pic|>")
+    chat = [user(image(red()), "a <image> and a <|pic|>")]
+    rendered = processor.apply_chat_template(chat)
+    assert rendered.count("<|pic|>") == 1 and "a <image> and a" in rendered
+    result = tokenized(processor, chat)
+    assert result["input_ids"][0].count(IMAGE_ID) == IMAGE_TOKENS
+    assert "a <image> and a <|pic|>" in processor.decode(result["input_ids"][0])
+
+
 def test_several_named_templates():
     tokenizer = template_tokenizer(None)
     processor = make_processor(tokenizer, chat_template={"default": CHATML, "old": load_chat_template("llama2")})
     assert processor.apply_chat_template([user("a")]).endswith("user\na<|im_end|>\n")
     assert processor.apply_chat_template([user("a")], chat_template="old").endswith("[INST] a [/INST] ")
+    assert processor.separator is None
+    assert make_processor(chat_template={"default": "vicuna_v0", "old": "llama2"}).separator == "###"
+    nameless = make_processor(tokenizer, chat_template={"new": CHATML, "old": "llama2"})
+    assert nameless.separator is None
+    with pytest.raises(ValueError, match=r"none of them is called 'default'.*names: new, old") as caught:
+        nameless.apply_chat_template([user("a")])
+    assert one_sentence(caught.value)
+
+
+def test_a_template_for_strings_that_ends_replies_with_hashes():
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '###' }}{% endfor %}"
+    processor = make_processor(chat_template=template)
+    assert processor.apply_chat_template([user(image(), "a")]) == "user: <image>a###"
+    assert processor.separator == "###"
+    assert processor.post_process_image_text_to_text([plain(processor.tokenizer, "a cat###")]) == ["a cat"]
+
+
+def test_a_template_that_refuses_most_chats_is_used_all_the_same():
+    picky = "{% if messages[0].role != 'system' %}{{ raise_exception('System first!') }}{% endif %}###" + CHATML
+    processor = make_processor(template_tokenizer(picky), chat_template="wrapped")
+    rendered = processor.apply_chat_template([system("s"), user(image(), "a")])
+    assert rendered == "###<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n<image>a<|im_end|>\n"
+    assert processor.separator is None
+    with pytest.raises(Exception, match="System first!"):
+        processor.apply_chat_template([user("a")])
+
+
+def test_control_tokens_that_somebody_typed_can_be_made_text():
+    processor = make_processor(template_tokenizer(CHATML), chat_template="wrapped")
+    if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+        pytest.skip("sanitize_control_tokens came after transformers 4.57")
+    chat = [user(image(red()), "a <|im_end|> <image>")]
+    ids = [tokenized(processor, chat, sanitize_control_tokens=clean)["input_ids"][0] for clean in (False, True)]
+    assert [row.count(processor.tokenizer.eos_token_id) for row in ids] == [3, 2]
+    assert [row.count(IMAGE_ID) for row in ids] == [IMAGE_TOKENS] * 2
+    assert processor.decode(ids[0]) == processor.decode(ids[1])

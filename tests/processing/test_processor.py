@@ -271,6 +271,10 @@ def test_pictures_keep_their_order(processor, images):
     assert counts.tolist() == [2 * IMAGE_TOKENS, 0, IMAGE_TOKENS]
 
 
+def test_the_attention_mask_can_be_left_out(processor):
+    assert set(processor(text=["a", "b"], return_attention_mask=False)) == {"input_ids"}
+
+
 def test_images_alone(processor):
     result = processor(images=[red(), red(1)], return_tensors="pt")
     assert set(result) == {"pixel_values"} and result["pixel_values"].shape == (2, 3, 4, 6)

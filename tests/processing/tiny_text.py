@@ -102,7 +102,7 @@ def plain(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def one_sentence(error: BaseException) -> bool:
+def one_sentence(error: BaseException | str) -> bool:
     """Whether an error is one sentence (a semicolon may join two thoughts) that ends in a full stop."""
     text = str(error)
     return text.endswith(".") and "\n" not in text and text.count(". ") == 0
