@@ -12,14 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_minigpt4", "processing_minigpt4", "recipes_minigpt4")
 
-# Put in front of a script: the named packages cannot be imported, as if they were not installed.
+# Put in front of a script: the named packages cannot be found, as if they were not installed.
 BLOCK = """
 import sys
-class Block:
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Block())
+        return None if name.split(".")[0] in {names} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Hide, sys.meta_path)
 """
 
 SAVE = """

@@ -291,7 +291,7 @@ def test_the_card_has_the_table_and_no_path(short_demo):
     card = (short_demo / "adapter" / "README.md").read_text()
     results = json.loads((short_demo / "results.json").read_text())
     assert f"| object F1, scenes never shown | {results['stages']['stage2']['object_f1']:.3f} |" in card
-    assert "stage 2 of the paper" in card
+    assert "This is an adapter of stage 2." in card
     assert str(short_demo) not in card
 
 
