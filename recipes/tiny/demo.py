@@ -49,7 +49,7 @@ COLUMNS = {  # measure → title of its column, format of its values
 }
 INSTRUCTION = "Describe this image in detail."
 MAX_NEW_TOKENS = 120  # a description of three things takes at most about 90
-THREADS = 2
+THREADS = 1  # models this small gain little from a second one, and lose much when something else runs
 
 Shown = Sequence[tuple[Image.Image, Scene]]
 Scores = Mapping[str, float]

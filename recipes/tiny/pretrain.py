@@ -10,7 +10,7 @@ its word (`sharpen`), the language model so that it reads words that are only ne
 cannot clean up the former, and a large language model needs not be taught the latter.
 
 Both are rounded to float16 on disk (the configurations say float32, which is how they load). The same seed, thread
-count and versions of torch and transformers give the same weights. It takes about an hour on two CPU cores.
+count and versions of torch and transformers give the same weights. The logs beside the weights tell how long it took.
 """
 
 import argparse
@@ -145,14 +145,21 @@ class VisionSide(nn.Module):
         self.query_head = nn.Linear(QFORMER_CONFIG.hidden_size, len(WORDS))
         self.patch_head = nn.Linear(VISION_CONFIG.hidden_size, 3 * len(WORDS))
 
+    def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Features for pixels of shape (B, 3, 72, 72): of the patches, CLS token first, (B, 1 + patches, C), and of
+        the queries, (B, num_query_tokens, C).
+        """
+        image_embeds = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        query_output = self.qformer(
+            query_embeds=self.query_tokens.expand(len(image_embeds), -1, -1), encoder_hidden_states=image_embeds
+        ).last_hidden_state
+        return image_embeds, query_output
+
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Word scores for pixels of shape (B, 3, 72, 72): of the queries, (B, num_query_tokens, words), and of the
         patches, (B, patches, 3, words), which should say size, colour and shape of what stands in their cell.
         """
-        image_embeds = self.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, 1 + patches, C)
-        query_output = self.qformer(
-            query_embeds=self.query_tokens.expand(len(image_embeds), -1, -1), encoder_hidden_states=image_embeds
-        ).last_hidden_state  # (B, num_query_tokens, C)
+        image_embeds, query_output = self.encode(pixel_values)
         return self.query_head(query_output), self.patch_head(image_embeds[:, 1:]).unflatten(-1, (3, -1))
 
 
@@ -215,22 +222,31 @@ def pretrain_vision(steps: int, batch_size: int, lr: float, seed: int, log: Log)
 
 
 def sharpen_vision(side: VisionSide, steps: int, batch_size: int, lr: float, seed: int, log: Log) -> None:
-    """Make each query's features a linear code of its word, whatever else is in the picture.
+    """Make each query's features a code of its word, whatever else is in the picture.
 
-    Classifying words leaves a rest in the features that tells of neighbours; regression on one-hot codes removes it.
+    Classifying words leaves a rest in the features that tells of neighbours. Regression on fixed orthogonal codes, one
+    per word, removes it; the code matrix is then the classifier, as its nearest code is a feature's best score.
     """
     rng = random.Random(f"sharpen, seed {seed}")
-    modules = nn.ModuleList([side.vision_model, side.qformer, side.query_head])
+    codes = word_codes(seed)
+    modules = nn.ModuleList([side.vision_model, side.qformer])
     optimizer = optimizer_for(modules)
     started = time.perf_counter()
     for step in range(steps):
         shown = sample_scenes(rng, batch_size, lambda scene: not scene.is_reserved and not scene.has_held_out_pair)
         pixel_values, query_targets, _ = picture_batch(shown, rng)
-        codes = nn.functional.one_hot(query_targets, len(WORDS)).float()
-        loss = (side(pixel_values)[0] - codes).square().sum(-1).mean()
+        loss = (side.encode(pixel_values)[1] - codes[query_targets]).square().mean()
         update(modules, optimizer, loss, cosine(step, steps, lr, warmup=100))
         if step % 100 == 0 or step == steps - 1:
             log(f"sharpen step {step:5d}  squared error {loss:.4f}  {time.perf_counter() - started:.0f} s")
+    side.query_head.load_state_dict({"weight": codes, "bias": torch.zeros(len(WORDS))})
+
+
+def word_codes(seed: int) -> Tensor:
+    """Orthogonal vectors (words, C) with a mean square of one, which is what a LayerNorm gives."""
+    generator = torch.Generator().manual_seed(seed)
+    codes: Tensor = torch.linalg.qr(torch.randn(QFORMER_CONFIG.hidden_size, len(WORDS), generator=generator)).Q.T
+    return codes.contiguous() * math.sqrt(QFORMER_CONFIG.hidden_size)
 
 
 def load_vision(folder: Path, seed: int) -> VisionSide:
@@ -545,7 +561,7 @@ def main() -> None:
     parser.add_argument("--language-lr", type=float, default=3e-3, help="highest learning rate of the language model")
     parser.add_argument("--language-from", type=Path, help="folder of a language model to go on from")
     parser.add_argument("--sharpen-steps", type=int, default=800)
-    parser.add_argument("--harden-steps", type=int, default=2000)
+    parser.add_argument("--harden-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; sums, hence weights, may depend on it")
     arguments = parser.parse_args()
