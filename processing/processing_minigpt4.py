@@ -417,7 +417,8 @@ def _as_texts(text: Any) -> list[str]:
 
 def _without_separator(text: str, separator: str) -> str:
     stripped = text.rstrip()
-    return stripped.removesuffix(separator).rstrip() if stripped.endswith(separator) else text
+    # Spaces before it stay: behind an empty reply they are the prompt's, which pipelines look for.
+    return stripped.removesuffix(separator) if stripped.endswith(separator) else text
 
 
 def _locate(source: Any) -> tuple[str, dict[str, Any]]:

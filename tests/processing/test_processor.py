@@ -354,7 +354,7 @@ def test_decode_of_little(processor, tokenizer):
     ("written", "reply"),
     [
         ("a red cat###", "a red cat"),
-        ("a red cat ### ", "a red cat"),
+        ("a red cat ### ", "a red cat "),
         ("a red cat", "a red cat"),
         ("a ### cat", "a ### cat"),
         ("###", ""),
