@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     Blip2QFormerModel,
     Blip2VisionConfig,
     GenerationConfig,
@@ -24,7 +22,6 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
@@ -37,6 +34,8 @@ from .configuration_minigpt4 import (
     vision_image_size,
     vision_output_tokens,
 )
+from .generation_minigpt4 import SeparatorCriteria, TextCandidates, WordProcessors, compose_generation_config
+from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name
 
 
 logger = logging.get_logger(__name__)
@@ -122,66 +121,6 @@ def build_projection(config: MiniGPT4Config) -> nn.Module:
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
-def adjust_logits(logits: torch.Tensor, text_config: PretrainedConfig) -> torch.Tensor:
-    """Scale and cap logits as the language model's own head does (Cohere, Granite, Falcon-H1, Gemma-2, …)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if (scale := getattr(text_config, name, None)) is not None:
-            logits = logits * scale
-    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
-        logits = logits * divisor if text_config.model_type == "hyperclovax" else logits / divisor
-    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
-
-
-_KNOWN_HEAD_OPTIONS = {
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-    "final_logit_softcapping",
-}
-
-
-def check_head(causal_lm: PreTrainedModel) -> None:
-    """
-    Refuse a language model whose head is more than a matrix and the adjustments of `adjust_logits`.
-
-    Raises:
-        ValueError: naming what the head has beside that. Its logits would be silently different here.
-    """
-    name, text_config = type(causal_lm).__name__, causal_lm.config
-    head = causal_lm.get_output_embeddings()
-    children = {child for child, module in causal_lm.named_children() if any(True for _ in module.parameters())}
-    extra = children - {decoder_name(causal_lm), head_name(causal_lm)}
-    suspicious = re.compile(r"(?=.*(logit|lm_head))(?=.*(scal|cap|mult|norm))(?!.*(attn|attention|router))")
-    options = {
-        key
-        for key, value in text_config.to_dict().items()
-        if suspicious.match(key) and key not in _KNOWN_HEAD_OPTIONS and value not in (None, False, 0, 1)
-    }
-    if not isinstance(head, nn.Linear) or extra or options:
-        reason = f"has {', '.join(sorted(extra | options))} beside it" if extra or options else "is no linear layer"
-        raise ValueError(
-            f"{name} cannot be the language model: its head {reason}, which would give other logits here than on its "
-            "own; choose a decoder whose LM head is one matrix (Llama, Qwen, Mistral, Gemma, GPT-2, …)."
-        )
-
-
-def head_name(causal_lm: PreTrainedModel) -> str:
-    """Name of the LM head inside a causal language model, such as `lm_head` or `embed_out`."""
-    head = causal_lm.get_output_embeddings()
-    return next((name for name, module in causal_lm.named_modules() if module is head and head is not None), "")
-
-
-def decoder_name(causal_lm: PreTrainedModel) -> str:
-    """Name of the decoder inside a causal language model; in 4.57, Gemma-3's prefix is not its name."""
-    prefix = causal_lm.base_model_prefix
-    if hasattr(causal_lm, prefix):
-        return prefix
-    return next((name for name, child in causal_lm.named_children() if isinstance(child, PreTrainedModel)), prefix)
-
-
 def mask_image_labels(
     module: "MiniGPT4ForConditionalGeneration", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -196,77 +135,6 @@ def mask_image_labels(
         if labels is not None:
             kwargs = {**kwargs, key: labels.masked_fill(labels == module.config.image_token_id, -100)}
     return args, kwargs
-
-
-class SeparatorCriteria(StoppingCriteria):
-    """
-    Stop each row at the template's separator (`###`), however the tokenizer spells it.
-
-    Args:
-        separator: text at which a reply ends.
-        pieces: id → text of every token that holds a character of the separator; all others break it.
-        prompt_length: number of ids that belong to the prompt, in which the separator does not count.
-    """
-
-    def __init__(self, separator: str, pieces: Mapping[int, str], prompt_length: int) -> None:
-        self.separator = separator
-        self.pieces = pieces
-        self.start = prompt_length
-        self.seen = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        # Assisted decoding adds several ids a step, so look at all new ones and as many before as could begin it.
-        first = max(self.start, min(self.seen, input_ids.shape[1] - 1) - len(self.separator) + 1)
-        self.seen = input_ids.shape[1]
-        rows = input_ids[:, first:].tolist()
-        found = [self.separator in "".join(self.pieces.get(token, "\0") for token in row) for row in rows]
-        return torch.tensor(found, device=input_ids.device)
-
-
-class WordProcessors(LogitsProcessorList):
-    """
-    Logits processors that do not see image placeholders, which have no score; each counts as another id of its row.
-
-    4.57 looks every id of the prompt up in the scores, for repetition_penalty among others.
-    """
-
-    def __init__(self, processors: Sequence[Any], image_token_id: int) -> None:
-        super().__init__(processors)
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
-        if input_ids.shape[1] == 0:
-            return super().__call__(input_ids, scores, **kwargs)
-        places = input_ids == self.image_token_id
-        others = input_ids.masked_fill(places, -1).amax(-1, keepdim=True).clamp(min=0)
-        return super().__call__(torch.where(places, others, input_ids), scores, **kwargs)
-
-
-class TextCandidates:
-    """Guesses of an assistant that knows text only, for assisted decoding; placeholders are any word to it."""
-
-    def __init__(self, generator: Any, config: MiniGPT4Config) -> None:
-        self.generator = generator
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.generator, name)
-
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        words = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
-        candidates, logits = self.generator.get_candidates(words, **kwargs)
-        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :].to(input_ids.device)], dim=-1), logits
-
-
-def separator_pieces(tokenizer: Any, separator: str) -> dict[int, str]:
-    """Id → text of every token of a tokenizer whose text holds a character of `separator`."""
-    bytes_of_separator = {f"<0x{byte:02X}>" for byte in separator.encode()}
-    candidates = [
-        token
-        for piece, token in tokenizer.get_vocab().items()
-        if piece in bytes_of_separator or any(character in piece for character in separator)
-    ]
-    return {token: tokenizer.decode([token]) for token in sorted(candidates)}
 
 
 class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
@@ -929,7 +797,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             options.setdefault("num_query_tokens", found["qformer"].num_query_tokens)
         config = MiniGPT4Config(**options, backbones=sources)
         model: MiniGPT4ForConditionalGeneration = cls._compose(config, hub, **kwargs)
-        model.generation_config = _compose_generation_config(sources["language_model"], config, separator, hub)
+        model.generation_config = compose_generation_config(sources["language_model"], config, separator, hub)
         return model
 
 
@@ -941,40 +809,6 @@ def _select_strategy(vision_config: PretrainedConfig) -> str:
         return "full"
     height, width = vision_image_size(vision_config)
     return "default" if tokens == (height // patch) * (width // patch) + 1 else "full"
-
-
-def _compose_generation_config(
-    source: Mapping[str, Any], config: MiniGPT4Config, separator: str | None, hub_options: Mapping[str, Any]
-) -> GenerationConfig:
-    """Token ids of the language model, the original's length of 300 tokens, and the separator spelt in tokens."""
-    where = {"revision": source.get("revision"), "subfolder": source.get("subfolder") or "", **hub_options}
-    where = {name: value for name, value in where.items() if value is not None}
-    try:
-        own = GenerationConfig.from_pretrained(source["name_or_path"], **where)
-    except OSError:
-        own = GenerationConfig.from_model_config(config.text_config)
-    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids = {name: getattr(config.text_config, name, None) if value is None else value for name, value in ids.items()}
-    if ids["pad_token_id"] is None:
-        ids["pad_token_id"] = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]
-    generation_config = GenerationConfig(**ids, max_new_tokens=300)
-    if separator is None:
-        return generation_config
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source["name_or_path"], **where)
-    except (OSError, ValueError, TypeError) as error:  # TypeError: 4.57, where the vocabulary's file is missing
-        if separator == "auto":
-            return generation_config  # a language model without a tokenizer has no chat template either
-        raise OSError(
-            f"The separator {separator!r} cannot be spelt in tokens, because {source['name_or_path']} has no "
-            "tokenizer; add one there, or pass `separator=None`."
-        ) from error
-    if separator == "auto":
-        separator = None if tokenizer.chat_template else "###"
-    if separator is not None:
-        generation_config.separator = separator
-        generation_config.separator_pieces = separator_pieces(tokenizer, separator)
-    return generation_config
 
 
 MiniGPT4Model.register_for_auto_class("AutoModel")
