@@ -26,7 +26,13 @@ from modeling_minigpt4 import (
 
 
 PACKAGES = ("modeling_minigpt4", "processing_minigpt4", "recipes_minigpt4")
-MODEL_CODE = {"configuration_minigpt4.py", "modeling_minigpt4.py", "backbones.py"}
+MODEL_CODE = {
+    "configuration_minigpt4.py",
+    "modeling_minigpt4.py",
+    "backbones.py",
+    "generation_minigpt4.py",
+    "heads_minigpt4.py",
+}
 NEW_TOKENS = 6
 
 
