@@ -29,6 +29,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("model.language_model.", "lm_head."),
 }
 
+# As the name of a backbone: the repository or folder of the checkpoint itself, mostly with a `subfolder`.
+HERE = "."
+
 # Options of `from_pretrained` that say how files are fetched; they hold for backbones too.
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token")
 
@@ -61,6 +64,8 @@ def normalize_source(source: "str | os.PathLike[str] | Mapping[str, Any]") -> di
 def is_local(source: Mapping[str, Any]) -> bool:
     """Whether a backbone is a folder of this machine, which nobody else can load."""
     name = str(source["name_or_path"])
+    if name == HERE:
+        return False
     return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)
 
 
@@ -390,10 +395,18 @@ class BackbonesMixin:
         for name in where:
             kwargs.pop(name)
         config = copy.deepcopy(config)
+        for part, source in config.backbones.items():
+            if source["name_or_path"] == HERE:
+                revision = getattr(config, "_commit_hash", None) or where.get("revision")
+                config.backbones[part] = _inside(
+                    pretrained_model_name_or_path, source, {**where, "revision": revision}
+                )
         if unknown := set(backbones or {}) - set(PARTS):
             raise ValueError(f"`backbones` names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}.")
         for part, source in (backbones or {}).items():
-            config.backbones[part] = {**config.backbones.get(part, {}), **normalize_source(source)}
+            # Of where it was, only what tells the weights apart still holds.
+            known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
+            config.backbones[part] = {**known, **normalize_source(source)}
         generation_config = kwargs.pop("generation_config", None) or _find_generation_config(
             pretrained_model_name_or_path, where
         )
@@ -496,6 +509,13 @@ class BackbonesMixin:
             and name not in trained
             and prefix + name not in self._own_tensors
         }
+
+
+def _inside(path: Any, source: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell out where a backbone is that lies in the checkpoint's own repository or folder."""
+    folders = [folder for folder in (where.get("subfolder"), source.get("subfolder")) if folder]
+    own = {"name_or_path": os.fspath(path), "revision": where.get("revision"), "subfolder": "/".join(folders)}
+    return normalize_source({**source, **own})
 
 
 def _read_adapter(
