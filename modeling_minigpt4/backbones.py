@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
 
 
 logger = logging.get_logger(__name__)
@@ -116,6 +119,36 @@ def _not_found(part: str, source: Mapping[str, Any]) -> str:
     )
 
 
+class StoredTensor(torch.Tensor):
+    """
+    A tensor of a safetensors file that is read anew by every operation, and so takes no memory in between.
+
+    It is for weights that transformers converts to another dtype. Views of a memory-mapped file keep every page that
+    was read resident until the whole model is loaded: beside its bfloat16 weights also all of the float16 or float32
+    ones that they were made from.
+    """
+
+    _place: tuple[str, str]  # file, and name in the file
+
+    @staticmethod
+    def __new__(cls, path: str, key: str, like: torch.Tensor) -> "StoredTensor":
+        tensor: StoredTensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+        tensor._place = path, key
+        return tensor
+
+    def read(self) -> torch.Tensor:
+        """The tensor as a view of a mapping of its own, which ends with it."""
+        path, key = self._place
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 class Checkpoint:
     """
     The tensors of one checkpoint by name; a file is opened only when one of its tensors is asked for.
@@ -129,6 +162,7 @@ class Checkpoint:
         self.part = part
         self._options = _fetch_options(source, hub_options or {})
         self._open_files: dict[str, Any] = {}
+        self._paths: dict[str, str] = {}
         self._file_of = self._list_tensors()
 
     @property
@@ -151,11 +185,18 @@ class Checkpoint:
         file = self._open(self._file_of[key])
         return tuple(file[key].shape if isinstance(file, dict) else file.get_slice(key).get_shape())
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """A tensor, on the CPU in the dtype it is stored in."""
+    def tensor(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """
+        A tensor, on the CPU in the dtype it is stored in; memory-mapped where the file allows it.
+
+        Args:
+            dtype: what it will be converted to, if that is known; see [`StoredTensor`].
+        """
         file = self._open(self._file_of[key])
         tensor: torch.Tensor = file[key] if isinstance(file, dict) else file.get_tensor(key)
-        return tensor
+        if dtype in (None, tensor.dtype) or not tensor.is_floating_point() or isinstance(file, dict):
+            return tensor
+        return StoredTensor(self._paths[self._file_of[key]], key, tensor)
 
     def _list_tensors(self) -> dict[str, str]:
         for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
@@ -191,7 +232,7 @@ class Checkpoint:
 
     def _open(self, filename: str) -> Any:
         if filename not in self._open_files:
-            path = self._path(filename)
+            path = self._paths[filename] = self._path(filename)
             try:
                 if filename.endswith(".safetensors"):
                     self._open_files[filename] = safe_open(path, framework="pt", device="cpu")
@@ -292,6 +333,7 @@ def collect(
     base_prefix: str,
     hub_options: Mapping[str, Any],
     skip: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], str]:
     """
     Read one part of the model from its backbone.
@@ -303,9 +345,10 @@ def collect(
         head, base_prefix: names inside the language model's own class; see `match_names`.
         hub_options: how files are fetched.
         skip: names that are not needed from there.
+        dtype: what the tensors will be converted to, if that is known.
 
     Returns:
-        Our name → tensor (memory-mapped where the file allows it), and the backbone's fingerprint.
+        Our name → tensor (see `Checkpoint.tensor`), and the backbone's fingerprint.
 
     Raises:
         OSError: if the backbone or one of its files is missing or damaged.
@@ -323,7 +366,15 @@ def collect(
             f"(fingerprint {found}, expected {source['fingerprint']}); point `backbones` at the original, or accept "
             f'others knowingly with `backbones={{"{part}": {{"name_or_path": ..., "fingerprint": None}}}}`.'
         )
-    return {name: checkpoint.tensor(key) for name, key in needed.items()}, found
+    return {name: checkpoint.tensor(key, dtype) for name, key in needed.items()}, found
+
+
+def _target_dtype(config: PretrainedConfig, options: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that the options of `from_pretrained` ask for, or None where transformers finds out by itself."""
+    dtype = options.get("dtype", options.get("torch_dtype", "auto"))
+    dtype = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 # Names under which a saved folder is found with `trust_remote_code=True`.
@@ -336,7 +387,7 @@ AUTO_MAP = {
 }
 
 
-class BackbonesMixin:
+class BackbonesMixin(PeftMixin):
     """
     Checkpoints that hold only what no backbone provides: a few MB instead of 30 GB.
 
@@ -383,6 +434,9 @@ class BackbonesMixin:
         """
         load = super().from_pretrained  # type: ignore[misc]
         where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
+        adapter, pretrained_model_name_or_path = find_peft_folder(
+            pretrained_model_name_or_path, kwargs.pop("adapter_kwargs", None) or {}, where
+        )
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
             path = pretrained_model_name_or_path if config is None else config
             # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
@@ -390,7 +444,8 @@ class BackbonesMixin:
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **where, **dtypes}
         if pretrained_model_name_or_path is None or not config.backbones:
-            return load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded = load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
 
         for name in where:
             kwargs.pop(name)
@@ -416,6 +471,17 @@ class BackbonesMixin:
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
         if generation_config is not None and model.can_generate():
             model.generation_config = generation_config
+        return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
+
+    @classmethod
+    def _with_adapter(cls, loaded: Any, peft_folder: Any, path: Any, where: Mapping[str, Any]) -> Any:
+        """Put on the language model what the checkpoint holds for it, or a folder of PEFT's own."""
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        subfolder = model.config.__dict__.pop("language_model_adapter", None)  # written anew with every adapter
+        if subfolder is not None and path is not None:
+            model._load_adapter(path, where, subfolder)
+        if peft_folder is not None and not (peft_folder == path and model.has_adapter):
+            model._load_adapter(peft_folder, where)
         return loaded
 
     @classmethod
@@ -437,7 +503,8 @@ class BackbonesMixin:
         own = frozenset(merged)
         for part, source in config.backbones.items():
             names = skeleton.lm_head_name, skeleton.decoder_name
-            tensors, digest = collect(part, source, shapes, *names, hub_options, skip=own)
+            dtype = _target_dtype(config, kwargs)
+            tensors, digest = collect(part, source, shapes, *names, hub_options, skip=own, dtype=dtype)
             config.backbones[part] = {**source, "fingerprint": digest}
             merged.update(tensors)
         if not issubclass(cls, type(skeleton)):  # the model without a head
@@ -467,12 +534,13 @@ class BackbonesMixin:
         r"""
         Save configuration, generation config, code, and the tensors that no backbone provides.
 
-        Those are the projection and whatever else was trained. Takes every option of
-        [`~transformers.PreTrainedModel.save_pretrained`].
+        Those are the projection and whatever else was trained; an adapter of PEFT lies in the folder `peft` beside
+        them, in PEFT's own format. Takes every option of [`~transformers.PreTrainedModel.save_pretrained`].
 
         Args:
             save_directory: folder to write.
-            full: write every tensor, so that the folder needs no backbone (for vLLM and the like).
+            full: write every tensor, so that the folder needs no backbone (for vLLM and the like). An adapter stays
+                beside them and is not merged.
             push_to_hub: upload the folder too.
         """
         backbones = self.config.backbones
@@ -488,7 +556,8 @@ class BackbonesMixin:
         try:
             self._choose_what_to_save(full)
             self.config.backbones = {} if full else backbones
-            super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+            with self._adapter_aside(save_directory, args, kwargs) as (args, kwargs):
+                super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
         finally:
             self.config.backbones = backbones
             self._choose_what_to_save()
@@ -501,13 +570,15 @@ class BackbonesMixin:
         """
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        plain = plain_names(self, self.state_dict())  # type: ignore[arg-type]
         self._keys_to_ignore_on_save = {
             name
-            for name in self.state_dict()
+            for name in plain
             if not full
+            and plain[name] is not None
             and part_of(prefix + name) in self.config.backbones
             and name not in trained
-            and prefix + name not in self._own_tensors
+            and f"{prefix}{plain[name]}" not in self._own_tensors
         }
 
 

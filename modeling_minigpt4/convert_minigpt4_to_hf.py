@@ -373,6 +373,8 @@ def read_original(checkpoint: Any, vit: Any, qformer: Any, config: MiniGPT4Confi
         ValueError: if tensors are missing, unknown or of a wrong shape.
     """
     original = Original(read_original_file(checkpoint), {})
+    if original.trained.get("llama_proj.weight", torch.empty(0)).ndim != 2:
+        raise ValueError(f"{checkpoint} holds no projection, llama_proj.weight; name MiniGPT-4's own file.")
     required = {"llama_proj."}
     if vit is not None:
         required.add("visual_encoder.")
@@ -383,6 +385,11 @@ def read_original(checkpoint: Any, vit: Any, qformer: Any, config: MiniGPT4Confi
         if original.features == 4 * config.vision_config.hidden_size:
             original.vision |= untrained_norm(config.vision_config.hidden_size)
             qformer = None  # the original does not look at it either
+        elif qformer is None and "query_tokens" not in original.trained:
+            raise ValueError(
+                f"The projection takes {original.features} features, which come from a Q-Former and not from four "
+                f"joined patches of {config.vision_config.hidden_size}; give the Q-Former's file too."
+            )
         else:
             required |= {"ln_vision.", "query_tokens", "Qformer."}
     if qformer is not None:
@@ -501,12 +508,13 @@ def compose(original: Original, vision: Any, language_model: Any, preset: str | 
             f"{width}; name the one it was trained with."
         )
     trained = dict(original.trained)
-    if not has_qformer:
+    if not has_qformer and not original.vision:
         trained = {**untrained_norm(found.vision_config.hidden_size), **trained}
     renamed = _rename(trained, _expected_names(trained))
     model.load_state_dict(renamed, strict=False)
     model._own_tensors = frozenset(renamed)
     model.generation_config.update(**GENERATION)
+    model.generation_config.penalize_prompt = False  # the original's penalty sees replies alone
     processor = MiniGPT4Processor.from_backbones(
         vision=vision, language_model=language_model, config=model.config, chat_template=chosen.chat_template
     )
@@ -515,17 +523,16 @@ def compose(original: Original, vision: Any, language_model: Any, preset: str | 
 
 def _has_qformer(features: int, config: Any) -> bool:
     """Whether a projection of so many features stands behind the Q-Former of a backbone or behind joined patches."""
-    widths = [
-        getattr(getattr(config, name, config), "hidden_size", None) for name in ("vision_config", "qformer_config")
-    ]
-    if widths[0] and features == 4 * widths[0]:
-        return False
-    if hasattr(config, "qformer_config") and features == widths[1]:
-        return True
-    raise ValueError(
-        f"The projection takes {features} features, but this vision side gives {widths[1]} with its Q-Former and "
-        f"{widths[0]} per patch, of which four are joined without; name the one it was trained with."
-    )
+    if not hasattr(config, "vision_config"):
+        raise ValueError(f"A {config.model_type!r} model has no vision encoder; name a BLIP-2 repository or folder.")
+    per_patch = config.vision_config.hidden_size
+    per_query = getattr(getattr(config, "qformer_config", None), "hidden_size", None)
+    if features not in (4 * per_patch, per_query):
+        raise ValueError(
+            f"The projection takes {features} features, but this vision side gives {per_query} per query of its "
+            f"Q-Former and {4 * per_patch} per four patches; name the one it was trained with."
+        )
+    return features == per_query
 
 
 def choose_preset(name: str | None, width: int, has_qformer: bool) -> Preset:

@@ -3,9 +3,27 @@
 Importing this package is cheap; the stages need the extra `[train]`: `pip install "minigpt4-transformers[train]"`.
 """
 
+import argparse
+from typing import NoReturn
+
+
+TINY = "tiny"  # the name of everything that belongs to the embedded world
+
 
 class RecipeError(ValueError):
     """A mistake in the command, the configuration or the data, told in one sentence with its remedy."""
 
 
-__all__ = ["RecipeError"]
+class CommandParser(argparse.ArgumentParser):
+    """Reads a command line; tells mistakes in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message[:1].upper()}{message[1:]}.")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+__all__ = ["TINY", "CommandParser", "RecipeError", "one_line"]

@@ -11,7 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from recipes_minigpt4.data import TINY
+from modeling_minigpt4.backbones import HERE
+from recipes_minigpt4 import TINY
 
 
 PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
@@ -33,7 +34,9 @@ def card_template() -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a path of this machine rather than a repository of the Hub (`owner/name`)."""
+    """Whether a name is a path of this machine rather than a repository of the Hub, such as `owner/name`."""
+    if name == HERE:
+        return False
     return os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name) or name.count("/") > 1
 
 
@@ -41,6 +44,8 @@ def public_name(name: str, revision: str | None = None) -> str:
     """A backbone or a dataset as a card may show it, in Markdown."""
     if name == TINY:
         return "generated scenes of coloured shapes (the embedded world of `minigpt4-transformers`)"
+    if name == HERE:
+        return "this repository"
     if is_local(name):
         return f"a local folder or file ({os.path.basename(os.path.normpath(name))})"
     at = f", revision `{revision}`" if revision else ""
@@ -49,8 +54,11 @@ def public_name(name: str, revision: str | None = None) -> str:
 
 def render_card(
     model: Any,
-    args: Any,
+    args: Any = None,
     *,
+    language: "str | list[str]" = "en",
+    license: str = "other",
+    title: str | None = None,
     steps: int | None = None,
     stage: int | None = None,
     dataset_name: str | None = None,
@@ -62,7 +70,10 @@ def render_card(
 
     Args:
         model: the trained model; its configuration names the backbones.
-        args: settings of the run, such as `StageArguments`.
+        args: settings of the run, such as `StageArguments`; the next three come from there if it is given.
+        language: that of the training text.
+        license: that of the trained weights.
+        title: name of the model; the last part of `repo_id` if there is one.
         steps: optimizer steps that were taken.
         stage: 1 or 2, if it was one of the two.
         dataset_name: what it was trained on; a path becomes its last name.
@@ -72,16 +83,23 @@ def render_card(
     Returns:
         The card in Markdown with its metadata in front.
     """
+    if args is not None:
+        language, license = args.language, args.license
+        title = title or os.path.basename(os.path.normpath(args.output_dir))
+        repo_id = repo_id or args.hub_model_id
     sources = {part: source for part, source in model.config.backbones.items() if part in PARTS}
     public = {part: source for part, source in sources.items() if not is_local(source["name_or_path"])}
+    base_models = [
+        name for name in dict.fromkeys(source["name_or_path"] for source in public.values()) if name != HERE
+    ]
     on_hub = dataset_name and dataset_name != TINY and not is_local(dataset_name)
     data = ModelCardData(
-        language=args.language,
-        license=args.license,
+        language=language,
+        license=license,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        base_model=list(dict.fromkeys(source["name_or_path"] for source in public.values())) or None,
-        base_model_relation="adapter" if public else None,
+        base_model=base_models or None,
+        base_model_relation="adapter" if base_models else None,
         datasets=[dataset_name] if on_hub else None,
         tags=TAGS,
     )
@@ -89,9 +107,10 @@ def render_card(
     card = ModelCard.from_template(
         data,
         template_str=card_template(),
-        repo_id=repo_id or args.hub_model_id,
-        title=(repo_id or args.hub_model_id or os.path.basename(os.path.normpath(args.output_dir))).split("/")[-1],
+        repo_id=repo_id,
+        title=(repo_id or title or "MiniGPT-4").split("/")[-1],
         stage=stage,
+        holds=_holds(sources),
         parts={
             PARTS[part]: public_name(source["name_or_path"], source.get("revision"))
             for part, source in sources.items()
@@ -100,12 +119,19 @@ def render_card(
         trained=sorted({name.removeprefix("model.").split(".")[0] for name in trained}),
         trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         training_data=public_name(dataset_name) if dataset_name else None,
-        settings=_settings(args, steps),
+        settings=None if args is None else _settings(args, steps),
         results={name: _format(value) for name, value in (results or {}).items()},
     )
     # The template hides from its readers, in comments, what is to be filled in; empty ones are left of them.
     text = re.sub(r"<!--.*?-->", "", str(card), flags=re.DOTALL)
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _holds(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """What lies in the repository itself: `"everything"`, the `"vision"` side too, or the `"projection"` alone."""
+    if not sources:
+        return "everything"
+    return "vision" if any(source["name_or_path"] == HERE for source in sources.values()) else "projection"
 
 
 def _settings(args: Any, steps: int | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command `minigpt4`: the two stages and the demo, each imported only when it is asked for."""
+"""The command `minigpt4`: the two stages and what goes with them, each imported only when it is asked for."""
 
 import argparse
 import importlib
@@ -14,6 +14,8 @@ COMMANDS = {
     "stage1": ("recipes_minigpt4.stage1_pretrain", "train the projection on many image–caption pairs"),
     "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on few long descriptions in the chat template"),
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
+    "convert": ("recipes_minigpt4.convert", "turn the original's files into a folder that from_pretrained loads"),
+    "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),
 }
 TRAIN_MODULES = ("trl", "datasets")
 
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    if missing := [module for module in TRAIN_MODULES if importlib.util.find_spec(module) is None]:
+    needed = () if command == "convert" else TRAIN_MODULES
+    if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
         return _refuse(
             command,
             f"{' and '.join(missing)} not found: training needs the extra [train], so run "

@@ -15,11 +15,11 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 
 from processing_minigpt4 import load_chat_template
-from processing_minigpt4.conversations_minigpt4 import protect_text
-from recipes_minigpt4 import RecipeError
+from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, protect_text, without_marks
+from processing_minigpt4.segments_minigpt4 import tokenize_pieces
+from recipes_minigpt4 import TINY, RecipeError, one_line
 
 
-TINY = "tiny"  # the name of everything that belongs to the embedded world
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 # Stage 2 asks one of these (released code, `prompts/alignment.txt`).
@@ -82,11 +82,11 @@ def clean_caption(text: str, max_words: int = 50) -> str:
     """
     Clean a caption of the web as BLIP does, whose cleaner stage 1 of the original uses.
 
-    Lower case; each of `. ! " ( ) * # : ; ~` becomes a space; runs of spaces collapse; the first `max_words` words are
-    kept.
+    Lower case; each of `. ! " ( ) * # : ; ~` becomes a space; runs of white space collapse; the first `max_words`
+    words, which only spaces part, are kept. A single tab or line break stays, except a line break at the end.
     """
     text = re.sub(r"[.!\"()*#:;~]", " ", text.lower())
-    words = re.sub(r"\s{2,}", " ", text).strip().split(" ")
+    words = re.sub(r"\s{2,}", " ", text).removesuffix("\n").strip(" ").split(" ")
     return " ".join(words[:max_words])
 
 
@@ -153,11 +153,6 @@ def _open_file(path: Path) -> Dataset:
         raise
     except Exception as error:  # whatever pandas, pyarrow or json say about a damaged file
         raise RecipeError(f"{path} cannot be read as {path.suffix[1:]} ({_reason(error)}); mend the file.") from error
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line and without a full stop."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _reason(error: BaseException) -> str:
@@ -304,32 +299,29 @@ class Rows:
         """An answer as it is trained: cleaned, ended, and cut to `max_txt_len` tokens."""
         if not isinstance(text, str):
             raise RecipeError(f"A caption is no text but {text!r}; remove such rows from the dataset.")
-        answer = clean_caption(text) if self.clean else text.strip()
-        answer = truncate(self.start + answer + self.end, self.tokenizer, self.max_txt_len)
-        return str(protect_text(answer, self.image_token))
+        text = without_marks(text)
+        whole = self.start + (clean_caption(text) if self.clean else text) + self.end
+        kept, *length = truncate(whole, self.tokenizer, self.max_txt_len).partition(LENGTH_MARK)
+        return "".join((protect_text(kept, self.image_token), *length))
 
 
 def truncate(text: str, tokenizer: Any, max_tokens: int | None) -> str:
     """
     Cut a text behind its first `max_tokens` tokens (released code: `end_sym` counts and can be cut off).
 
-    The text is cut, not its ids, so that any trainer can tokenize it. Where a token holds half a character, so that
-    the text would come out longer or damaged, one token less is kept.
+    Returns:
+        The text of these tokens; where no text has just them (half a character, a lone dummy prefix), the whole text
+        with a mark that tells the processor how many tokens to keep.
     """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def ids_of(text: str) -> list[int]:
+        return tokenize_pieces(tokenizer, [text], with_spans=False, options={})[0][0]
+
+    ids = ids_of(text)
     if max_tokens is None or len(ids) <= max_tokens:
         return text
-    ends = None
-    if tokenizer.is_fast:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ends = [end for _, end in offsets]
-    for kept in range(max_tokens, 0, -1):
-        shorter = text[: ends[kept - 1]] if ends else tokenizer.decode(ids[:kept], clean_up_tokenization_spaces=False)
-        if "\ufffd" in shorter and "\ufffd" not in text:
-            continue
-        if len(tokenizer(shorter, add_special_tokens=False)["input_ids"]) <= max_tokens:
-            return shorter
-    return ""
+    shorter = str(tokenizer.decode(ids[:max_tokens], clean_up_tokenization_spaces=False))
+    return shorter if ids_of(shorter) == ids[:max_tokens] else f"{text}{LENGTH_MARK}{max_tokens}"
 
 
 def stage1_rows(pairs: Dataset, processor: Any, args: DataArguments) -> Dataset:

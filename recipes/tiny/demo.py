@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ from transformers import AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from modeling_minigpt4 import AutoModelForVision2Seq
-from recipes_minigpt4 import RecipeError, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import CommandParser, RecipeError, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import score
@@ -109,14 +109,9 @@ def main(arguments: Sequence[str]) -> None:
     print_reload(folder, results["adapter_bytes"], generated, piped)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message[:1].upper()}{message[1:]}.")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read `--output-dir` and `--seed`."""
-    parser = _Parser(prog="minigpt4 demo", description=(__doc__ or "").partition("\n")[0])
+    parser = CommandParser(prog="minigpt4 demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of both stages, default: %(default)s")
     args = parser.parse_args(arguments)
@@ -125,16 +120,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def prepare_folder(folder: Path) -> Path:
+def prepare_folder(folder: Path, parts: Sequence[str] = ("stage1", "adapter")) -> Path:
     """
-    Make the output folder. What else lies in it stays; what an earlier demo wrote will be written anew.
+    Make the output folder and its parts. What else lies in it stays; what an earlier run wrote will be written anew.
 
     Raises:
         RecipeError: if it cannot be made or written into.
     """
     folder = folder.expanduser().absolute()
     try:
-        for place in (folder, folder / "stage1", folder / "adapter"):
+        for place in (folder, *(folder / part for part in parts)):
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=place):
                 pass
@@ -262,8 +257,9 @@ def loss_curve(trainer: MiniGPT4Trainer) -> Curve:
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Size of the weights that an adapter folder holds."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Size of the weights that an adapter folder holds, with those of PEFT if there are any."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")]
+    return sum(path.stat().st_size for path in files)
 
 
 def card_results(results: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,98 @@
+"""Official files of MiniGPT-4 as a folder or repository that `from_pretrained` loads.
+
+From the original's files, or with the vision side of a BLIP-2 repository instead of two of them:
+
+    minigpt4 convert --vit eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \\
+        --checkpoint prerained_minigpt4_7b.pth --language-model vicuna-7b-v0 --output-dir minigpt4-7b
+    minigpt4 convert --vision-backbone Salesforce/blip2-flan-t5-xxl \\
+        --checkpoint prerained_minigpt4_7b.pth --language-model vicuna-7b-v0 --output-dir minigpt4-7b
+
+With the second, the folder holds a few MB: the projection. With the first, the vision side lies in it as well.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from modeling_minigpt4 import MiniGPT4Config
+from modeling_minigpt4.backbones import describe
+from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS, convert_original_checkpoint
+from recipes_minigpt4 import CommandParser, RecipeError, one_line
+from recipes_minigpt4.card import render_card
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = CommandParser(prog="minigpt4 convert", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="MiniGPT-4's own file: prerained_minigpt4_7b.pth or another")
+    add("--language-model", required=True, help="the language model it was trained with: repository or folder")
+    add("--output-dir", required=True, type=Path, help="folder to write")
+    add("--vit", help="eva_vit_g.pth")
+    add("--qformer", help="blip2_pretrained_flant5xxl.pth; not needed for a model without a Q-Former")
+    add("--vision-backbone", help="a BLIP-2 repository or folder instead of these two files")
+    add("--preset", choices=PRESETS, help="the released model; default: the one that the projection fits")
+    add("--config", help="config.json with the sizes of another ViT and Q-Former than the released ones")
+    add("--full", action="store_true", help="write all weights, so that the folder needs no other repository")
+    add("--push-to-hub", metavar="REPO", help="upload the folder to this repository of the Hub")
+    add("--private", action="store_true", help="make that repository private")
+    add("--license", default="other", help="licence of the weights, for the model card; default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Convert, and push if asked to.
+
+    Raises:
+        RecipeError: if the files are not there, do not belong together, or cannot be pushed.
+    """
+    args = parse(arguments)
+    try:
+        model = convert_original_checkpoint(
+            args.checkpoint,
+            args.language_model,
+            args.output_dir,
+            vit=args.vit,
+            qformer=args.qformer,
+            vision_backbone=args.vision_backbone,
+            preset=args.preset,
+            config=None if args.config is None else MiniGPT4Config.from_pretrained(args.config),
+            full=args.full,
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{one_line(error)}.") from error
+    # Its configuration names a vision side that lies in the folder by its place there, and nothing in a full folder.
+    model.config.backbones = {} if args.full else MiniGPT4Config.from_pretrained(args.output_dir).backbones
+    card = render_card(model, license=args.license, repo_id=args.push_to_hub, title=args.output_dir.name)
+    (args.output_dir / "README.md").write_text(card, encoding="utf-8")
+    print(summary(model, args.output_dir))
+    if args.push_to_hub:
+        print(f"Uploaded to {push(args.output_dir, args.push_to_hub, args.private)}")
+
+
+def summary(model: Any, folder: Path) -> str:
+    """What was written, and where the rest comes from."""
+    projection = sum(parameter.numel() for parameter in model.model.language_projection.parameters())
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    lines = [f"{folder}: {size:,} bytes of weights; a projection of {projection:,} parameters."]
+    lines += [f"{part:<15} from {describe(source)}" for part, source in model.config.backbones.items()]
+    return "\n".join(lines)
+
+
+def push(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a folder in one commit; returns its address."""
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Converted MiniGPT-4")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise RecipeError(
+            f"{folder} is ready but could not be pushed to {repo_id} ({one_line(error)}); check network and login "
+            "(`hf auth login`), then upload the folder as it is."
+        ) from error
+    return str(repo)

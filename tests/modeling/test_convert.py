@@ -1,0 +1,294 @@
+"""Official checkpoints: names and shapes, files of every official format at small size, and the released sizes."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from original_files import Files, config_of, logits, original_tensors, pick, save_checkpoint, save_llama
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from modeling_minigpt4.convert_minigpt4_to_hf import (
+    PRESETS,
+    convert_original_checkpoint,
+    convert_original_state_dict,
+    read_original_file,
+)
+
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
+
+
+# ---- names and shapes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["qformer", "no_qformer"])
+def test_recorded_state_dicts_load_strictly(variant: str) -> None:
+    original = load_file(FIXTURES / variant / "checkpoint_original.safetensors")
+    converted = convert_original_state_dict(original)
+    sizes = json.loads((FIXTURES / variant / "config.json").read_text())
+    learned = sum(tensor.numel() for tensor in original.values() if tensor.ndim and tensor.is_floating_point())
+    computed = sum(t.numel() for name, t in original.items() if name.endswith("inv_freq"))
+    key_biases = sizes["vision"]["depth"] * sizes["vision"]["embed_dim"]
+    assert sum(tensor.numel() for tensor in converted.values()) == learned - computed + key_biases
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"qformer": None},
+        {"width": 40, "mlp": 56, "blocks": 5, "patch": 14, "grid": 3, "qformer": 24, "layers": 6, "queries": 8},
+        {"qformer": None, "hidden": 64, "key_heads": 64, "llama_layers": 1, "vocabulary": 99},
+        {"layers": 2, "seed": 7, "width": 16, "qformer": 16},
+        {"width": 10, "qformer": 40, "layers": 1},  # as wide as four patches without a Q-Former
+    ],
+)
+def test_every_size_converts(sizes: dict) -> None:
+    original = original_tensors(**sizes)
+    converted = convert_original_state_dict(original)
+    assert all(tensor.dtype == torch.float32 for tensor in converted.values())
+    assert ("model.query_tokens" in converted) is (sizes.get("qformer", 16) is not None)
+    bias = converted["model.vision_model.encoder.layers.0.self_attn.qkv.bias"]
+    query, key, value = bias.chunk(3)
+    assert torch.equal(query, original["visual_encoder.blocks.0.attn.q_bias"])
+    assert torch.equal(value, original["visual_encoder.blocks.0.attn.v_bias"])
+    assert not key.any()
+    computed = sum(name.endswith(("inv_freq", "position_ids", "v_bias")) for name in original)
+    assert len(converted) == len(original) - computed
+
+
+@pytest.mark.parametrize("qformer", [True, False])
+def test_converted_names_are_those_of_the_model(qformer: bool) -> None:
+    model = MiniGPT4ForConditionalGeneration(config_of(qformer))
+    converted = convert_original_state_dict(original_tensors(qformer=16 if qformer else None))
+    model.load_state_dict(converted)  # strict
+    weight = model.model.vision_model.encoder.layers[1].mlp.fc1.weight
+    assert torch.equal(weight, converted["model.vision_model.encoder.layers.1.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual_encoder.cls_token", "visual_encoder.blocks.1.attn.v_bias", "ln_vision.bias", "query_tokens",
+        "Qformer.bert.encoder.layer.2.crossattention.self.key.weight", "Qformer.bert.embeddings.LayerNorm.weight",
+        "llama_proj.bias", "llama_model.lm_head.weight", "llama_model.model.layers.0.mlp.up_proj.weight",
+    ],
+)  # fmt: skip
+def test_a_missing_or_misshapen_tensor_is_named(name: str) -> None:
+    original = original_tensors()
+    tensor = original.pop(name)
+    with pytest.raises(ValueError, match=f"missing: {re.escape(name)}[.;,]") as error:
+        convert_original_state_dict(original)
+    assert str(error.value).count("\n") == 0
+    original[name] = torch.cat([tensor, tensor])
+    stored = re.escape(f"{name} {tuple(original[name].shape)} instead of {tuple(tensor.shape)}")
+    with pytest.raises(ValueError, match=f"of a shape that does not fit the others: {stored}"):
+        convert_original_state_dict(original)
+
+
+def test_everything_that_is_wrong_is_listed_at_once() -> None:
+    original = original_tensors()
+    del original["ln_vision.bias"], original["llama_model.model.norm.weight"]
+    original["llama_model.base_model.lora_A"] = torch.ones(2)
+    original["llama_proj.weight"] = original["llama_proj.weight"].T
+    with pytest.raises(ValueError) as error:
+        convert_original_state_dict(original)
+    for told in (
+        "missing: llama_model.model.norm.weight, ln_vision.bias", "unknown: llama_model.base_model.lora_A",
+        "llama_proj.weight (16, 32) instead of (32, 16)",
+    ):  # fmt: skip
+        assert told in str(error.value)
+
+
+@pytest.mark.parametrize("gone", ["Qformer.", "llama_model.", "visual_encoder.", "crossattention", ""])
+def test_a_part_that_is_missing_is_not_overlooked(gone: str) -> None:
+    original = {name: tensor for name, tensor in original_tensors().items() if gone not in name}
+    with pytest.raises(ValueError, match="missing: "):
+        convert_original_state_dict(original)
+
+
+# ---- the released sizes ---------------------------------------------------------------------------------------------
+
+# Name → parameters that train, parameters in all.
+RELEASED = {
+    "vicuna-7b": (3_149_824, 7_832_688_128),
+    "vicuna-13b": (3_937_280, 14_110_926_336),
+    "llama2-7b": (23_072_768, 7_747_440_640),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_released_shapes(name: str) -> None:
+    """On the meta device: every tensor as the released code has it at its full size."""
+    large = name.endswith("13b")
+    expected = original_tensors_on_meta(
+        width=1408, mlp=6144, blocks=39, patch=14, grid=16,
+        qformer=768 if name.startswith("vicuna") else None, intermediate=3072, layers=12, queries=32,
+        vocabulary=32001 if name.startswith("vicuna") else 32000, hidden=5120 if large else 4096,
+        feed_forward=13824 if large else 11008, llama_layers=40 if large else 32, key_heads=5120 if large else 4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MiniGPT4ForConditionalGeneration(PRESETS[name].config())
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert found == {name: tuple(tensor.shape) for name, tensor in convert_original_state_dict(expected).items()}
+    model.freeze_backbones()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert (trained, sum(parameter.numel() for parameter in model.parameters())) == RELEASED[name]
+
+
+def original_tensors_on_meta(**sizes: int | None) -> dict[str, torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *shape, **options: torch.empty(*shape, device="meta"))
+        return original_tensors(**sizes)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def save_language_model(tokenizer, tmp_path: Path) -> Callable[..., str]:
+    """`save(tensors, **saving)`: write the language model of a state dict as a folder."""
+    return lambda tensors, **saving: save_llama(tensors, tmp_path / "llama", tokenizer, **saving)
+
+
+FORMATS = {"safetensors": {}, "sharded": {"max_shard_size": "20KB"}, "bin": {"binary": True}}
+
+
+@pytest.mark.parametrize("saving", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("qformer", [True, False])
+@pytest.mark.parametrize("full", [False, True])
+def test_official_files_become_a_folder(
+    tmp_path: Path, save_language_model: Callable, qformer: bool, saving: dict, full: bool, picture: Callable
+) -> None:
+    files = Files(tmp_path, qformer)
+    language_model = save_language_model(files.tensors, **saving)
+    files.convert(language_model, tmp_path / "out", full=full)
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    for file in (files.vit, files.checkpoint):
+        Path(file).unlink()
+    model = AutoModelForImageTextToText.from_pretrained(moved, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+    adapter = load_file(moved / "model.safetensors")
+    if full:
+        assert not model.config.backbones and len(adapter) == len(model.state_dict())
+    else:
+        assert set(adapter) == {"model.language_projection.weight", "model.language_projection.bias"}
+        assert (moved / "vision" / "model.safetensors").is_file()
+    assert sorted(path.name for path in moved.iterdir() if path.is_dir()) == ([] if full else ["vision"])
+
+    processor = AutoProcessor.from_pretrained(moved)
+    assert processor.image_token_id == model.config.image_token_id == 320 > len(processor.tokenizer)
+    assert processor.separator == ("###" if qformer else None)
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert processor.decode(inputs["input_ids"][0]).rstrip().endswith("###Assistant:" if qformer else "[/INST]")
+    reply = model.generate(**inputs, max_new_tokens=3)
+    assert reply.shape[1] <= inputs["input_ids"].shape[1] + 3
+    settings = model.generation_config
+    assert (settings.do_sample, settings.top_p, settings.temperature) == (True, 0.9, 1.0)
+    assert (settings.repetition_penalty, settings.max_new_tokens) == (1.05, 300)
+
+
+def test_vision_backbone_leaves_the_projection_alone(tmp_path: Path, save_language_model: Callable) -> None:
+    files = Files(tmp_path)
+    language_model = save_language_model(files.tensors)
+    files.convert(language_model, tmp_path / "whole")
+    files.convert(language_model, tmp_path / "out", vision_backbone=str(tmp_path / "whole" / "vision"))
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == {
+        "model.language_projection.weight", "model.language_projection.bias",
+    }  # fmt: skip
+    assert not (tmp_path / "out" / "vision").exists()
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+
+
+def test_without_a_qformer_the_norm_of_the_backbone_is_not_used(tmp_path: Path, save_language_model: Callable) -> None:
+    """The original loads `ln_vision` with the Q-Former only; BLIP-2's own would give other image tokens."""
+    blip2 = tmp_path / "with"
+    blip2.mkdir()
+    files = Files(tmp_path, qformer=False)
+    language_model = save_language_model(files.tensors)
+    Files(blip2).convert(language_model, tmp_path / "whole")
+    files.convert(language_model, tmp_path / "out", vision_backbone=str(tmp_path / "whole" / "vision"))
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+
+
+def test_a_tuned_qformer_comes_with_the_adapter(tmp_path: Path, save_language_model: Callable) -> None:
+    files = Files(tmp_path)
+    language_model = save_language_model(files.tensors)
+    files.convert(language_model, tmp_path / "whole")
+    tuned = {name: tensor + 0.1 for name, tensor in pick(files.tensors, "Qformer.", "query_tokens").items()}
+    files.tensors.update(tuned)
+    files.checkpoint = save_checkpoint(tmp_path / "tuned.pth", {**pick(files.tensors, "llama_proj."), **tuned})
+    for vision in ({}, {"vision_backbone": str(tmp_path / "whole" / "vision")}):
+        files.convert(language_model, tmp_path / "out", **vision)
+        model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+
+
+# ---- wrong input ----------------------------------------------------------------------------------------------------
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_a_file_that_could_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"model": {"llama_proj.weight": torch.ones(1)}, "config": Harmful()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"could run code \(.*print.*\)"):
+        read_original_file(tmp_path / "bad.pth")
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_missing_and_empty_files_are_named(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(500)}}, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:400])
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    for name, kind, told in (
+        ("cut.pth", OSError, "damaged"), ("none.pth", OSError, "no file"), ("empty.pth", ValueError, "no tensors"),
+        ("page.pth", (OSError, ValueError), "page.pth"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=told) as error:
+            read_original_file(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, save_language_model: Callable) -> None:
+    files = Files(tmp_path)
+    language_model = save_language_model(files.tensors)
+    output = tmp_path / "out"
+    other = save_checkpoint(tmp_path / "other.pth", pick(original_tensors(hidden=40), "llama_proj."))
+    unknown = save_checkpoint(tmp_path / "lora.pth", {**pick(files.tensors, "llama_proj."), "lora_A": torch.ones(1)})
+    for changes, told in (
+        ({"checkpoint": other}, "width 40, but .* has 32"),
+        ({"checkpoint": unknown}, "unknown: lora_A"),
+        ({"checkpoint": files.qformer}, "holds no projection"),
+        ({"qformer": None}, "give the Q-Former's file too"),
+        ({"vit": None}, "give one of them"),
+        ({"vision_backbone": "some/blip2"}, "give one of them"),
+        ({"vit": None, "vision_backbone": "some/blip2"}, "leave `qformer` out"),
+        ({"vit": files.qformer}, "missing: visual_encoder.blocks.0"),
+        ({"preset": "vicuna-7b"}, "32 wide and behind a Q-Former, where vicuna-7b is 4096 wide"),
+        ({"preset": "vicuna-9b"}, "no preset 'vicuna-9b'; choose among vicuna-7b"),
+        ({"language_model": str(tmp_path)}, "cannot be opened"),
+    ):  # fmt: skip
+        options = {
+            "checkpoint": files.checkpoint, "language_model": language_model, "vit": files.vit,
+            "qformer": files.qformer, "config": files.config, **changes,
+        }  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=told) as error:
+            convert_original_checkpoint(
+                options.pop("checkpoint"), options.pop("language_model"), output_dir=output, **options
+            )
+        assert "\n" not in str(error.value)
+        assert not list(output.glob("*.safetensors")) if output.is_dir() else True

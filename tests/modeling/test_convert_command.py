@@ -1,0 +1,114 @@
+"""`minigpt4 convert`: the folder it writes, what it tells, and what it does with mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from original_files import Files, logits, save_llama
+from transformers import pipeline
+
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from recipes_minigpt4 import cli, convert
+
+
+@pytest.fixture
+def command(tmp_path: Path, tokenizer) -> tuple[list[str], Files]:
+    """Arguments of the command for tiny files, and these files."""
+    files = Files(tmp_path)
+    files.config.save_pretrained(tmp_path / "sizes")
+    folder = save_llama(files.tensors, tmp_path / "llama", tokenizer)
+    arguments = ["convert", "--checkpoint", files.checkpoint, "--language-model", folder]
+    return [*arguments, "--output-dir", str(tmp_path / "out")], files
+
+
+def from_files(files: Files, folder: Path) -> list[str]:
+    return ["--vit", files.vit, "--qformer", str(files.qformer), "--config", str(folder / "sizes")]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_folder_that_loads_and_says_what_it_is(command, tmp_path: Path, full: bool, capsys, picture) -> None:
+    arguments, files = command
+    assert cli.main([*arguments, *from_files(files, tmp_path), *["--full"] * full]) == 0
+    out = tmp_path / "out"
+    told = capsys.readouterr().out
+    assert "a projection of 544 parameters" in told  # 16 × 32 and 32
+    assert (f"language_model  from {tmp_path / 'llama'}" in told) is not full
+    card = (out / "README.md").read_text()
+    assert ("holds all weights" in card) is full
+    assert ("holds the projection and the vision side" in card) is not full
+    assert str(tmp_path) not in card
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}]}]
+    describe = pipeline("image-text-to-text", model=str(out), device="cpu")
+    (answer,) = describe(text=chat, return_full_text=False, generate_kwargs={"max_new_tokens": 3})
+    assert isinstance(answer["generated_text"], str)
+
+
+def test_vision_backbone_makes_a_small_folder(command, tmp_path: Path) -> None:
+    arguments, files = command
+    assert cli.main([*arguments, *from_files(files, tmp_path)]) == 0
+    vision = (tmp_path / "out" / "vision").rename(tmp_path / "blip2")
+    assert cli.main([*arguments[:-1], str(tmp_path / "small"), "--vision-backbone", str(vision)]) == 0
+    weights = list((tmp_path / "small").rglob("*.safetensors"))
+    assert [path.name for path in weights] == ["model.safetensors"] and weights[0].stat().st_size < 5000
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["backbones"]["vision"]["fingerprint"]
+
+
+class Hub:
+    """What is uploaded, in the place of the Hub."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.calls = error, []
+
+    def create_repo(self, repo_id: str, **options):
+        if self.error is not None:
+            raise self.error
+        self.calls.append((repo_id, options))
+        return type("Url", (str,), {"repo_id": f"me/{repo_id}"})(f"https://hub/me/{repo_id}")
+
+    def upload_folder(self, **options) -> None:
+        self.calls.append(options)
+
+
+def test_the_folder_is_pushed_with_its_card(command, tmp_path: Path, monkeypatch, capsys) -> None:
+    arguments, files = command
+    hub = Hub()
+    monkeypatch.setattr(convert, "HfApi", lambda: hub)
+    given = [*arguments, *from_files(files, tmp_path), "--push-to-hub", "eyes", "--private", "--license", "mit"]
+    assert cli.main(given) == 0
+    (name, options), upload = hub.calls
+    assert (name, options["private"], upload["repo_id"]) == ("eyes", True, "me/eyes")
+    assert {"config.json", "model.safetensors", "README.md", "processor_config.json", "vision"} <= {
+        path.name for path in Path(upload["folder_path"]).iterdir()
+    }
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    assert "Uploaded to https://hub/me/eyes" in capsys.readouterr().out
+
+
+def test_a_failed_push_leaves_the_folder_and_says_so(command, tmp_path: Path, monkeypatch, capsys) -> None:
+    arguments, files = command
+    monkeypatch.setattr(convert, "HfApi", lambda: Hub(OSError("no network")))
+    assert cli.main([*arguments, *from_files(files, tmp_path), "--push-to-hub", "eyes"]) == 2
+    told = capsys.readouterr().err
+    assert "is ready but could not be pushed to eyes (no network)" in told
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_mistakes_are_told_in_one_line(command, tmp_path: Path, capsys) -> None:
+    arguments, files = command
+    for given, told in (
+        (["convert"], "required: --checkpoint, --language-model, --output-dir"),
+        (arguments, "give one of them"),
+        ([*arguments, "--vit", files.vit], "give the Q-Former's file too"),
+        ([*arguments, *from_files(files, tmp_path), "--preset", "gpt5"], "invalid choice: 'gpt5'"),
+        ([*arguments, *from_files(files, tmp_path)[:-1], str(tmp_path / "nothing")], "nothing"),
+        ([*arguments, "--vit", str(tmp_path / "none.pth")], "There is no file"),
+        ([*arguments, "--vision-backbone", str(tmp_path / "llama")], "has no vision encoder"),
+    ):
+        assert cli.main(given) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("minigpt4 convert: ") and printed.count("\n") == 1
+        assert told in printed
+    assert not (tmp_path / "out" / "model.safetensors").exists()
