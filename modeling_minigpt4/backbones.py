@@ -433,10 +433,8 @@ class BackbonesMixin(PeftMixin):
             ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with.
         """
         load = super().from_pretrained  # type: ignore[misc]
+        adapter, pretrained_model_name_or_path = find_peft_folder(pretrained_model_name_or_path, kwargs)
         where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
-        adapter, pretrained_model_name_or_path = find_peft_folder(
-            pretrained_model_name_or_path, kwargs.pop("adapter_kwargs", None) or {}, where
-        )
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
             path = pretrained_model_name_or_path if config is None else config
             # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
@@ -452,10 +450,7 @@ class BackbonesMixin(PeftMixin):
         config = copy.deepcopy(config)
         for part, source in config.backbones.items():
             if source["name_or_path"] == HERE:
-                revision = getattr(config, "_commit_hash", None) or where.get("revision")
-                config.backbones[part] = _inside(
-                    pretrained_model_name_or_path, source, {**where, "revision": revision}
-                )
+                config.backbones[part] = _inside(pretrained_model_name_or_path, source, where)
         if unknown := set(backbones or {}) - set(PARTS):
             raise ValueError(f"`backbones` names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}.")
         for part, source in (backbones or {}).items():
@@ -474,14 +469,16 @@ class BackbonesMixin(PeftMixin):
         return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
 
     @classmethod
-    def _with_adapter(cls, loaded: Any, peft_folder: Any, path: Any, where: Mapping[str, Any]) -> Any:
-        """Put on the language model what the checkpoint holds for it, or a folder of PEFT's own."""
+    def _with_adapter(
+        cls, loaded: Any, from_peft: tuple[Any, dict[str, Any]] | None, path: Any, where: Mapping[str, Any]
+    ) -> Any:
+        """Put on the language model what the checkpoint holds for it, or what PEFT has saved by itself."""
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         subfolder = model.config.__dict__.pop("language_model_adapter", None)  # written anew with every adapter
         if subfolder is not None and path is not None:
             model._load_adapter(path, where, subfolder)
-        if peft_folder is not None and not (peft_folder == path and model.has_adapter):
-            model._load_adapter(peft_folder, where)
+        if from_peft is not None and not (from_peft[0] == path and model.has_adapter):
+            model._load_adapter(*from_peft)
         return loaded
 
     @classmethod
@@ -584,8 +581,9 @@ class BackbonesMixin(PeftMixin):
 
 def _inside(path: Any, source: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
     """Spell out where a backbone is that lies in the checkpoint's own repository or folder."""
+    commit = extract_commit_hash(cached_file(path, "config.json", **_fetch_options(where, where)), None)
     folders = [folder for folder in (where.get("subfolder"), source.get("subfolder")) if folder]
-    own = {"name_or_path": os.fspath(path), "revision": where.get("revision"), "subfolder": "/".join(folders)}
+    own = {"name_or_path": os.fspath(path), "revision": commit, "subfolder": "/".join(folders)}
     return normalize_source({**source, **own})
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
-from transformers.generation import LogitsProcessorList, StoppingCriteria
+from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from .configuration_minigpt4 import MiniGPT4Config
 
@@ -54,6 +54,19 @@ class WordProcessors(LogitsProcessorList):
         return super().__call__(torch.where(places, others, input_ids), scores, **kwargs)
 
 
+def penalize_replies_only(processors: Sequence[Any], prompt_length: int) -> None:
+    """
+    Let `repetition_penalty` count words of the reply alone.
+
+    So does the original, which generates from embeddings: its `generate` never sees the ids of the prompt. A number
+    that the caller's own processor brings stays.
+    """
+    for processor in processors:
+        if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+            own = processor.prompt_ignore_length  # None, or 5.x's tensor with the numbers of pads
+            processor.prompt_ignore_length = own if isinstance(own, int) else prompt_length
+
+
 class TextCandidates:
     """Guesses of an assistant that knows text only, for assisted decoding; placeholders are any word to it."""
 
@@ -71,14 +84,20 @@ class TextCandidates:
 
 
 def separator_pieces(tokenizer: Any, separator: str) -> dict[int, str]:
-    """Id → text of every token of a tokenizer whose text holds a character of `separator`."""
+    """
+    Id → text of every token of a tokenizer whose text holds a character of `separator`.
+
+    A token alone is decoded without the "▁" of SentencePiece, but behind others that is a space: "#" and "▁##" are no
+    separator.
+    """
     bytes_of_separator = {f"<0x{byte:02X}>" for byte in separator.encode()}
-    candidates = [
-        token
+    candidates = {
+        token: piece
         for piece, token in tokenizer.get_vocab().items()
         if piece in bytes_of_separator or any(character in piece for character in separator)
-    ]
-    return {token: tokenizer.decode([token]) for token in sorted(candidates)}
+    }
+    texts = {token: tokenizer.decode([token]) for token in sorted(candidates)}
+    return {token: " " * candidates[token].startswith("▁") + text for token, text in texts.items()}
 
 
 def compose_generation_config(
@@ -115,4 +134,10 @@ def compose_generation_config(
     return generation_config
 
 
-__all__ = ["SeparatorCriteria", "TextCandidates", "WordProcessors", "compose_generation_config"]
+__all__ = [
+    "SeparatorCriteria",
+    "TextCandidates",
+    "WordProcessors",
+    "compose_generation_config",
+    "penalize_replies_only",
+]

@@ -34,8 +34,15 @@ from .configuration_minigpt4 import (
     vision_image_size,
     vision_output_tokens,
 )
-from .generation_minigpt4 import SeparatorCriteria, TextCandidates, WordProcessors, compose_generation_config
+from .generation_minigpt4 import (
+    SeparatorCriteria,
+    TextCandidates,
+    WordProcessors,
+    compose_generation_config,
+    penalize_replies_only,
+)
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name
+from .peft_minigpt4 import set_adapter_mode, trains_itself
 
 
 logger = logging.get_logger(__name__)
@@ -198,7 +205,8 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
 
     def freeze_backbones(self, train: Sequence[str] = ()) -> None:
         """
-        Freeze the vision encoder, the Q-Former and the language model, so that only the projection trains.
+        Freeze the vision encoder, the Q-Former and the language model, so that only the projection trains, and an
+        adapter of PEFT where there is one.
 
         Frozen parts stay in eval mode even after `model.train()`: the Q-Former has dropout 0.1, and the original keeps
         it off (paper, section 3.1; released code).
@@ -218,6 +226,8 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
                 tensor.requires_grad_(name in train and tensor.is_floating_point())
         for parameter in self._base().language_projection.parameters():
             parameter.requires_grad_(True)
+        if self.has_adapter:
+            self.set_adapter(self.active_adapters())
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "MiniGPT4PreTrainedModel":
@@ -225,8 +235,9 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
         super().train(mode)
         base = self._base()
         for module in (base.vision_model, base.qformer, base.language_model):
-            if module is not None and not any(parameter.requires_grad for parameter in module.parameters()):
+            if module is not None and not trains_itself(module):
                 module.eval()
+                set_adapter_mode(module, mode)
                 if mode:
                     _keep_checkpointing(module)
         return self
@@ -632,9 +643,13 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             criteria.append(SeparatorCriteria(separator, pieces, self._prompt_length))
         return criteria
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep image placeholders from penalties."""
-        return WordProcessors(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """Keep image placeholders from penalties, and the whole prompt where `penalize_prompt` is False."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        source = generation_config if hasattr(generation_config, "penalize_prompt") else self.generation_config
+        if not getattr(source, "penalize_prompt", True):
+            penalize_replies_only(processors, self._prompt_length)
+        return WordProcessors(processors, self.config.image_token_id)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """An assistant that knows text only gets the prompt without pictures."""
@@ -654,6 +669,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         Each row ends at EOS or at the separator of the chat template (`generation_config.separator`, `###` for the
         original), which is kept; the processor's post-processing takes it off. Where no text has a place for a
         picture, or there is no text at all, one picture per row goes in front, behind BOS: the format of stage 1.
+
+        `generation_config.penalize_prompt = False` lets `repetition_penalty` count words of the reply alone, as in the
+        original; otherwise it counts those of the prompt too, as in transformers.
         """
         if inputs is not None and inputs.is_floating_point():  # as the image-to-text pipeline of 4.57 gives them
             inputs, kwargs["pixel_values"] = None, inputs
@@ -795,6 +813,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         else:
             options.setdefault("qformer_config", found["qformer"].qformer_config)
             options.setdefault("num_query_tokens", found["qformer"].num_query_tokens)
+        # What "auto" stands for, today's default: the language model's own, not that of the projection (float32).
+        options.setdefault("dtype", found["language_model"].get_text_config().dtype or found["language_model"].dtype)
         config = MiniGPT4Config(**options, backbones=sources)
         model: MiniGPT4ForConditionalGeneration = cls._compose(config, hub, **kwargs)
         model.generation_config = compose_generation_config(sources["language_model"], config, separator, hub)

@@ -98,10 +98,20 @@ def separator_of(template: str, tokenizer: Any) -> str | None:
     """The text `###` if the template ends replies with it, as the Vicuna templates do; None for every other."""
     if _SEPARATOR not in template:
         return None
-    reply = "minigpt4-reply"
-    chat = [{"role": role, "content": [{"type": "text", "text": reply}]} for role in ("user", "assistant")]
-    behind = _rendered(chat, template, tokenizer.special_tokens_map).rpartition(reply)[2].strip()
-    return _SEPARATOR if behind.startswith(_SEPARATOR) else None
+    return _SEPARATOR if _around_reply(template, tokenizer)[1].startswith(_SEPARATOR) else None
+
+
+def reply_opening_of(template: str, tokenizer: Any) -> str:
+    """The text that the template puts between a question and its reply, such as `###Assistant:`; `""` if unknown."""
+    return _around_reply(template, tokenizer)[0]
+
+
+def _around_reply(template: str, tokenizer: Any) -> tuple[str, str]:
+    """What stands between a question and its reply, and what stands behind the reply, without spaces around."""
+    text = "minigpt4-text"
+    chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role in ("user", "assistant")]
+    before, _, behind = _rendered(chat, template, tokenizer.special_tokens_map).rpartition(text)
+    return before.rpartition(text)[2].strip(), behind.strip()
 
 
 def knows_parts(template: str, tokenizer: Any) -> bool:
@@ -141,4 +151,11 @@ def _jinja_string(text: str) -> str:
     return f'"{escaped}"'
 
 
-__all__ = ["available_chat_templates", "knows_parts", "load_chat_template", "separator_of", "wrap_chat_template"]
+__all__ = [
+    "available_chat_templates",
+    "knows_parts",
+    "load_chat_template",
+    "reply_opening_of",
+    "separator_of",
+    "wrap_chat_template",
+]

@@ -7,7 +7,8 @@ from typing import Any
 # Unicode reserves these code points for internal use: no text has them, and none of them reaches the tokenizer.
 LITERAL_MARK = "\ufdd0"  # inside "<image>" that a user typed: not a picture
 SEGMENT_MARK = "\ufdd1"  # where a template begins a reply, which is tokenized on its own
-_RESERVED = dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2\ufdd3"))
+LENGTH_MARK = "\ufdd4"  # behind a text, with a number: how many of its tokens are kept
+_RESERVED = dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4"))
 
 _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
@@ -42,10 +43,15 @@ def normalize_conversations(conversation: Any, image_token: str) -> tuple[list[l
     return normalized, batched
 
 
+def without_marks(text: str) -> str:
+    """A text without the code points that mean something here."""
+    return text.translate(_RESERVED)
+
+
 def protect_text(value: Any, image_token: str) -> Any:
     """Mark the placeholder wherever it stands in strings, however nested, as text; everything else stays as it is."""
     if isinstance(value, str):
-        return value.translate(_RESERVED).replace(image_token, image_token[0] + LITERAL_MARK + image_token[1:])
+        return without_marks(value).replace(image_token, image_token[0] + LITERAL_MARK + image_token[1:])
     if isinstance(value, dict):
         return {key: protect_text(entry, image_token) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -108,4 +114,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-__all__ = ["LITERAL_MARK", "SEGMENT_MARK", "normalize_conversations", "protect_text"]
+__all__ = [
+    "LENGTH_MARK",
+    "LITERAL_MARK",
+    "SEGMENT_MARK",
+    "normalize_conversations",
+    "protect_text",
+    "without_marks",
+]

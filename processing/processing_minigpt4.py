@@ -14,6 +14,7 @@ from .chat_templates_minigpt4 import (
     available_chat_templates,
     knows_parts,
     load_chat_template,
+    reply_opening_of,
     separator_of,
     wrap_chat_template,
 )
@@ -364,18 +365,39 @@ class MiniGPT4Processor(ProcessorMixin):
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """
-        Replies as text, without the separator (`###`) at their end.
+        Replies as text, cut where the separator (`###`) begins, and without white space around them.
 
         Args:
             generated_outputs: ids of shape (batch_size, length) or (length,) as `generate` gives them, with the
-                prompt in front or without.
-            skip_special_tokens: leave out BOS, EOS, pads and image tokens.
+                prompt in front or without. A prompt stays, with its own separators and the spaces at its end; it is
+                known by its BOS or by its pictures.
+            skip_special_tokens: leave out BOS, EOS, pads and image tokens; with `False` the text comes whole.
         """
         ids = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
         rows = [ids] if len(ids) and isinstance(ids[0], int) else ids
         texts = self.batch_decode(rows, skip_special_tokens=skip_special_tokens, **kwargs)
         separator = self.separator
-        return [_without_separator(text, separator) for text in texts] if separator else texts
+        if separator is None or not skip_special_tokens:
+            return texts
+        return [
+            self._cut_behind_prompt(text, separator) if self._has_prompt(ids) else text.partition(separator)[0].strip()
+            for text, ids in zip(texts, rows, strict=True)
+        ]
+
+    def _has_prompt(self, ids: Sequence[int]) -> bool:
+        """Whether ids begin with BOS, pads aside, or have a picture, as no reply does."""
+        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        first = next((token for token in ids if token != pad or token == bos), None)
+        return self.image_token_id in ids or (bos is not None and first == bos)
+
+    def _cut_behind_prompt(self, text: str, separator: str) -> str:
+        """Prompt and reply, cut where the separator begins in the last reply."""
+        opening = reply_opening_of(self._chat_template(None), self.tokenizer)
+        prompt, found, reply = text.rpartition(opening) if opening else (text, "", "")
+        if found:
+            return prompt + opening + reply.partition(separator)[0]
+        stripped = text.rstrip()
+        return stripped.removesuffix(separator) if stripped.endswith(separator) else text
 
     # ---- what inference servers ask -------------------------------------------------------------------------------
 
@@ -413,12 +435,6 @@ def _as_texts(text: Any) -> list[str]:
     if not all(isinstance(entry, str) for entry in texts):
         raise ValueError("`text` must be a string or a list of strings; chats go to `apply_chat_template`.")
     return texts
-
-
-def _without_separator(text: str, separator: str) -> str:
-    stripped = text.rstrip()
-    # Spaces before it stay: behind an empty reply they are the prompt's, which pipelines look for.
-    return stripped.removesuffix(separator) if stripped.endswith(separator) else text
 
 
 def _locate(source: Any) -> tuple[str, dict[str, Any]]:

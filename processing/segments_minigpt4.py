@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import PaddingStrategy
 
-from .conversations_minigpt4 import LITERAL_MARK, SEGMENT_MARK
+from .conversations_minigpt4 import LENGTH_MARK, LITERAL_MARK, SEGMENT_MARK
 
 
 @dataclass
@@ -33,12 +33,17 @@ class Row:
 
 @dataclass
 class _Piece:
-    """A stretch of one text: a picture's place, or text with the place of each of its characters in the whole."""
+    """
+    A stretch of one text: a picture's place, or text with the place of each of its characters in the whole.
+
+    Of a text with a `limit` only so many tokens are kept, one of them the BOS that was written in front.
+    """
 
     start: int
     end: int
     text: str | None = None
     places: Sequence[int] = ()
+    limit: int | None = None
 
 
 def encode_rows(
@@ -62,15 +67,16 @@ def encode_rows(
         start = _peel_bos(row, tokenizer)
         pieces += [(row, piece) for piece in _split(row.text, start, image_token)]
     written = [piece.text for _, piece in pieces if piece.text is not None]
-    encoded = iter(_tokenize(tokenizer, written, with_spans, options))
+    encoded = iter(tokenize_pieces(tokenizer, written, with_spans, options))
     for row, piece in pieces:
         if piece.text is None:
             row.ids += [image_token_id] * num_image_tokens
             row.spans += [(piece.start, piece.end)] * num_image_tokens
         else:
             ids, spans = next(encoded)
-            row.ids += ids
-            row.spans += [_in_whole(piece, span) for span in spans]
+            kept = None if piece.limit is None else piece.limit - len(row.head)
+            row.ids += ids[:kept]
+            row.spans += [_in_whole(piece, span) for span in spans[:kept]]
     if add_special_tokens:
         _add_special_tokens(rows, tokenizer)
     return rows
@@ -86,19 +92,20 @@ def _peel_bos(row: Row, tokenizer: Any) -> int:
 
 
 def _split(text: str, start: int, image_token: str) -> list[_Piece]:
-    """Cut a text at its placeholders and segment marks, and take the marks of literal placeholders out."""
+    """Cut a text at its placeholders and marks, and take the marks of literal placeholders out."""
     pieces: list[_Piece] = []
     chars: list[str] = []
     places: list[int] = []
 
-    def close() -> None:
+    def close(limit: int | None = None) -> None:
         if chars:
-            pieces.append(_Piece(places[0], places[-1] + 1, "".join(chars), tuple(places)))
+            pieces.append(_Piece(places[0], places[-1] + 1, "".join(chars), tuple(places), limit))
             chars.clear()
             places.clear()
 
     at = start
-    for match in re.finditer(f"{re.escape(image_token)}|{SEGMENT_MARK}|{LITERAL_MARK}", text[start:]):
+    marks = f"{re.escape(image_token)}|{SEGMENT_MARK}|{LITERAL_MARK}|{LENGTH_MARK}[0-9]+"
+    for match in re.finditer(marks, text[start:]):
         begin, end = match.start() + start, match.end() + start
         chars += text[at:begin]
         places += range(at, begin)
@@ -108,22 +115,43 @@ def _split(text: str, start: int, image_token: str) -> list[_Piece]:
             pieces.append(_Piece(begin, end))
         elif match.group() == SEGMENT_MARK:
             close()
+        elif match.group().startswith(LENGTH_MARK):
+            close(limit=int(match.group()[1:]))
     chars += text[at:]
     places += range(at, len(text))
     close()
     return pieces
 
 
-def _tokenize(
+def tokenize_pieces(
     tokenizer: Any, texts: list[str], with_spans: bool, options: dict[str, Any]
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Ids, and spans if asked for, of each text, without special tokens and all in one call."""
     if not texts:
         return []
+    added = [0] * len(texts)
+    if any(text.startswith(" ") for text in texts) and _swallows_space(tokenizer):
+        added = [int(text.startswith(" ")) for text in texts]
+    texts = [" " * count + text for count, text in zip(added, texts, strict=True)]
     options = {**options, "return_offsets_mapping": True} if with_spans else options
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, **options)
-    spans = encoded["offset_mapping"] if with_spans else [[]] * len(texts)
+    found = encoded["offset_mapping"] if with_spans else [[]] * len(texts)
+    spans = [
+        [(max(start - count, 0), max(end - count, 0)) for start, end in own]
+        for count, own in zip(added, found, strict=True)
+    ]
     return list(zip(encoded["input_ids"], spans, strict=True))
+
+
+def _swallows_space(tokenizer: Any) -> bool:
+    """
+    Whether the first space of a text serves as its dummy prefix, so that one more is needed.
+
+    SentencePiece puts a prefix in front of a space too; the `tokenizers` library, for LLaMA with `legacy=False` and in
+    transformers 5, does not.
+    """
+    none, one, two = tokenizer(["a", " a", "  a"], add_special_tokens=False)["input_ids"]
+    return none == one != two and str(tokenizer.convert_ids_to_tokens(none[0])).startswith("▁")
 
 
 def _in_whole(piece: _Piece, span: tuple[int, int]) -> tuple[int, int]:
@@ -208,4 +236,4 @@ def decode_ids(
     return "".join(texts)
 
 
-__all__ = ["Row", "decode_ids", "encode_rows", "padded_length", "truncate_rows"]
+__all__ = ["Row", "decode_ids", "encode_rows", "padded_length", "tokenize_pieces", "truncate_rows"]

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_minigpt4.backbones import HERE
+from modeling_minigpt4.peft_minigpt4 import plain_names
 from recipes_minigpt4 import TINY
 
 
@@ -116,7 +117,7 @@ def render_card(
             for part, source in sources.items()
         },
         local_parts=[PARTS[part] for part in sources if part not in public],
-        trained=sorted({name.removeprefix("model.").split(".")[0] for name in trained}),
+        trained=_trained_parts(model, trained),
         trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         training_data=public_name(dataset_name) if dataset_name else None,
         settings=None if args is None else _settings(args, steps),
@@ -132,6 +133,16 @@ def _holds(sources: Mapping[str, Mapping[str, Any]]) -> str:
     if not sources:
         return "everything"
     return "vision" if any(source["name_or_path"] == HERE for source in sources.values()) else "projection"
+
+
+def _trained_parts(model: Any, names: list[str]) -> list[str]:
+    """Names of the parts that were trained; a language model with an adapter was not trained itself."""
+    parts = set()
+    for name, plain in plain_names(model, names).items():
+        part = name.removeprefix("model.").split(".")[0]
+        kinds = "" if plain is not None else ", ".join(config.peft_type.value for config in model.peft_config.values())
+        parts.add(f"{part} ({kinds} adapter)" if kinds else part)
+    return sorted(parts)
 
 
 def _settings(args: Any, steps: int | None) -> dict[str, str]:

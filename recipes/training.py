@@ -1,8 +1,10 @@
 """What the two stages share: arguments, the original's learning-rate schedule, and a thin trainer on TRL's."""
 
 import difflib
+import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
@@ -18,10 +21,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from recipes_minigpt4 import RecipeError
+from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
+from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.data import TINY, one_line
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -47,6 +50,10 @@ class ModelArguments:
     language_model: str | None = field(
         default=None, metadata={"help": "Language model: repository, repository@revision, folder or `tiny`."}
     )
+    projector_num_layers: int | None = field(
+        default=None,
+        metadata={"help": "Linear layers of a new projection; the ablation of the paper has 3. Default: 1."},
+    )
     chat_template: str | None = field(
         default=None,
         metadata={
@@ -57,6 +64,14 @@ class ModelArguments:
     train_parts: list[str] = field(
         default_factory=list,
         metadata={"help": "Parts that train beside the projection: vision, qformer, language_model. Default: none."},
+    )
+    peft_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter of PEFT on the language model, trained beside the projection: the fields of its "
+            'configuration, as in {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj", "v_proj"]}. JSON on the '
+            "command line. Default: none."
+        },
     )
     dtype: str = field(
         default="auto",
@@ -192,7 +207,14 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
                 args.model_name_or_path, backbones=parts, **options
             )
             processor = MiniGPT4Processor.from_pretrained(args.model_name_or_path, **template)
+            if args.projector_num_layers not in (None, model.config.projector_num_layers):
+                raise RecipeError(
+                    f"projector_num_layers is {args.projector_num_layers}, but the projection of "
+                    f"{args.model_name_or_path} has {model.config.projector_num_layers}; leave it out."
+                )
         elif {"vision", "language_model"} <= parts.keys():
+            if args.projector_num_layers is not None:
+                options["projector_num_layers"] = args.projector_num_layers
             if args.chat_template and "{" not in args.chat_template:  # not what the language model's own chats end in
                 options["separator"] = "###" if args.chat_template.startswith("vicuna_v0") else None
             model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, **options)
@@ -205,11 +227,50 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
                 "--model_name_or_path."
             )
         model.freeze_backbones(train=args.train_parts)
+        if args.peft_config:
+            add_adapter(model, args)
     except RecipeError:
         raise
     except (OSError, ValueError) as error:
         raise RecipeError(f"{one_line(error)}.") from error
     return model, processor
+
+
+def add_adapter(model: MiniGPT4ForConditionalGeneration, args: ModelArguments) -> None:
+    """
+    Put the adapter of `peft_config` on the language model.
+
+    Raises:
+        RecipeError: if there is one already, the language model trains itself, or PEFT knows no such configuration.
+    """
+    if model.has_adapter:
+        raise RecipeError(f"{args.model_name_or_path} has an adapter, which goes on training; leave peft_config out.")
+    if "language_model" in args.train_parts:
+        raise RecipeError("An adapter needs a frozen language model; leave out peft_config or its train_parts.")
+    try:
+        model.add_adapter(read_peft_config(args.peft_config))
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"peft_config does not fit the language model: {one_line(error)}.") from error
+
+
+def read_peft_config(value: Any) -> Any:
+    """PEFT's own configuration from its fields, a mapping or JSON."""
+    try:
+        fields = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"peft_config is no JSON: {one_line(error)}.") from error
+    kind = str(fields.get("peft_type")).upper() if isinstance(fields, Mapping) else None
+    if kind not in PeftType.__members__:
+        raise RecipeError(
+            "peft_config is a mapping with a peft_type that PEFT knows, as in "
+            f'{{"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}}; got {fields!r}.'
+        )
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]](**{**fields, "peft_type": kind})
+    except TypeError as error:
+        raise RecipeError(f"peft_config has a field that PEFT does not know: {one_line(error)}.") from error
 
 
 def _dtype(args: ModelArguments, training: StageArguments) -> torch.dtype:
@@ -307,7 +368,8 @@ class MiniGPT4Trainer(SFTTrainer):
         shapes = {
             name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in model.named_parameters()
         }
-        return [name for name, shape in shapes.items() if len(shape) >= 2]
+        # IA3 stores its vectors, which start from one and not from nought, as matrices of one column.
+        return [name for name, shape in shapes.items() if len(shape) >= 2 and ".ia3_l." not in name]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None and self.args.original_schedule:  # type: ignore[has-type]
@@ -336,6 +398,29 @@ class MiniGPT4Trainer(SFTTrainer):
             logs["images_per_second"] = round(self._images * self.args.world_size / (now - self._clock), 2)
             self._images, self._clock = 0, now
         super().log(logs, start_time)
+
+    # An adapter of PEFT lies in a file of its own, of which transformers knows for models that PEFT has wrapped only.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.model.has_adapter:
+            self.model.reload_adapter(resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        plain = plain_names(self.model, load_result.missing_keys)
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if plain[name] is not None]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.model.has_adapter:
+            self.model.reload_adapter(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.model.has_adapter and self.is_world_process_zero():
+            folder = os.path.join(checkpoint_folder, ADAPTER_FOLDER)
+            shutil.copytree(folder, os.path.join(self.args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)

@@ -93,6 +93,7 @@ def test_wheel_holds_three_packages_and_their_data(wheel: Path) -> None:
         "modeling_minigpt4/py.typed",
         "processing_minigpt4/chat_templates/vicuna_v0.jinja",
         "recipes_minigpt4/configs/tiny_stage1.yaml",
+        "recipes_minigpt4/configs/ablations/baseline.yaml",
         "recipes_minigpt4/MODEL_CARD.md",
         "recipes_minigpt4/tiny/backbones/llama/model.safetensors",
         "recipes_minigpt4/tiny/backbones/blip2/model.safetensors",

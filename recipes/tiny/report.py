@@ -24,6 +24,9 @@ class Example:
     replies: Mapping[str, str]  # title of a stage → reply
 
 
+# What the measures of the tables mean.
+MEASURES = """Object F1: objects named with their colour and shape. Position accuracy: share of the objects that are
+named and put in the right place. Failure rate: replies with a repeated or unfinished sentence."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5c6670; --line: #d9dee3; --paper: #ffffff; --card: #f6f7f9;
   --curve: #1f6feb; }
@@ -45,6 +48,7 @@ figure { margin: 0; padding: 1rem; background: var(--card); border-radius: .5rem
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); } svg .curve { fill: none; stroke: var(--curve); stroke-width: 1.8; }
+svg .dot { fill: var(--curve); }
 article { display: grid; grid-template-columns: 9rem 1fr; gap: 1.25rem; padding: 1.25rem 0;
   border-top: 1px solid var(--line); }
 article img { width: 9rem; height: 9rem; border-radius: .35rem; border: 1px solid var(--line); }
@@ -71,39 +75,45 @@ def render_report(
         curves: title → loss by step.
         examples: pictures and replies.
     """
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MiniGPT-4 in miniature</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>MiniGPT-4 in miniature</h1>
+    body = f"""<h1>MiniGPT-4 in miniature</h1>
 <p>A small vision encoder with a Q-Former and a small language model that has never seen a picture, both frozen. All
 that was trained is one linear layer between them: {results["adapter_bytes"]:,} bytes. Stage 1 learned from short,
 noisy captions, stage 2 from a few careful descriptions in the chat template.</p>
 <p class="soft">Seed {escape(str(results["seed"]))}, {results["seconds"]:.0f} seconds on the CPU.</p>
 <h2>Results on scenes never shown</h2>
 <div class="wide">
-{_table(header, rows)}
+{render_table(header, rows)}
 </div>
-<p class="soft">Object F1: objects named with their colour and shape. Position accuracy: share of the objects that are
-named and put in the right place. Failure rate: replies with a repeated or unfinished sentence. Held-out pairs: scenes
-with a combination of colour and shape that no picture of either stage showed.</p>
+<p class="soft">{MEASURES} Held-out pairs: scenes with a combination of colour and shape that no picture of either
+stage showed.</p>
 <h2>Loss while training</h2>
 <div class="row">
 {"".join(_figure(title, curve) for title, curve in curves.items())}
 </div>
 <h2>Before and after</h2>
-{"".join(map(_article, examples))}
+{"".join(map(_article, examples))}"""
+    return render_page("MiniGPT-4 in miniature", body)
+
+
+def render_page(title: str, body: str) -> str:
+    """A whole page in the report's style around `body`, which is HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{body}
 </body>
 </html>
 """
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of plain texts; a row whose first cell begins with a space is part of the one before."""
     lines = ["<table>", "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in header) + "</tr>"]
     for row in rows:
         kind = ' class="part"' if row[0].startswith(" ") else ""

@@ -147,7 +147,7 @@ def test_an_adapter_holds_the_projection_and_nothing_else(adapter) -> None:
     files = {file.name for file in adapter.iterdir()}
     assert files == {
         "config.json", "generation_config.json", "model.safetensors", "configuration_minigpt4.py",
-        "modeling_minigpt4.py", "backbones.py", "generation_minigpt4.py", "heads_minigpt4.py",
+        "modeling_minigpt4.py", "backbones.py", "generation_minigpt4.py", "heads_minigpt4.py", "peft_minigpt4.py",
     }  # fmt: skip
     assert sum(file.stat().st_size for file in adapter.glob("*.safetensors")) < 3000
 
@@ -542,3 +542,33 @@ def test_the_qformer_of_one_repository_reads_the_encoder_of_another(backbones, t
     assert torch.equal(model.model.query_tokens, load_file(Path(other.vision) / "model.safetensors")["query_tokens"])
     expected = load_file(Path(backbones.vision) / "model.safetensors")["vision_model.post_layernorm.weight"]
     assert torch.equal(model.model.vision_model.post_layernorm.weight, expected)
+
+
+def test_backbones_that_lie_in_the_repository_of_the_adapter(backbones, tmp_path, make_inputs) -> None:
+    """`"."` is the repository or folder that is loaded, so that both can be moved, pushed and pinned together."""
+    model = compose(backbones.parts())
+    model.save_pretrained(tmp_path / "whole")
+    for part, folder in (("vision", backbones.vision), ("language_model", backbones.language_model)):
+        shutil.copytree(folder, tmp_path / "whole" / part)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    for part, folder in (("vision", "vision"), ("qformer", "vision"), ("language_model", "language_model")):
+        config["backbones"][part].update(name_or_path=".", subfolder=folder)
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    expected = score(model, make_inputs)
+    moved = (tmp_path / "whole").rename(tmp_path / "moved")
+    assert torch.equal(score(load(moved), make_inputs), expected)
+    hub_cache(tmp_path / "cache", "some/eyes", str(moved), "4" * 40)
+    shutil.rmtree(moved)
+    again = load("some/eyes", cache_dir=tmp_path / "cache")
+    assert torch.equal(score(again, make_inputs), expected)
+    source = again.config.backbones["qformer"]
+    assert (source["name_or_path"], source["subfolder"], source["revision"]) == ("some/eyes", "vision", "4" * 40)
+
+
+def test_auto_dtype_is_that_of_the_language_model(own) -> None:
+    """Not the projection's, which is float32: a language model of 13 GB would become one of 27."""
+    parts, _ = own
+    LlamaForCausalLM.from_pretrained(parts.language_model, dtype=torch.bfloat16).save_pretrained(parts.language_model)
+    model = compose(parts.parts(), dtype="auto")
+    assert {parameter.dtype for parameter in model.language_model.parameters()} == {torch.bfloat16}
+    assert model.model.language_projection.weight.dtype == torch.float32

@@ -82,7 +82,7 @@ def test_a_batch_gets_the_replies_of_its_rows_alone(model, make_inputs, options:
 
 @torch.no_grad()
 def test_repetition_penalty_counts_the_words_of_the_prompt(model, make_inputs) -> None:
-    """The original decodes with it; image placeholders have no score that could be lowered."""
+    """As with any model of transformers; image placeholders have no score that could be lowered."""
     inputs = make_inputs(model, ROWS[2:])
     ids = inputs["input_ids"]
     for _ in range(LENGTH):
@@ -95,6 +95,23 @@ def test_repetition_penalty_counts_the_words_of_the_prompt(model, make_inputs) -
     found = model.generate(**inputs, **GREEDY, repetition_penalty=1.5)
     assert found.tolist() == ids.tolist()
     assert found.tolist() != model.generate(**inputs, **GREEDY).tolist()
+
+
+@torch.no_grad()
+def test_repetition_penalty_of_replies_alone(model, make_inputs) -> None:
+    """As in the original, whose `generate` gets embeddings and so sees no word of the prompt."""
+    inputs = make_inputs(model, ROWS)
+    config = copy.deepcopy(model.generation_config)
+    config.penalize_prompt = False
+    options = {**GREEDY, "eos_token_id": None, "repetition_penalty": 5.0}
+    found = reply(model, inputs, generation_config=config, **options).tolist()
+    seen = []
+    keep = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])  # noqa: E731
+    with model.language_model.register_forward_pre_hook(keep, with_kwargs=True):
+        model(**inputs)
+    embedded = {"inputs_embeds": seen[0], "attention_mask": inputs["attention_mask"]}
+    assert found == reply(model, embedded, **options).tolist()
+    assert found != reply(model, inputs, **options).tolist()
 
 
 @torch.no_grad()

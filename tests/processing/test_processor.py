@@ -354,9 +354,11 @@ def test_decode_of_little(processor, tokenizer):
     ("written", "reply"),
     [
         ("a red cat###", "a red cat"),
-        ("a red cat ### ", "a red cat "),
+        ("a red cat ### ", "a red cat"),
+        ("a red cat.###Human: more", "a red cat."),
+        ("a red cat.###Human: more###Assistant: no###", "a red cat."),
         ("a red cat", "a red cat"),
-        ("a ### cat", "a ### cat"),
+        ("a ## cat #", "a ## cat #"),
         ("###", ""),
         ("", ""),
     ],
@@ -377,10 +379,24 @@ def test_replies_behind_their_prompts(processor, tokenizer):
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    reply = torch.tensor([plain(tokenizer, "a red cat###")])
-    (text,) = processor.post_process_image_text_to_text(torch.cat([inputs["input_ids"], reply], dim=1))
-    prompt, _, answer = text.rpartition("###Assistant:")
-    assert prompt.endswith("###Human: <Img></Img> What is this?") and answer.strip() == "a red cat"
+    for written in ("a red cat###", "a red cat", "a red cat###Human: more"):
+        reply = torch.tensor([plain(tokenizer, written)])
+        (text,) = processor.post_process_image_text_to_text(torch.cat([inputs["input_ids"], reply], dim=1))
+        prompt, _, answer = text.rpartition("###Assistant:")
+        assert prompt.endswith("###Human: <Img></Img> What is this?") and answer.strip() == "a red cat"
+    # Pipelines look for the prompt's own text in front, which has to come out the same, its last space included.
+    (alone,) = processor.post_process_image_text_to_text(inputs["input_ids"])
+    assert text.startswith(alone) and alone.endswith("###Assistant: ")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_of_text_alone_is_known_by_its_bos(processor, tokenizer, side):
+    chat = [{"role": "user", "content": "Hello"}]
+    ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    pads = [tokenizer.pad_token_id] * 2
+    row = [*ids[0], *plain(tokenizer, "a red cat.###Human: more")]
+    (text,) = processor.post_process_image_text_to_text([pads + row if side == "left" else row + pads])
+    assert text.rpartition("###Assistant:")[2].strip() == "a red cat." and "###Human: Hello###" in text
 
 
 def test_special_tokens_can_be_kept(processor, tokenizer):

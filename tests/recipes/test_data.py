@@ -75,19 +75,18 @@ class Slow:
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("text", ["a red square\n", "a small zebra crosses###", "één paard 🐎 loopt\n"])
 def test_truncation_counts_end_sym(compose: Callable, text: str, slow: bool) -> None:
-    tokenizer = compose()[1].tokenizer
-    used = Slow(tokenizer) if slow else tokenizer
+    processor = compose()[1]
+    tokenizer = processor.tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     for limit in range(1, len(ids) + 3):
-        cut = truncate(text, used, limit)
-        kept = tokenizer(cut, add_special_tokens=False)["input_ids"]
-        assert text.startswith(cut) and len(kept) <= limit
-        if text.isascii():  # one token of other text can be half a character, which goes
-            assert kept == ids[:limit]
-    assert truncate(text, used, len(ids)) == text
-    assert truncate(text, used, None) == text
+        cut = truncate(text, Slow(tokenizer) if slow else tokenizer, limit)
+        assert processor(text=cut, add_special_tokens=False)["input_ids"] == [ids[:limit]]
+        if text.isascii():  # one token of other text can be half a character, which no text has
+            assert text.startswith(cut) and tokenizer(cut, add_special_tokens=False)["input_ids"] == ids[:limit]
+    assert truncate(text, tokenizer, len(ids)) == text
+    assert truncate(text, tokenizer, None) == text
     if text.isascii():
-        assert truncate(text, used, len(ids) - 1) == text[:-1]  # the last token of each is one character of end_sym
+        assert truncate(text, tokenizer, len(ids) - 1) == text[:-1]  # its last token is one character of end_sym
 
 
 def test_the_four_instructions_are_the_original_s() -> None:

@@ -1,0 +1,345 @@
+"""The paper's variants in miniature: each a few lines of YAML over `tiny_stage1` and `tiny_stage2`, and one table.
+
+    minigpt4 ablate --output-dir ablation-output
+    minigpt4 ablate --output-dir ablation-output --variants baseline,three_layers,my_variant.yaml --seeds 0,1
+
+Without `--variants` it runs all that ship with the recipes (`configs/ablations`), every one with three seeds: about an
+hour on one core. A run that is finished is never done again, so an interrupted command goes on where it was, and
+several at once may share a folder if their seeds differ. Reports hold the variants and seeds of the last command. The
+output folder gets
+
+    results.json  every run with every number
+    table.md      mean ± standard deviation over the seeds, and what the paper says
+    report.html   the same with a chart
+    runs/         a folder per run of a stage: its config.yaml, its adapter, its scores with all replies
+
+Variants with the same stage 1 share its run. Settings that a variant does not name are the baseline's, not tuned for
+it. The seed draws the projection, the order of the samples and their prompts; the samples are always the same.
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_minigpt4.version import __version__
+from recipes_minigpt4 import CommandParser, RecipeError, one_line, stage1_pretrain, stage2_finetune
+from recipes_minigpt4.configs import shipped_configs, shipped_variants
+from recipes_minigpt4.tiny import BACKBONES
+from recipes_minigpt4.tiny.ablation_report import DIRECTIONS, print_tables, summarize_variants, write_reports
+from recipes_minigpt4.tiny.demo import (
+    COLUMNS,
+    THREADS,
+    Shown,
+    adapter_bytes,
+    describe,
+    heading,
+    load_adapter,
+    prepare_folder,
+    quiet,
+    reproducible,
+    summarize,
+)
+from recipes_minigpt4.tiny.scenes import evaluation_scenes
+
+
+STAGES = {1: stage1_pretrain, 2: stage2_finetune}
+# Settings of a stage that are this command's, not a variant's.
+OWN_SETTINGS = ("config", "output_dir", "seed", "model_name_or_path")
+SCENES_SEED = 1  # of scenes that nothing was chosen on; the settings of the stages were chosen on those of seed 0
+
+
+# ---- variants -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    What a YAML file says.
+
+    Args:
+        name: of the file, without its ending.
+        title: what tables call it.
+        stage1: fields that differ from `tiny_stage1`; null stands for a field's default.
+        stage2: fields that differ from `tiny_stage2`; None ends the variant after stage 1.
+        paper: what the paper has found, with its source.
+        expect: measure → how it is in the paper against the baseline: `lower`, `same` or `higher`.
+    """
+
+    name: str
+    title: str
+    stage1: dict[str, Any]
+    stage2: dict[str, Any] | None
+    paper: str = ""
+    expect: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage with all its settings and a seed; stage 2 goes on from `parent`."""
+
+    stage: int
+    settings: Mapping[str, Any]
+    seed: int
+    parent: "StageRun | None" = None
+
+    @cached_property
+    def name(self) -> str:
+        """Name of its folder: the same for the same settings, seed, parent, backbones and versions."""
+        known = [
+            self.stage,
+            self.settings,
+            self.seed,
+            self.parent and self.parent.name,
+            backbones_digest(),
+            versions(),
+        ]
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        return f"stage{self.stage}-seed{self.seed}-{digest[:12]}"
+
+
+@cache
+def backbones_digest() -> str:
+    """Digest of the embedded world's frozen weights."""
+    files = sorted(BACKBONES.rglob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    libraries = [name for name in ("torch", "transformers", "trl", "peft") if find_spec(name)]
+    return {"minigpt4-transformers": __version__, **{name: metadata.version(name) for name in libraries}}
+
+
+def stage_runs(variant: Variant, seed: int) -> list[StageRun]:
+    """The one or two stages of a variant, in order."""
+    first = StageRun(1, merge("tiny_stage1", variant.stage1), seed)
+    if variant.stage2 is None:
+        return [first]
+    return [first, StageRun(2, merge("tiny_stage2", variant.stage2), seed, first)]
+
+
+def merge(config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a shipped configuration with some of them changed, or left out where null."""
+    base = yaml.safe_load(shipped_configs()[config].read_text(encoding="utf-8"))
+    merged = {**base, "disable_tqdm": True, **changes}
+    return {name: value for name, value in merged.items() if value is not None and name not in OWN_SETTINGS}
+
+
+def find_variants(names: Sequence[str]) -> list[Variant]:
+    """
+    Read variants by the name of a shipped one, the path of a YAML file or that of a folder with some.
+
+    Raises:
+        RecipeError: for one that is not there, not understood or there twice.
+    """
+    paths: list[Path] = []
+    for name in names or list(shipped_variants()):
+        if Path(name).is_dir() and (inside := sorted(Path(name).glob("*.yaml"))):
+            paths += inside
+        elif Path(name).is_file():
+            paths.append(Path(name))
+        elif name in shipped_variants():
+            paths.append(shipped_variants()[name])
+        else:
+            raise RecipeError(
+                f"There is no variant {name!r}: give a YAML file, a folder with some, or names out of "
+                f"{', '.join(shipped_variants())}."
+            )
+    variants = [read_variant(path) for path in paths]
+    known = [variant.name for variant in variants]
+    if twice := sorted({name for name in known if known.count(name) > 1}):
+        raise RecipeError(f"There are two variants {twice[0]!r}; rename or leave out one.")
+    return variants
+
+
+def read_variant(path: Path) -> Variant:
+    """
+    Read a variant and check every field, those of the stages with the stages' own parsers.
+
+    Raises:
+        RecipeError: with the name of the file and the field.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}); mend the file.") from error
+    kinds = {"title": str, "paper": str, "expect": dict, "stage1": dict, "stage2": (dict, type(None))}
+    if not isinstance(content, dict) or not {"title", "stage1", "stage2"} <= content.keys():
+        raise RecipeError(f"{path} needs the fields title, stage1 and stage2; see those in configs/ablations.")
+    for name, value in content.items():
+        if name not in kinds:
+            raise RecipeError(f"{path} has a field {name!r} that no variant knows; known are {', '.join(kinds)}.")
+        if not isinstance(value, kinds[name]):  # type: ignore[arg-type]
+            wanted = "a text" if kinds[name] is str else "a mapping, {} if empty"
+            raise RecipeError(f"{path}: {name} has to be {wanted}, not {value!r}.")
+    for measure, direction in content.get("expect", {}).items():
+        if measure not in COLUMNS or direction not in DIRECTIONS:
+            raise RecipeError(
+                f"{path}: expect has {measure}: {direction}; measures are {', '.join(COLUMNS)}, each of them "
+                f"{', '.join(DIRECTIONS)}."
+            )
+    variant = Variant(name=path.stem, **content)
+    _check_stages(variant, path)
+    return variant
+
+
+def _check_stages(variant: Variant, path: Path) -> None:
+    for stage, changes in ((1, variant.stage1), (2, variant.stage2)):
+        if own := set(changes or {}) & set(OWN_SETTINGS):
+            raise RecipeError(f"{path}: stage{stage} sets {sorted(own)[0]}, which is the command's; leave it out.")
+    with tempfile.TemporaryDirectory() as folder:
+        for run in stage_runs(variant, seed=0):
+            place = Path(folder, f"{run.stage}.yaml")
+            place.write_text(yaml.safe_dump({**run.settings, "output_dir": folder}), encoding="utf-8")
+            try:
+                STAGES[run.stage].parse(["--config", str(place)])
+            except RecipeError as error:
+                raise RecipeError(f"{path}, stage{run.stage}: {error}") from error
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, run: StageRun) -> Path:
+    """Train a stage, unless that has been done; returns its folder, in which `trained.json` is written last."""
+    place = folder / "runs" / run.name
+    if (place / "trained.json").is_file():
+        return place
+    settings = {**run.settings, "seed": run.seed, "output_dir": str(place / "adapter")}
+    if run.parent is not None:
+        settings["model_name_or_path"] = str(train(folder, run.parent) / "adapter")
+    shutil.rmtree(place, ignore_errors=True)  # what an interrupted run has left
+    place.mkdir(parents=True)
+    (place / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    heading(f"Training {run.name}")
+    trainer = STAGES[run.stage].main(["--config", str(place / "config.yaml")])
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    logs = trainer.state.log_history
+    told = {
+        "trained_parameters": sum(parameter.numel() for parameter in parameters),
+        "adapter_bytes": adapter_bytes(place / "adapter"),
+        "steps": trainer.state.global_step,
+        "seconds": next(entry["train_runtime"] for entry in reversed(logs) if "train_runtime" in entry),
+        "loss": next((entry["loss"] for entry in reversed(logs) if "loss" in entry), None),
+    }
+    write_json(place / "trained.json", told)
+    return place
+
+
+def evaluate(place: Path, shown: Shown) -> dict[str, Any]:
+    """Let a saved adapter, loaded as a user loads it, describe the pictures, unless that has been done."""
+    path = place / f"scores-{len(shown)}.json"
+    if not path.is_file():
+        replies = describe(*load_adapter(place / "adapter"), [image for image, _ in shown])
+        scores = summarize({"run": replies}, [scene for _, scene in shown])
+        told = {"scores": scores["stages"]["run"], "held_out": scores["held_out"]["run"], "replies": replies}
+        write_json(path, told)
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return {name: told[name] for name in ("scores", "held_out")}
+
+
+def run_variant(folder: Path, variant: Variant, seed: int, shown: Shown) -> dict[str, Any]:
+    """
+    Train and evaluate a variant with a seed; what is finished is only read.
+
+    Raises:
+        RecipeError: with the variant's name, if a stage refuses its settings.
+    """
+    try:
+        places = [train(folder, run) for run in stage_runs(variant, seed)]
+    except RecipeError as error:
+        raise RecipeError(f"Variant {variant.name}: {error}") from error
+    trained = [json.loads((place / "trained.json").read_text(encoding="utf-8")) for place in places]
+    last = {name: trained[-1][name] for name in ("trained_parameters", "adapter_bytes", "loss")}
+    seconds = round(sum(stage["seconds"] for stage in trained), 1)
+    folders = [place.name for place in places]
+    return {"seed": seed, **evaluate(places[-1], shown), **last, "seconds": seconds, "runs": folders}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is either there whole or not at all."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> None:
+    """
+    Run the variants, all with the first seed, then all with the next; the reports are written after every run.
+
+    Raises:
+        RecipeError: for arguments and variants that are not understood, and a folder that cannot be written.
+    """
+    args = parse(arguments)
+    with quiet():
+        variants = find_variants(args.variants)
+    folder = prepare_folder(args.output_dir, parts=("runs",))
+    shown = evaluation_scenes(args.scenes, args.scenes // 3, seed=SCENES_SEED)
+    results: dict[str, Any] = {
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}, {THREADS} thread of {os.cpu_count()}",
+        "scenes": {"all": len(shown), "held_out": sum(scene.has_held_out_pair for _, scene in shown)},
+        "seeds": args.seeds,
+        "variants": {variant.name: {**vars(variant), "runs": []} for variant in variants},
+    }
+    tasks = [(seed, variant) for seed in args.seeds for variant in variants]
+    with reproducible(THREADS), quiet():
+        for number, (seed, variant) in enumerate(tasks, start=1):
+            heading(f"{number} of {len(tasks)}: {variant.title}, seed {seed}")
+            run = run_variant(folder, variant, seed, shown)
+            results["variants"][variant.name]["runs"].append(run)
+            print(", ".join(f"{title} {style.format(run['scores'][key])}" for key, (title, style) in COLUMNS.items()))
+            summarize_variants(results["variants"])
+            write_json(folder / "results.json", results)
+            write_reports(folder, results)
+            gc.collect()  # trainer and model refer to each other
+    print_tables(results)
+    print(f"\nThe chart, and every number: {folder / 'report.html'}, {folder / 'results.json'}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the arguments of the command."""
+    parser = CommandParser(prog="minigpt4 ablate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("ablation-output"), help="default: %(default)s")
+    parser.add_argument(
+        "--variants", type=_names, default=[], metavar="A,B", help="names, YAML files or folders; default: all shipped"
+    )
+    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1,2", help="default: 0,1,2")
+    parser.add_argument(
+        "--scenes", type=int, default=240, help="to evaluate on, a third with held-out pairs; default: %(default)s"
+    )
+    args = parser.parse_args(arguments)
+    if args.scenes < 3:
+        raise RecipeError(f"--scenes is {args.scenes}; it has to be 3 or more.")
+    return args
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("it names no variant")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) < 2**32 for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of different numbers from 0 to {2**32 - 1}")
+    return [int(part) for part in parts]
