@@ -144,7 +144,9 @@ class StoredTensor(torch.Tensor):
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 

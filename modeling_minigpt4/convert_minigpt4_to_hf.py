@@ -66,7 +66,14 @@ PRESETS = {
 }
 
 # How the original's demo draws its replies (released code, `minigpt4/conversation/conversation.py`).
-GENERATION = {"do_sample": True, "top_p": 0.9, "temperature": 1.0, "repetition_penalty": 1.05, "max_new_tokens": 300}
+GENERATION = {
+    "do_sample": True,
+    "top_p": 0.9,
+    "temperature": 1.0,
+    "repetition_penalty": 1.05,
+    "penalize_prompt": False,
+    "max_new_tokens": 300,
+}
 
 
 # ---- names and shapes -----------------------------------------------------------------------------------------------
@@ -513,8 +520,8 @@ def compose(original: Original, vision: Any, language_model: Any, preset: str | 
     renamed = _rename(trained, _expected_names(trained))
     model.load_state_dict(renamed, strict=False)
     model._own_tensors = frozenset(renamed)
-    model.generation_config.update(**GENERATION)
-    model.generation_config.penalize_prompt = False  # the original's penalty sees replies alone
+    for name, value in GENERATION.items():
+        setattr(model.generation_config, name, value)
     processor = MiniGPT4Processor.from_backbones(
         vision=vision, language_model=language_model, config=model.config, chat_template=chosen.chat_template
     )

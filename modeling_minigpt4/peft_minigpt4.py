@@ -1,8 +1,8 @@
 """
 An adapter of PEFT (LoRA, IA3, …) on the language model, which trains and travels beside the projection.
 
-transformers' own support puts it into the model in place, so the model stays what it is for `generate`, the Trainer and
-`save_pretrained`. This module keeps it to the language model and saves both parts in one folder.
+transformers' own support puts it into the model in place, so the model stays what it is for `generate`, the Trainer
+and `save_pretrained`. This module keeps it to the language model and saves both parts in one folder.
 """
 
 import copy
@@ -89,11 +89,11 @@ def keep_to_language_model(peft_config: Any) -> Any:
         excluded = "|".join(rf"(.*\.)?{name.replace('.', chr(92) + '.')}" for name in sorted(excluded))
     if not excluded.startswith(OUTSIDE_LANGUAGE_MODEL):
         config.exclude_modules = "|".join(filter(None, (OUTSIDE_LANGUAGE_MODEL, excluded)))
-    _drop_projection(config)
+    _leave_projection_out(config)
     return config
 
 
-def _drop_projection(config: Any) -> None:
+def _leave_projection_out(config: Any) -> None:
     """The projection trains and is saved by itself, so PEFT need not copy it."""
     if names := getattr(config, "modules_to_save", None):
         config.modules_to_save = [name for name in names if not name.endswith("language_projection")] or None
@@ -114,10 +114,13 @@ def find_peft_folder(path: Any, options: dict[str, Any]) -> tuple[tuple[Any, dic
     Raises:
         OSError: if the adapter names no base.
     """
-    theirs = dict(options.pop("adapter_kwargs", None) or {})
+    theirs: dict[str, Any] = dict(options.pop("adapter_kwargs", None) or {})
     found = theirs.pop("_adapter_model_path", None)
-    shared = {name: options[name] for name in ("cache_dir", "force_download", "local_files_only", "token", "proxies")
-              if name in options}
+    shared = {
+        name: options[name]
+        for name in ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+        if name in options
+    }
     if path is None or (found is not None and found != path):
         return (None if found is None else (found, {**shared, **theirs})), path
     where = {**shared, **{name: options[name] for name in ("revision", "subfolder") if name in options}}
@@ -129,8 +132,8 @@ def find_peft_folder(path: Any, options: dict[str, Any]) -> tuple[tuple[Any, dic
     base = json.loads(Path(config).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if base in (None, "", "None"):  # the last is what PEFT makes of a model that was never saved
         raise OSError(
-            f"The adapter in {path} names no base model: before PEFT wraps a model, save it with `save_pretrained` and "
-            "load it from there. This one fits a model of the same backbones, by its `load_adapter`."
+            f"The adapter in {path} names no base model: save a model with `save_pretrained` and load it from there "
+            "before PEFT wraps it. This adapter fits a model of the same backbones, by its `load_adapter`."
         )
     for name in ("revision", "subfolder"):
         options.pop(name, None)
@@ -191,12 +194,24 @@ class PeftMixin:
         trained = [parameter for _, parameter in self._outside_language_model() if parameter.requires_grad]
         try:
             super().add_adapter(config, adapter_name)  # type: ignore[misc]
-        except Exception:
+        except Exception as error:
             self._hf_peft_config_loaded = had_one
-            raise
+            if "target" not in str(error) or not isinstance(error, ValueError):
+                raise
+            raise ValueError(self._describe_targets(config)) from error
         for parameter in trained:  # PEFT freezes all but its own
             parameter.requires_grad_(True)
         self._after_injection(adapter_name or "default")
+
+    def _describe_targets(self, config: Any) -> str:
+        layers = self.get_decoder().named_modules()  # type: ignore[attr-defined]
+        names = {name.split(".")[-1] for name, layer in layers if type(layer).__name__ in ("Linear", "Conv1D")}
+        targets = config.target_modules
+        targets = sorted(targets) if isinstance(targets, (set, list)) else targets
+        return (
+            f"No layer of the language model is meant by target_modules={targets!r} (without the excluded ones); it has "
+            f"{', '.join(sorted(names))}."
+        )
 
     def _outside_language_model(self) -> list[tuple[str, nn.Parameter]]:
         inside = ("model.language_model.", "language_model.", "lm_head.")
@@ -218,9 +233,11 @@ class PeftMixin:
             hub_options: how files are fetched.
             subfolder: where in it the adapter lies.
         """
+        if self.has_adapter:
+            raise ValueError(f"{path} is an adapter to a model that has one already; merge or delete that one first.")
         peft = import_peft(f"{path} has an adapter on the language model, which")
         config, tensors = _read_adapter_files(peft, path, hub_options, subfolder)
-        config = keep_to_language_model(config)
+        _leave_projection_out(config)
         config.inference_mode = False
         peft.inject_adapter_in_model(config, self)
         self._hf_peft_config_loaded = True
@@ -236,7 +253,8 @@ class PeftMixin:
         tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
         if not hasattr(self, self.base_model_prefix):  # the model without a head
             tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items()}
-        own = {name: tensors.pop(name) for name in list(tensors) if "language_projection." in name}
+        projection = {name for name in self.state_dict() if "language_projection." in name}
+        own = {name: tensors.pop(name) for name in projection & tensors.keys()}
         result = peft.set_peft_model_state_dict(self, tensors, self.active_adapters()[0])
         plain = plain_names(self, result.missing_keys)  # type: ignore[arg-type]
         wrong = sorted({name for name in result.missing_keys if plain[name] is None} | set(result.unexpected_keys))
@@ -308,7 +326,8 @@ class PeftMixin:
         file = Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
         if not file.is_file():
             raise OSError(
-                f"{folder} has no {ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}; resume from a checkpoint with adapter."
+                f"{folder} has no {ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}, so it was saved without an adapter; choose a "
+                "checkpoint of a run with the same adapter."
             )
         self._fill_adapter(load_file(file), folder)
 

@@ -11,7 +11,7 @@ output folder gets
     results.json  every run with every number
     table.md      mean ± standard deviation over the seeds, and what the paper says
     report.html   the same with a chart
-    runs/         a folder per run of a stage: its config.yaml, its adapter, its scores with all replies
+    runs/         a folder per run of a stage: its config.yaml, its adapter, its replies
 
 Variants with the same stage 1 share its run. Settings that a variant does not name are the baseline's, not tuned for
 it. The seed draws the projection, the order of the samples and their prompts; the samples are always the same.
@@ -39,9 +39,14 @@ from modeling_minigpt4.version import __version__
 from recipes_minigpt4 import CommandParser, RecipeError, one_line, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
 from recipes_minigpt4.tiny import BACKBONES
-from recipes_minigpt4.tiny.ablation_report import DIRECTIONS, print_tables, summarize_variants, write_reports
+from recipes_minigpt4.tiny.ablation_report import (
+    DIRECTIONS,
+    MEASURES,
+    print_tables,
+    summarize_variants,
+    write_reports,
+)
 from recipes_minigpt4.tiny.demo import (
-    COLUMNS,
     THREADS,
     Shown,
     adapter_bytes,
@@ -51,9 +56,9 @@ from recipes_minigpt4.tiny.demo import (
     prepare_folder,
     quiet,
     reproducible,
-    summarize,
 )
-from recipes_minigpt4.tiny.scenes import evaluation_scenes
+from recipes_minigpt4.tiny.metrics import repetition_rate, score
+from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 
 
 STAGES = {1: stage1_pretrain, 2: stage2_finetune}
@@ -76,6 +81,7 @@ class Variant:
         stage1: fields that differ from `tiny_stage1`; null stands for a field's default.
         stage2: fields that differ from `tiny_stage2`; None ends the variant after stage 1.
         paper: what the paper has found, with its source.
+        note: what else to know when reading its numbers.
         expect: measure → how it is in the paper against the baseline: `lower`, `same` or `higher`.
     """
 
@@ -84,6 +90,7 @@ class Variant:
     stage1: dict[str, Any]
     stage2: dict[str, Any] | None
     paper: str = ""
+    note: str = ""
     expect: dict[str, str] = field(default_factory=dict)
 
 
@@ -177,7 +184,7 @@ def read_variant(path: Path) -> Variant:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}); mend the file.") from error
-    kinds = {"title": str, "paper": str, "expect": dict, "stage1": dict, "stage2": (dict, type(None))}
+    kinds = {"title": str, "paper": str, "note": str, "expect": dict, "stage1": dict, "stage2": (dict, type(None))}
     if not isinstance(content, dict) or not {"title", "stage1", "stage2"} <= content.keys():
         raise RecipeError(f"{path} needs the fields title, stage1 and stage2; see those in configs/ablations.")
     for name, value in content.items():
@@ -187,9 +194,9 @@ def read_variant(path: Path) -> Variant:
             wanted = "a text" if kinds[name] is str else "a mapping, {} if empty"
             raise RecipeError(f"{path}: {name} has to be {wanted}, not {value!r}.")
     for measure, direction in content.get("expect", {}).items():
-        if measure not in COLUMNS or direction not in DIRECTIONS:
+        if measure not in MEASURES or direction not in DIRECTIONS:
             raise RecipeError(
-                f"{path}: expect has {measure}: {direction}; measures are {', '.join(COLUMNS)}, each of them "
+                f"{path}: expect has {measure}: {direction}; measures are {', '.join(MEASURES)}, each of them "
                 f"{', '.join(DIRECTIONS)}."
             )
     variant = Variant(name=path.stem, **content)
@@ -240,16 +247,20 @@ def train(folder: Path, run: StageRun) -> Path:
     return place
 
 
-def evaluate(place: Path, shown: Shown) -> dict[str, Any]:
-    """Let a saved adapter, loaded as a user loads it, describe the pictures, unless that has been done."""
-    path = place / f"scores-{len(shown)}.json"
+def evaluate(place: Path, shown: Shown) -> dict[str, dict[str, float]]:
+    """Let a saved adapter, loaded as a user loads it, describe the pictures, unless that has been done; score it."""
+    path = place / f"replies-{len(shown)}.json"
     if not path.is_file():
-        replies = describe(*load_adapter(place / "adapter"), [image for image, _ in shown])
-        scores = summarize({"run": replies}, [scene for _, scene in shown])
-        told = {"scores": scores["stages"]["run"], "held_out": scores["held_out"]["run"], "replies": replies}
-        write_json(path, told)
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return {name: told[name] for name in ("scores", "held_out")}
+        write_json(path, describe(*load_adapter(place / "adapter"), [image for image, _ in shown]))
+    told = list(zip(json.loads(path.read_text(encoding="utf-8")), [scene for _, scene in shown], strict=True))
+    held_out = [(reply, scene) for reply, scene in told if scene.has_held_out_pair]
+    return {"scores": measure(told), "held_out": measure(held_out)}
+
+
+def measure(told: Sequence[tuple[str, Scene]]) -> dict[str, float]:
+    """Every one of `MEASURES` of replies and the scenes that they are about."""
+    replies, scenes = [reply for reply, _ in told], [scene for _, scene in told]
+    return {**score(replies, scenes), "repetition_rate": repetition_rate(replies)}
 
 
 def run_variant(folder: Path, variant: Variant, seed: int, shown: Shown) -> dict[str, Any]:
@@ -305,7 +316,7 @@ def main(arguments: Sequence[str]) -> None:
             heading(f"{number} of {len(tasks)}: {variant.title}, seed {seed}")
             run = run_variant(folder, variant, seed, shown)
             results["variants"][variant.name]["runs"].append(run)
-            print(", ".join(f"{title} {style.format(run['scores'][key])}" for key, (title, style) in COLUMNS.items()))
+            print(", ".join(f"{title} {style.format(run['scores'][key])}" for key, (title, style) in MEASURES.items()))
             summarize_variants(results["variants"])
             write_json(folder / "results.json", results)
             write_reports(folder, results)

@@ -1,11 +1,13 @@
-"""Load and run MiniGPT-4 at full size with random weights: `python -m recipes_minigpt4.full_size_check --output-dir DIR`.
+"""Load and run MiniGPT-4 at full size, with random weights.
 
-Writes backbones as the Hub has them (shards of random weights with an index; BLIP-2's names for the vision side), an
-adapter-only folder that refers to them, and lets a new process load the adapter, look at one picture and generate 8
-tokens. Prints and saves how long that took and how much memory; the weights are deleted afterwards.
+    python -m recipes_minigpt4.full_size_check --output-dir DIR
 
-The check fails if the peak of resident memory (VmHWM of the kernel, which counts memory-mapped files too) is above 1.15
-times the weights. Vicuna-7B takes 16 GB of disk and of memory, and minutes. Needs Linux, and none of the extras.
+Writes backbones as the Hub has them (shards of random weights with an index; BLIP-2's names for the vision side) and
+an adapter-only folder that refers to them. A new process then loads the adapter, looks at one picture and generates 8
+tokens. Time and memory are printed and saved in `result.json`; the weights are deleted afterwards.
+
+The check fails if the peak of resident memory (VmHWM of the kernel, which counts memory-mapped files too) is above
+1.15 times the weights. Vicuna-7B takes 16 GB of disk and of memory, and some minutes. Needs Linux, and no extra.
 """
 
 import argparse
@@ -313,8 +315,8 @@ def measure_in_new_process(adapter: Path) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
         raise RecipeError(
-            f"The adapter in {adapter} could not be loaded and run (exit status {done.returncode}); the reason is above, "
-            "or, if there is none, the memory did not suffice."
+            f"The adapter in {adapter} could not be loaded and run (exit status {done.returncode}); the reason is "
+            "above, or, if there is none, the memory did not suffice."
         )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -334,18 +336,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def run_check(args: argparse.Namespace) -> dict[str, Any]:
     """
-    Run the check and return what was measured.
+    Write the folders, measure, report; returns what was measured.
 
     Raises:
         RecipeError: if the disk is too small, or the run took too much memory or failed.
     """
-    args = parse(arguments)
-    if args.measure is not None:
-        result = measure(args.measure)
-        print(json.dumps(result))
-        return result
     if not Path("/proc/self/status").exists():
         raise RecipeError("Peak memory is read from /proc, which this system lacks; run the check on Linux.")
     folder = args.output_dir.resolve() / f"{args.preset}-{args.stored_dtype}"
@@ -364,8 +361,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 1 after a failure, which is told on standard error in one sentence."""
+    args = parse(arguments)
+    if args.measure is not None:
+        print(json.dumps(measure(args.measure)))
+        return 0
     try:
-        main()
+        run_check(args)
     except RecipeError as error:
-        raise SystemExit(f"full_size_check: {error}") from None
+        print(f"full_size_check: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

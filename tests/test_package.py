@@ -124,6 +124,17 @@ def test_recipes_say_which_extra_is_missing(site: Path, tmp_path: Path) -> None:
     assert "minigpt4-transformers[train]" in printed and printed.endswith("2\n")
 
 
+def test_conversion_needs_no_extra(site: Path, tmp_path: Path) -> None:
+    script = """
+    import sys
+    from recipes_minigpt4.cli import main
+    sys.stderr = sys.stdout
+    print(main(["convert", "--checkpoint", "none.pth", "--vit", "none.pth", "--language-model", "x", "--output-dir", "o"]))
+    """
+    printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchvision"))
+    assert printed == "minigpt4 convert: There is no file none.pth; download it, or correct the path.\n2\n"
+
+
 def test_checkpoint_of_the_wheel_loads_without_the_package(site: Path, tmp_path: Path) -> None:
     saved = run(SAVE + SCORE, tmp_path, site)
     load = """

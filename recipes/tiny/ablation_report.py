@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes_minigpt4.tiny.demo import COLUMNS, format_table, heading
-from recipes_minigpt4.tiny.report import MEASURES, render_page, render_table
+from recipes_minigpt4.tiny.report import MEANING, render_page, render_table
 
 
+MEASURES = {**COLUMNS, "repetition_rate": ("repetition rate", "{:.1%}")}
+NOTES = (
+    " ".join(MEANING.split())
+    + " Repetition rate: replies that are empty or repeat something, finished or not; what is "
+    "left of the failures then."
+)
 BASELINE = "baseline"  # name of the variant that the others are compared with
 DIRECTIONS = ("lower", "same", "higher")
 AGREES, DISAGREES, UNCLEAR, UNJUDGED = "agrees", "does not agree", "no clear difference", "not judged"
@@ -64,7 +70,7 @@ def summarize_variants(variants: Mapping[str, dict[str, Any]]) -> None:
     done = {name: variant for name, variant in variants.items() if variant["runs"]}
     for variant in done.values():
         scores = [run["scores"] for run in variant["runs"]]
-        variant["summary"] = {measure: spread([score[measure] for score in scores])._asdict() for measure in COLUMNS}
+        variant["summary"] = {measure: spread([score[measure] for score in scores])._asdict() for measure in MEASURES}
     if BASELINE not in done:
         return
     baseline = done[BASELINE]["summary"]
@@ -80,7 +86,7 @@ def summarize_variants(variants: Mapping[str, dict[str, Any]]) -> None:
 
 def format_spread(measure: str, found: Mapping[str, float | None]) -> str:
     """`0.912 ± 0.011`, or the mean alone."""
-    style = COLUMNS[measure][1]
+    style = MEASURES[measure][1]
     return " ± ".join(style.format(number) for number in found.values() if number is not None)
 
 
@@ -90,11 +96,11 @@ def scores_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     for variant in results["variants"].values():
         if not (runs := variant["runs"]):
             continue
-        scores = [format_spread(measure, variant["summary"][measure]) for measure in COLUMNS]
+        scores = [format_spread(measure, variant["summary"][measure]) for measure in MEASURES]
         costs = [f"{runs[0][name]:,}" for name in ("trained_parameters", "adapter_bytes")]
         seconds = statistics.fmean(run["seconds"] for run in runs)
         rows.append([variant["title"], str(len(runs)), *scores, *costs, f"{seconds:.0f}"])
-    titles = [title for title, _ in COLUMNS.values()]
+    titles = [title for title, _ in MEASURES.values()]
     return ["", "seeds", *titles, "trained parameters", "adapter bytes", "training seconds"], rows
 
 
@@ -106,7 +112,7 @@ def paper_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         for measure, verdict in variant.get("verdicts", {}).items():
             found, base = (format_spread(measure, of["summary"][measure]) for of in (variant, variants[BASELINE]))
             expected = variant["expect"][measure]
-            rows.append([variant["title"], COLUMNS[measure][0], expected, found, base, verdict, variant["paper"]])
+            rows.append([variant["title"], MEASURES[measure][0], expected, found, base, verdict, variant["paper"]])
     return ["", "measure", "in the paper", "here", "baseline", "verdict", "source"], rows
 
 
@@ -117,7 +123,7 @@ def untold(results: Mapping[str, Any]) -> list[str]:
 
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:
-    """A sentence per verdict: which comparisons came out so."""
+    """A sentence per verdict, which comparisons came out so, and what to know about single variants."""
     _, rows = paper_table(results)
     sentences = []
     for verdict in (AGREES, DISAGREES, UNCLEAR, UNJUDGED):
@@ -125,6 +131,7 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
             sentences.append(f"{verdict.capitalize()}, {len(found)} of {len(rows)}: {', '.join(found)}.")
     if rows and (others := untold(results)):
         sentences.append(f"Not in the paper: {', '.join(others)}.")
+    sentences += [f"{of['title']}: {of['note']}" for of in results["variants"].values() if of["runs"] and of["note"]]
     return sentences or [f"There is no {BASELINE!r} among the variants, so nothing is compared."]
 
 
@@ -159,7 +166,7 @@ def render_markdown(results: Mapping[str, Any]) -> str:
         "# The paper's variants in miniature",
         circumstances(results),
         markdown_table(*scores_table(results)),
-        "Mean ± standard deviation over the seeds. " + " ".join(MEASURES.split()),
+        f"Mean ± standard deviation over the seeds. {NOTES}",
         "## Agreement with the paper",
         "\n".join(f"- {sentence}" for sentence in conclusions(results)),
         markdown_table(*paper_table(results)),
@@ -172,7 +179,7 @@ def render_markdown(results: Mapping[str, Any]) -> str:
 def render_html(results: Mapping[str, Any]) -> str:
     """The same with a chart, as a page that loads nothing from elsewhere."""
     charts = "".join(
-        f"<figure>\n<figcaption>{escape(COLUMNS[measure][0])}</figcaption>\n{draw_chart(results, measure)}\n"
+        f"<figure>\n<figcaption>{escape(MEASURES[measure][0])}</figcaption>\n{draw_chart(results, measure)}\n"
         "</figure>\n"
         for measure in CHARTED
     )
@@ -180,7 +187,7 @@ def render_html(results: Mapping[str, Any]) -> str:
 <p class="soft">{escape(circumstances(results))}</p>
 <div class="row">
 {charts}</div>
-<p class="soft">Mean and standard deviation over the seeds; dashed, the baseline. {escape(MEASURES)}</p>
+<p class="soft">Mean and standard deviation over the seeds; dashed, the baseline. {escape(NOTES)}</p>
 <div class="wide">
 {render_table(*scores_table(results))}
 </div>
@@ -204,7 +211,7 @@ def draw_chart(results: Mapping[str, Any], measure: str, width: int = 440, line:
     def at(share: float) -> str:
         return f"{left + (right - left) * min(max(share, 0.0), 1.0):.1f}"
 
-    title = f"{COLUMNS[measure][0]} by variant"
+    title = f"{MEASURES[measure][0]} by variant"
     parts = [f'<svg viewBox="0 0 {width} {bottom + 24}" role="img"><title>{escape(title)}</title>']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         x = at(share)

@@ -69,20 +69,26 @@ def sentences(text: str) -> list[str]:
 
 
 def is_failure(text: str) -> bool:
-    """Whether a reply is empty, leaves a sentence or line unfinished, says one twice, or stutters.
+    """Whether a reply is empty, leaves a sentence or line unfinished, says one twice, or stutters."""
+    return is_repetitive(text) or any(part[-1] not in ".!?" for part in sentences(text))
 
-    Stuttering is the same one to four words three times in a row.
-    """
-    parts = sentences(text)
-    if not parts or any(part[-1] not in ".!?" for part in parts):
+
+def is_repetitive(text: str) -> bool:
+    """Whether a reply is empty, says a sentence or line twice, or stutters: one to four words three times in a row."""
+    plain = [" ".join(re.findall(r"\w+", part.lower())) for part in sentences(text)]
+    if not plain:
         return True
-    plain = [" ".join(re.findall(r"\w+", part.lower())) for part in parts]
     return len(set(plain)) < len(plain) or re.search(r"\b(\w+(?: \w+){0,3})(?: \1){2}\b", " ".join(plain)) is not None
 
 
 def failure_rate(texts: Sequence[str]) -> float:
     """Share of the replies, 0–1, with repeated or unfinished sentences (`is_failure`)."""
     return sum(map(is_failure, texts)) / len(texts) if texts else 0.0
+
+
+def repetition_rate(texts: Sequence[str]) -> float:
+    """Share of the replies, 0–1, that are empty or repeat something, finished or not (`is_repetitive`)."""
+    return sum(map(is_repetitive, texts)) / len(texts) if texts else 0.0
 
 
 def mean_words(texts: Sequence[str]) -> float:

@@ -25,7 +25,7 @@ class Example:
 
 
 # What the measures of the tables mean.
-MEASURES = """Object F1: objects named with their colour and shape. Position accuracy: share of the objects that are
+MEANING = """Object F1: objects named with their colour and shape. Position accuracy: share of the objects that are
 named and put in the right place. Failure rate: replies with a repeated or unfinished sentence."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5c6670; --line: #d9dee3; --paper: #ffffff; --card: #f6f7f9;
@@ -84,7 +84,7 @@ noisy captions, stage 2 from a few careful descriptions in the chat template.</p
 <div class="wide">
 {render_table(header, rows)}
 </div>
-<p class="soft">{MEASURES} Held-out pairs: scenes with a combination of colour and shape that no picture of either
+<p class="soft">{MEANING} Held-out pairs: scenes with a combination of colour and shape that no picture of either
 stage showed.</p>
 <h2>Loss while training</h2>
 <div class="row">

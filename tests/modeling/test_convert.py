@@ -193,7 +193,7 @@ def test_official_files_become_a_folder(
     assert reply.shape[1] <= inputs["input_ids"].shape[1] + 3
     settings = model.generation_config
     assert (settings.do_sample, settings.top_p, settings.temperature) == (True, 0.9, 1.0)
-    assert (settings.repetition_penalty, settings.max_new_tokens) == (1.05, 300)
+    assert (settings.repetition_penalty, settings.penalize_prompt, settings.max_new_tokens) == (1.05, False, 300)
 
 
 def test_vision_backbone_leaves_the_projection_alone(tmp_path: Path, save_language_model: Callable) -> None:

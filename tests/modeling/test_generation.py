@@ -81,37 +81,30 @@ def test_a_batch_gets_the_replies_of_its_rows_alone(model, make_inputs, options:
 
 
 @torch.no_grad()
-def test_repetition_penalty_counts_the_words_of_the_prompt(model, make_inputs) -> None:
-    """As with any model of transformers; image placeholders have no score that could be lowered."""
-    inputs = make_inputs(model, ROWS[2:])
-    ids = inputs["input_ids"]
+@pytest.mark.parametrize("prompt", [True, False])
+def test_repetition_penalty_counts_the_words_of_the_prompt_or_not(model, make_inputs, prompt: bool) -> None:
+    """As with any model of transformers, or as in the original; image placeholders have no score to be lowered."""
+    # A prompt that holds what the model would say, so that it matters.
+    (words,) = one_by_one(model, make_inputs, ROWS[2:], **GREEDY)
+    rows = [ROWS[2] + words, *ROWS[:2]]
+    inputs = make_inputs(model, rows[:1])
+    ids, start = inputs["input_ids"], inputs["input_ids"].shape[1]
     for _ in range(LENGTH):
         logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1]
-        seen = ids[0].unique()
+        seen = ids[0, 0 if prompt else start :].unique()
         seen = seen[seen != model.config.image_token_id]
-        logits[seen] = torch.where(logits[seen] < 0, logits[seen] * 1.5, logits[seen] / 1.5)
+        logits[seen] = torch.where(logits[seen] < 0, logits[seen] * 5, logits[seen] / 5)
         logits[2] = -torch.inf  # no EOS
         ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
-    found = model.generate(**inputs, **GREEDY, repetition_penalty=1.5)
-    assert found.tolist() == ids.tolist()
-    assert found.tolist() != model.generate(**inputs, **GREEDY).tolist()
-
-
-@torch.no_grad()
-def test_repetition_penalty_of_replies_alone(model, make_inputs) -> None:
-    """As in the original, whose `generate` gets embeddings and so sees no word of the prompt."""
-    inputs = make_inputs(model, ROWS)
     config = copy.deepcopy(model.generation_config)
-    config.penalize_prompt = False
-    options = {**GREEDY, "eos_token_id": None, "repetition_penalty": 5.0}
-    found = reply(model, inputs, generation_config=config, **options).tolist()
-    seen = []
-    keep = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])  # noqa: E731
-    with model.language_model.register_forward_pre_hook(keep, with_kwargs=True):
-        model(**inputs)
-    embedded = {"inputs_embeds": seen[0], "attention_mask": inputs["attention_mask"]}
-    assert found == reply(model, embedded, **options).tolist()
-    assert found != reply(model, inputs, **options).tolist()
+    config.penalize_prompt = prompt
+    options = {**GREEDY, "generation_config": config, "repetition_penalty": 5.0}
+    found = reply(model, inputs, **options)
+    assert found.tolist() == ids[:, start:].tolist()
+    assert found.tolist() != reply(model, inputs, **GREEDY).tolist()
+    assert reply(model, make_inputs(model, rows), **options).tolist() == one_by_one(
+        model, make_inputs, rows, **options
+    )
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`minigpt4 ablate`: variants as configuration, runs that are never done twice, and verdicts computed from numbers."""
 
+import html
 import json
 import math
 import re
@@ -17,14 +18,14 @@ from safetensors.torch import load_file
 from recipes_minigpt4 import RecipeError, ablate, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.cli import main as run_command
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
-from recipes_minigpt4.tiny import ablation_report, demo
+from recipes_minigpt4.tiny import ablation_report, demo, metrics, scenes
 
 
 SHORT = {"num_samples": 12, "max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1}
 VARIANTS = {
     "baseline": {"title": "short baseline", "stage1": SHORT, "stage2": SHORT},
     "first_only": {
-        "title": "only <one> stage", "paper": "Table 3", "expect": {"failure_rate": "higher"},
+        "title": "only <one> stage", "paper": "Table 3", "note": "Short & raw.", "expect": {"failure_rate": "higher"},
         "stage1": SHORT, "stage2": None,
     },
     "three": {
@@ -34,6 +35,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+SCENES = [scene for _, scene in scenes.evaluation_scenes(6, 2, seed=1)]  # as --scenes 6 has them, held-out pairs last
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 IA3 = {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 
@@ -134,8 +136,11 @@ def test_every_run_is_told_with_its_numbers_and_its_configuration(ablation: Simp
     for run in [run for of in runs.values() for run in of]:
         folder = ablation.out / "runs" / run["runs"][-1]
         assert run["adapter_bytes"] == (folder / "adapter" / "model.safetensors").stat().st_size
-        assert run["scores"].keys() == run["held_out"].keys() == demo.COLUMNS.keys()
-        assert len(json.loads((folder / "scores-6.json").read_text())["replies"]) == 6
+        assert run["scores"].keys() == run["held_out"].keys() == ablation_report.MEASURES.keys()
+        replies = json.loads((folder / "replies-6.json").read_text())
+        assert run["scores"].items() >= metrics.score(replies, SCENES).items()
+        assert run["scores"]["repetition_rate"] == metrics.repetition_rate(replies)
+        assert run["held_out"].items() >= metrics.score(replies[4:], SCENES[4:]).items()
         told = yaml.safe_load((folder / "config.yaml").read_text())
         assert (told["seed"], told["max_steps"]) == (run["seed"], 2)
     assert ablation.results["scenes"] == {"all": 6, "held_out": 2}
@@ -192,7 +197,7 @@ def test_adapters_of_the_language_model_go_on_from_the_baseline_s_stage_1(
 
 def test_mean_and_deviation_over_the_seeds(ablation: SimpleNamespace) -> None:
     for of in ablation.results["variants"].values():
-        for measure in demo.COLUMNS:
+        for measure in ablation_report.MEASURES:
             one, two = (run["scores"][measure] for run in of["runs"])
             assert of["summary"][measure]["mean"] == pytest.approx((one + two) / 2)
             assert of["summary"][measure]["std"] == pytest.approx(abs(one - two) / math.sqrt(2))
@@ -232,12 +237,19 @@ def synthetic(**scores: list[float]) -> dict:
         runs = [
             {
                 "seed": seed, "seconds": 10.0 + seed, "trained_parameters": 12416, "adapter_bytes": 49888,
-                "scores": {"object_f1": value, "position_accuracy": 0.5, "failure_rate": 0.25, "mean_words": 30.0},
+                "scores": {"object_f1": value, "position_accuracy": 0.5, "failure_rate": 0.25, "mean_words": 30.0,
+                           "repetition_rate": 0.125},
             }
             for seed, value in enumerate(values)
         ]  # fmt: skip
         expect = {} if name == "baseline" else {"object_f1": "lower"}
-        variants[name] = {"title": f"the {name} <one>", "paper": "Table | 5", "expect": expect, "runs": runs}
+        variants[name] = {
+            "title": f"the {name} <one>",
+            "paper": "Table | 5",
+            "note": "",
+            "expect": expect,
+            "runs": runs,
+        }
     ablation_report.summarize_variants(variants)
     seeds = list(range(max(map(len, scores.values()))))
     machine = {"versions": {"torch": "2.0"}, "machine": "a machine", "scenes": {"all": 240, "held_out": 80}}
@@ -246,7 +258,7 @@ def synthetic(**scores: list[float]) -> dict:
 
 def test_the_tables_tell_deviations_costs_and_verdicts() -> None:
     text = ablation_report.render_markdown(synthetic(baseline=[0.9, 0.92], worse=[0.5, 0.52], unrun=[]))
-    cells = "0.510 ± 0.014 | 0.500 ± 0.000 | 25.0% ± 0.0% | 30.0 ± 0.0 | 12,416 | 49,888 | 10 |"
+    cells = "0.510 ± 0.014 | 0.500 ± 0.000 | 25.0% ± 0.0% | 30.0 ± 0.0 | 12.5% ± 0.0% | 12,416 | 49,888 | 10 |"
     assert f"| the worse <one> | 2 | {cells}" in text
     assert "| the worse <one> | object F1 | lower | 0.510 ± 0.014 | 0.910 ± 0.014 | agrees | Table \\| 5 |" in text
     assert "- Agrees, 1 of 1: the worse <one> (object F1)." in text
@@ -255,7 +267,7 @@ def test_the_tables_tell_deviations_costs_and_verdicts() -> None:
     )
     assert "unrun" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8, 10}
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8, 11}
 
 
 def test_without_a_baseline_nothing_is_compared() -> None:
@@ -289,6 +301,8 @@ def test_the_files_hold_what_was_measured(ablation: SimpleNamespace, capsys: pyt
     ablation_report.print_tables(ablation.results)
     printed = capsys.readouterr().out
     assert "only <one> stage" in printed and "on 6 scenes" in printed
+    for text in (printed, ablation.table, html.unescape(ablation.page)):
+        assert "only <one> stage: Short & raw." in text
 
 
 # ---- variants that ship ---------------------------------------------------------------------------------------------

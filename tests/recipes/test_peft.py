@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import RecipeError, stage1_pretrain, stage2_finetune
 
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
@@ -44,7 +44,7 @@ def logits(model, seed: int = 0) -> torch.Tensor:
 def test_both_stages_train_projection_and_adapter(adapter: dict, stage: Callable, tmp_path: Path) -> None:
     first = stage1_pretrain.main(stage("one", peft_config=json.dumps(adapter)))
     names = trained_by(first)
-    assert PROJECTION < names
+    assert names > PROJECTION
     part = "model.language_model."
     assert all(name.startswith(part) and f".{adapter['peft_type'].lower()}_" in name for name in names - PROJECTION)
     assert all(any(f".{target}." in name for name in names) for target in adapter["target_modules"])
@@ -96,3 +96,80 @@ def test_resuming_says_nothing_about_missing_tensors(stage: Callable, caplog: py
     finally:
         transformers.utils.logging.set_verbosity_error()
     assert not [record.message for record in caplog.records if "missing keys" in record.message]
+
+
+def test_best_checkpoint_brings_its_adapter_back(stage: Callable, pairs_file: Path, tmp_path: Path) -> None:
+    class Trainer(stage2_finetune.MiniGPT4Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, eval_dataset=kwargs["train_dataset"], **kwargs)
+
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            metrics["eval_loss"] = float(self.state.global_step)  # the first is the best
+            return metrics
+
+    fields = {
+        "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "load_best_model_at_end": True, "peft_config": json.dumps(LORA),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage2_finetune, "MiniGPT4Trainer", Trainer)
+        stage2_finetune.main(stage(**fields))
+    assert same_tensors(tmp_path / "run", tmp_path / "run" / "checkpoint-1")
+    assert not same_tensors(tmp_path / "run", tmp_path / "run" / "checkpoint-3")
+
+
+def test_pushes_on_the_way_carry_the_adapter(stage: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+
+    def push(self, folder: str) -> None:
+        pushed.append(sorted(path.name for path in Path(self.args.output_dir, "peft").iterdir()))
+
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
+    fields = {"save_strategy": "steps", "save_steps": 1, "hub_model_id": "somebody/adapter", "max_steps": 1}
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(transformers.Trainer, "push_to_hub", lambda *args, **kwargs: None)
+    stage1_pretrain.main(stage(**fields, push_to_hub=True, peft_config=json.dumps(LORA)))
+    assert pushed == [["adapter_config.json", "adapter_model.safetensors"]]
+
+
+def test_card_tells_an_adapter_from_a_trained_language_model(stage: Callable, tmp_path: Path) -> None:
+    stage1_pretrain.main(stage(peft_config=json.dumps(LORA), max_steps=1))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Trained: language_model (LORA adapter), language_projection (600 parameters)." in card  # 408 + 2 · 2 · 48
+
+
+def test_vectors_of_ia3_do_not_decay(stage: Callable) -> None:
+    trainer = stage1_pretrain.main(stage(peft_config=json.dumps(IA3), max_steps=1))
+    assert {name for name in trainer.get_decay_parameter_names(trainer.model) if name in trained_by(trainer)} == {
+        "model.language_projection.weight"
+    }
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ('{"peft_type": "LORA"', "peft_config is no JSON"),
+        ('["q_proj"]', "mapping with a peft_type that PEFT knows"),
+        ('{"target_modules": ["q_proj"]}', "mapping with a peft_type that PEFT knows"),
+        ('{"peft_type": "LARA", "target_modules": ["q_proj"]}', "LARA"),
+        ('{"peft_type": "LORA", "rank": 8}', "a field that PEFT does not know: .*'rank'"),
+        ('{"peft_type": "LORA", "target_modules": ["query"]}', r"target_modules=\['query'\].* q_proj"),
+        ('{"peft_type": "LORA"}', "specify `target_modules`"),
+        ('{"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}', "subset"),
+        ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', "PrefixTuningConfig .* use LORA or IA3"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(value: str, said: str, stage: Callable) -> None:
+    with pytest.raises(RecipeError, match=said) as caught:
+        stage1_pretrain.main(stage(peft_config=value))
+    assert "\n" not in str(caught.value)
+
+
+def test_one_adapter_on_a_frozen_language_model(stage: Callable, tmp_path: Path) -> None:
+    lora = json.dumps(LORA)
+    with pytest.raises(RecipeError, match="needs a frozen language model"):
+        stage1_pretrain.main([*stage(peft_config=lora), "--train_parts", "language_model"])
+    stage1_pretrain.main(stage("one", peft_config=lora, max_steps=1))
+    with pytest.raises(RecipeError, match="has an adapter, which goes on training; leave peft_config out"):
+        stage2_finetune.main(stage("two", model_name_or_path=tmp_path / "one", peft_config=lora))

@@ -84,23 +84,25 @@ def test_position_accuracy(text, accuracy):
 
 
 @pytest.mark.parametrize(
-    ("text", "fails"),
+    ("text", "fails", "repeats"),
     [
-        ("There is a red circle. The rest is empty.", False),
-        ("There is a red circle!\nIs there more?", False),
-        ("", True),
-        ("   \n", True),
-        ("There is a red circle. The rest is", True),
-        ("a red circle\nThe rest is empty.", True),
-        ("There is a red circle. there is a red circle!", True),
-        ("A red circle and and a star.", False),
-        ("A red red red circle.", True),
-        ("A red circle, a red circle, a red circle.", True),
-        ("A red circle, a blue circle, a green circle.", False),
+        ("There is a red circle. The rest is empty.", False, False),
+        ("There is a red circle!\nIs there more?", False, False),
+        ("", True, True),
+        ("   \n", True, True),
+        ("There is a red circle. The rest is", True, False),
+        ("a red circle\nThe rest is empty.", True, False),
+        ("There is a red circle. there is a red circle!", True, True),
+        ("There is a red circle. there is a red circle", True, True),
+        ("A red circle and and a star.", False, False),
+        ("A red red red circle.", True, True),
+        ("A red circle, a red circle, a red circle.", True, True),
+        ("A red circle, a blue circle, a green circle.", False, False),
     ],
 )
-def test_failures(text, fails):
+def test_failures(text, fails, repeats):
     assert metrics.is_failure(text) is fails
+    assert metrics.is_repetitive(text) is repeats
 
 
 def test_score_holds_the_four_numbers_of_the_table():

@@ -1,0 +1,237 @@
+"""Replies end at `###` however a tokenizer spells it, and nowhere else; what is left is the reply alone."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_sentencepiece import DOORS, write_folder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
+
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4.generation_minigpt4 import SeparatorCriteria, separator_pieces
+
+
+# Pieces with the character of the separator, as vocabularies have them; "_" stands for the space in front.
+HASHES = ("#", "##", "###", "####", "_#", "_##", "_###", ".#", ".##", "done#", "word###", "##a", "#H", "###Human")
+WORDS = ("a", "_b", "_cat", ".")
+
+# What the model says, and the reply that is left; "a" stands in front of each.
+STOPS: dict[str, tuple[list[str], str]] = {
+    "one_token": (["###"], "a"),
+    "with_a_space": (["_###"], "a"),
+    "three_tokens": (["#", "#", "#"], "a"),
+    "three_tokens_with_a_space": (["_#", "#", "#"], "a"),
+    "two_and_one": (["##", "#"], "a"),
+    "one_and_two": (["_#", "##"], "a"),
+    "two_with_a_space_and_one": (["_##", "#"], "a"),
+    "behind_a_full_stop": ([".##", "#"], "a."),
+    "across_a_word": (["done#", "##"], "adone"),
+    "into_the_next_word": (["##", "#H"], "a"),
+    "with_the_next_word": (["###Human"], "a"),
+    "behind_a_word": (["word###"], "aword"),
+    "four": (["####"], "a"),
+    "two_and_two": (["##", "##"], "a"),
+    "after_single_ones": (["#", "_cat", "##", "_b", "_###"], "a# cat## b"),
+}
+NO_STOPS = {
+    "one": ["#", "a"],
+    "two": ["##", "a"],
+    "two_with_a_space": ["_##", "_cat"],
+    "parted_by_a_space": ["#", "_##", "a"],
+    "parted_by_a_space_later": ["##", "_#", "a"],
+    "parted_by_a_word": ["##", "a", "#"],
+    "parted_by_a_line_break": ["##", "\n", "#"],
+    "parted_twice": ["#", "_#", "_#", "a"],
+}
+BYTES = {
+    "bytes": (["<0x23>", "<0x23>", "<0x23>"], "a"),
+    "piece_and_byte": (["##", "<0x23>"], "a"),
+    "byte_and_piece": (["_cat", "<0x23>", "##"], "a cat"),
+}
+
+
+def sentencepiece_tokenizer(folder: Path) -> Any:
+    symbols = tuple(piece.replace("_", "▁") for piece in (*HASHES, *WORDS))
+    return DOORS["auto"](write_folder(folder, symbols=symbols))
+
+
+def byte_level_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Byte-level pieces without merges; what is said is told in ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = dict.fromkeys(
+        ["<unk>", "<s>", "</s>", *alphabet, *(piece.replace("_", "Ġ") for piece in (*HASHES, *WORDS))]
+    )
+    tokenizer = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+KINDS = {"sentencepiece": sentencepiece_tokenizer, "byte_level": byte_level_tokenizer}
+
+
+def spell(tokenizer: Any, pieces: Sequence[str]) -> list[int]:
+    """Ids of pieces as they stand in the vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    newline = "Ċ" if "Ċ" in vocabulary else "<0x0A>"
+    space = "Ġ" if "Ġ" in vocabulary else "▁"
+    names = [newline if piece == "\n" else piece.replace("_", space) for piece in pieces]
+    return [vocabulary[name] for name in names]
+
+
+class Script(LogitsProcessor):
+    """Make the model say these ids, row by row, whatever it would."""
+
+    def __init__(self, rows: list[list[int]], prompt_length: int) -> None:
+        self.rows = torch.tensor(rows)
+        self.start = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = self.rows[:, input_ids.shape[1] - self.start]
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def chatting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, backbones: Any) -> tuple:
+    """A composed model and its processor, saved and loaded, around a tokenizer of each kind."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = KINDS[request.param](folder / "llama")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=512,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    parts = {"vision": backbones.vision, "language_model": str(folder / "llama")}
+    model = MiniGPT4ForConditionalGeneration.from_backbones(**parts)
+    MiniGPT4Processor.from_backbones(**parts, config=model.config).save_pretrained(folder / "saved")
+    model.save_pretrained(folder / "saved")
+    saved = str(folder / "saved")
+    loaded = MiniGPT4ForConditionalGeneration.from_pretrained(saved).eval()
+    return request.param, model.eval(), loaded, MiniGPT4Processor.from_pretrained(saved)
+
+
+def say(model: Any, processor: Any, picture: Any, rows: list[list[int]], **options: Any) -> tuple[Any, Any]:
+    """Whole ids and the replies' ids of a batch of chats whose prompts end in `###Assistant: `, as the model is told."""
+    width = max(map(len, rows))
+    filler = spell(processor.tokenizer, ["_cat"])
+    image = {"type": "image", "image": picture()}
+    chats = [
+        [{"role": "user", "content": [image, {"type": "text", "text": "What is # this?" * (row + 1)}]}]
+        for row in range(len(rows))
+    ]
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    length = inputs["input_ids"].shape[1]
+    script = Script([row + filler * (width - len(row)) for row in rows], length)
+    whole = model.generate(**inputs, do_sample=False, max_new_tokens=width, logits_processor=[script], **options)
+    return whole, whole[:, length:]
+
+
+def cases(kind: str) -> dict[str, tuple[list[str], str]]:
+    return {**STOPS, **(BYTES if kind == "sentencepiece" else {})}
+
+
+def test_every_spelling_stops_its_row(chatting: tuple, picture: Any) -> None:
+    """All in one batch, so rows stop at different steps; the hashes of the prompts stop nothing."""
+    kind, model, loaded, processor = chatting
+    tokenizer = processor.tokenizer
+    said = [spell(tokenizer, ["a", *pieces]) for pieces, _ in cases(kind).values()]
+    unstopped = [spell(tokenizer, ["a", *pieces, "_b"]) for pieces in NO_STOPS.values()]
+    more = spell(tokenizer, ["#H", "_b", "_###", "."])
+    rows = [*(row + more for row in said), *unstopped]
+    width = max(map(len, rows))
+    filler = spell(tokenizer, ["_cat"])
+    for one in (model, loaded):
+        whole, replies = say(one, processor, picture, rows)
+        for reply, row in zip(replies.tolist(), said, strict=False):
+            assert reply == row + [tokenizer.pad_token_id] * (width - len(row))
+        for reply, row in zip(replies.tolist()[len(said) :], unstopped, strict=True):
+            assert reply == row + filler * (width - len(row))
+        texts = processor.post_process_image_text_to_text(replies)
+        assert texts[: len(said)] == [reply for _, reply in cases(kind).values()]
+        behind_prompts = processor.post_process_image_text_to_text(whole)
+        for text, reply in zip(behind_prompts, texts, strict=True):
+            assert text.rpartition("###Assistant:")[2].strip() == reply
+        assert all("#" in text for text in texts[len(said) :])
+
+
+def test_rows_stop_alone_as_in_a_batch(chatting: tuple, picture: Any) -> None:
+    kind, _, loaded, processor = chatting
+    for pieces, reply in cases(kind).values():
+        row = spell(processor.tokenizer, ["a", *pieces])
+        _, found = say(loaded, processor, picture, [row + spell(processor.tokenizer, ["_b", "_b"])])
+        assert found.tolist() == [row]
+        assert processor.post_process_image_text_to_text(found) == [reply]
+
+
+def test_eos_stops_too_and_is_no_part_of_the_reply(chatting: tuple, picture: Any) -> None:
+    _, _, loaded, processor = chatting
+    eos = processor.tokenizer.eos_token_id
+    rows = [[*spell(processor.tokenizer, ["a", "##"]), eos], spell(processor.tokenizer, ["a", "_cat", "_b", "###"])]
+    _, replies = say(loaded, processor, picture, rows)
+    assert replies.tolist() == [[*rows[0], processor.tokenizer.pad_token_id], rows[1]]
+    assert processor.post_process_image_text_to_text(replies) == ["a##", "a cat b"]
+
+
+def test_beams_and_samples_stop_too(chatting: tuple, picture: Any) -> None:
+    _, _, loaded, processor = chatting
+    rows = [spell(processor.tokenizer, ["a", *pieces]) for pieces in (["##", "#H"], ["_cat", "_###"])]
+    _, _ = say(loaded, processor, picture, rows)
+    _, samples = say(loaded, processor, picture, rows[:1], top_k=1)
+    assert samples.tolist() == rows[:1]
+
+
+# ---- the rule itself ----------------------------------------------------------------------------------------------
+
+
+def tokenizers_of(folder: Path) -> dict[str, Any]:
+    symbols = tuple(piece.replace("_", "▁") for piece in (*HASHES, *WORDS))
+    found = {
+        f"{name}-{legacy}": open_(write_folder(folder / f"{name}-{legacy}", legacy, symbols))
+        for name, open_ in DOORS.items()
+        for legacy in (True, False)
+    }
+    return {**found, "byte_level": byte_level_tokenizer(folder / "bytes")}
+
+
+def test_random_replies_stop_where_their_text_has_the_separator(tmp_path: Path) -> None:
+    """Ids one by one, and several a step as in assisted decoding, against the text of the whole reply."""
+    draw = random.Random(0)
+    for name, tokenizer in tokenizers_of(tmp_path).items():
+        pieces = separator_pieces(tokenizer, "###")
+        marks, words = list(pieces), spell(tokenizer, [*WORDS, "\n"])
+        start = spell(tokenizer, ["a"])
+        stopped = 0
+        for _ in range(150):
+            row = start + [draw.choice(marks if draw.random() < 0.5 else words) for _ in range(10)]
+            expected = ["###" in tokenizer.decode(row[:length]) for length in range(1, len(row) + 1)]
+            stop = expected.index(True) if True in expected else len(row)
+            for step in (1, 2, 3):
+                prompt = spell(tokenizer, ["###", "#"])
+                criteria = SeparatorCriteria("###", pieces, prompt_length=len(prompt))
+                ids = torch.tensor([prompt + row])
+                ends = range(len(prompt) + step, ids.shape[1] + 1, step)
+                found = [bool(criteria(ids[:, :end], None)) for end in ends]
+                first = found.index(True) if True in found else len(found)
+                assert first == stop // step or stop >= len(found) * step, (name, tokenizer.decode(row))
+            stopped += stop < len(row)
+        assert 30 < stopped < 150, name
+
+
+def test_a_slow_tokenizer_spells_the_same(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, symbols=tuple(piece.replace("_", "▁") for piece in HASHES))
+    fast, other = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, use_fast=False)
+    assert separator_pieces(fast, "###") == separator_pieces(other, "###")
+    texts = separator_pieces(fast, "###")
+    vocabulary = fast.get_vocab()
+    assert texts[vocabulary["▁##"]] == " ##" and texts[vocabulary["<0x23>"]] == "#"
+    assert all("#" in text for text in texts.values())
