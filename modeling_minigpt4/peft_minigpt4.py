@@ -26,6 +26,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
+# Options of `from_pretrained`: how files are fetched, and which of a repository's.
+FETCHING = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+PLACE = ("revision", "subfolder")
+
 # PEFT picks layers by the ends of their names, and vision encoders have a `q_proj` too.
 OUTSIDE_LANGUAGE_MODEL = r"(?!(model\.)?language_model\.).*"
 
@@ -116,14 +120,10 @@ def find_peft_folder(path: Any, options: dict[str, Any]) -> tuple[tuple[Any, dic
     """
     theirs: dict[str, Any] = dict(options.pop("adapter_kwargs", None) or {})
     found = theirs.pop("_adapter_model_path", None)
-    shared = {
-        name: options[name]
-        for name in ("cache_dir", "force_download", "local_files_only", "token", "proxies")
-        if name in options
-    }
+    shared: dict[str, Any] = {name: options[name] for name in FETCHING if name in options}
     if path is None or (found is not None and found != path):
         return (None if found is None else (found, {**shared, **theirs})), path
-    where = {**shared, **{name: options[name] for name in ("revision", "subfolder") if name in options}}
+    where = shared | {name: options[name] for name in PLACE if name in options}
     config = find_file(path, ADAPTER_CONFIG, where)
     if config is None:
         return None, path
@@ -135,7 +135,7 @@ def find_peft_folder(path: Any, options: dict[str, Any]) -> tuple[tuple[Any, dic
             f"The adapter in {path} names no base model: save a model with `save_pretrained` and load it from there "
             "before PEFT wraps it. This adapter fits a model of the same backbones, by its `load_adapter`."
         )
-    for name in ("revision", "subfolder"):
+    for name in PLACE:
         options.pop(name, None)
     return (path, where), base
 
@@ -209,7 +209,7 @@ class PeftMixin:
         targets = config.target_modules
         targets = sorted(targets) if isinstance(targets, (set, list)) else targets
         return (
-            f"No layer of the language model is meant by target_modules={targets!r} (without the excluded ones); it has "
+            f"No layer of the language model is meant by target_modules={targets!r}, less those excluded; it has "
             f"{', '.join(sorted(names))}."
         )
 

@@ -95,7 +95,7 @@ def write_folders(folder: Path, config: MiniGPT4Config, dtype: torch.dtype, shar
     torch.manual_seed(0)
     write_language_model(folder / "language_model", config, language, shard_size)
     write_vision(folder / "vision", config, vision, shard_size)
-    write_adapter(folder, config)
+    write_adapter(folder, config, dtype)
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -152,12 +152,16 @@ def random_like(name: str, tensor: Tensor) -> Tensor:
     return torch.full(tensor.shape, float(name.endswith("weight")), dtype=tensor.dtype)
 
 
-def write_adapter(folder: Path, config: MiniGPT4Config) -> None:
-    """Compose the backbones by a new projection and save what belongs to neither, with a processor."""
+def write_adapter(folder: Path, config: MiniGPT4Config, dtype: torch.dtype) -> None:
+    """
+    Compose the backbones by a new projection and save what belongs to neither, with a processor.
+
+    In the dtype that they are stored in the weights stay on the disk, memory-mapped and unread.
+    """
     parts = {"vision": str(folder / "vision"), "language_model": str(folder / "language_model")}
     if config.qformer_config is not None:
         parts["qformer"] = parts["vision"]
-    model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, separator=None, dtype=torch.bfloat16)
+    model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, separator=None, dtype=dtype)
     processor = MiniGPT4Processor.from_backbones(parts["vision"], parts["language_model"], config=model.config)
     processor.save_pretrained(folder / "adapter")
     model.save_pretrained(folder / "adapter")

@@ -10,6 +10,7 @@ from typing import Any
 
 import sentencepiece
 import transformers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
 
@@ -41,8 +42,8 @@ LINES = (
 
 
 @lru_cache(maxsize=4)
-def train(symbols: tuple[str, ...] = ()) -> bytes:
-    """A `tokenizer.model`, the same in every run; `symbols` are pieces that it has beside those it learns."""
+def train(extra: tuple[str, ...] = ()) -> bytes:
+    """A `tokenizer.model`, the same in every run; `extra` are rare pieces that it has beside those it learns."""
     written = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES * 3),
@@ -51,10 +52,13 @@ def train(symbols: tuple[str, ...] = ()) -> bytes:
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
-        user_defined_symbols=list(symbols),
         **LLAMA,
     )
-    return written.getvalue()
+    model = ModelProto.FromString(written.getvalue())
+    lowest = min(piece.score for piece in model.pieces)
+    for number, text in enumerate(text for text in extra if text not in {piece.piece for piece in model.pieces}):
+        model.pieces.add(piece=text, score=lowest - 1 - number)
+    return model.SerializeToString()
 
 
 def sentence_pieces() -> sentencepiece.SentencePieceProcessor:
@@ -78,10 +82,10 @@ def original_ids(pieces: sentencepiece.SentencePieceProcessor, text: str) -> lis
     return ids
 
 
-def write_folder(folder: Path, legacy: bool | None = True, symbols: tuple[str, ...] = ()) -> Path:
+def write_folder(folder: Path, legacy: bool | None = True, extra: tuple[str, ...] = ()) -> Path:
     """The tokenizer files of a repository such as Vicuna's: `tokenizer.model` and a configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(train(symbols))
+    (folder / "tokenizer.model").write_bytes(train(extra))
     config = {
         "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>",
         "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>", "clean_up_tokenization_spaces": False,

@@ -222,8 +222,9 @@ def test_rows_of_stage_2(tokenizer: Any, name: str, template: str, end: str, lim
 # ---- cutting to max_txt_len ---------------------------------------------------------------------------------------
 
 WORDS = [
-    "a", "the", "red", "cat", "picture", "shows", "it's", "don't", "12", "305", "2024", "(with)", "...", "café", "naïve",
-    "e\u0301", "Привет", "日本", "猫", "🐎", "👩\u200d👧", "🇩🇪", "—", "“quoted”", "\u200b", "#", "##", "###", "<s>", "</s>",
+    "a", "the", "red", "cat", "picture", "shows", "it's", "don't", "12", "305", "2024", "(with)", "...", "café",
+    "e\u0301", "Привет", "日本", "猫", "🐎", "👩\u200d👧", "🇩🇪", "—", "“quoted”", "\u200b", "#", "##", "###",
+    "<s>", "</s>",
 ]  # fmt: skip
 GAPS = [" "] * 12 + ["  ", "   ", "\n", "\n\n", "\n\n\n", "\t", "\u00a0", "", " \n "]
 

@@ -9,9 +9,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer
 
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import RecipeError, stage1_pretrain, stage2_finetune
 
 
@@ -65,6 +69,37 @@ def test_adapter_starts_at_stage_two_on_what_stage_one_left(stage: Callable, tmp
     trainer = stage2_finetune.main(stage("two", model_name_or_path=tmp_path / "one", **fields))
     assert torch.equal(logits(trainer.model), logits(plain))  # LoRA begins as no change
     assert len(trained_by(trainer)) == 2 + 4
+
+
+@pytest.mark.parametrize("loader", [MiniGPT4ForConditionalGeneration, AutoModelForImageTextToText])
+def test_what_trl_s_peft_config_leaves_loads_in_one_call(loader, compose, pictures, tmp_path: Path) -> None:
+    for part in compose():
+        part.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "<s><image> What? ", "completion": "A square.</s>", "image": picture} for picture in pictures]
+    trainer = SFTTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(tmp_path / "base"),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "out"),
+            max_steps=2,
+            learning_rate=0.05,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoProcessor.from_pretrained(tmp_path / "base"),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["language_projection"]),
+    )
+    before = logits(trainer.model)
+    trainer.train()
+    trainer.save_model()
+    model = loader.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model), logits(trainer.model)) and not torch.equal(logits(model), before)
+    stored = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").state_dict()
+    assert all(not torch.equal(model.state_dict()[name], stored[name]) for name in PROJECTION)
 
 
 def test_yaml_tells_the_adapter_as_a_mapping(stage: Callable, tmp_path: Path) -> None:
@@ -155,7 +190,7 @@ def test_vectors_of_ia3_do_not_decay(stage: Callable) -> None:
         ('{"peft_type": "LARA", "target_modules": ["q_proj"]}', "LARA"),
         ('{"peft_type": "LORA", "rank": 8}', "a field that PEFT does not know: .*'rank'"),
         ('{"peft_type": "LORA", "target_modules": ["query"]}', r"target_modules=\['query'\].* q_proj"),
-        ('{"peft_type": "LORA"}', "specify `target_modules`"),
+        ('{"peft_type": "LORA"}', "target_modules=None"),
         ('{"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}', "subset"),
         ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', "PrefixTuningConfig .* use LORA or IA3"),
     ],
