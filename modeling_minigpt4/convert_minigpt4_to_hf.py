@@ -250,7 +250,7 @@ def _check(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[
     wrong = []
     for name, shape in there.items():
         if shape != (wanted := _shape(expected[name][1], sizes)):
-            wrong.append(f"{name} {shape} instead of {wanted}")
+            wrong.append(f"{name} {shape} instead of {str(wanted).replace(str(DISPUTED), '?')}")
     problems = {"missing": missing, "unknown": unknown, "of a shape that does not fit the others": sorted(wrong)}
     if told := [f"{kind}: {_list(names)}" for kind, names in problems.items() if names]:
         raise ValueError(
@@ -263,18 +263,30 @@ def _list(names: list[str], most: int = 24) -> str:
     return ", ".join(names[:most]) + more
 
 
+DISPUTED = -1  # a size of which as many tensors say one thing as another: none of them is known to be right
+
+
 def _sizes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[str, str]]) -> dict[str, int]:
-    """The value of every named size that most tensors agree on; without a Q-Former, 4 patches make one feature."""
+    """
+    The value of every named size that most tensors agree on.
+
+    Patches lie in a square, with CLS in front; without a Q-Former, 4 of them make one feature.
+    """
     votes: dict[str, Counter[int]] = {}
     for name, shape in shapes.items():
         for size, value in zip(expected[name][1].split(), shape, strict=False):
             votes.setdefault(size, Counter())[value] += 1
-    sizes = {size: counter.most_common(1)[0][0] for size, counter in votes.items()}
+    sizes = {}
+    for size, counter in votes.items():
+        (value, most), *others = counter.most_common(2)
+        sizes[size] = DISPUTED if others and others[0][1] == most else value
+    if "tokens" in sizes:
+        sizes["tokens"] = 1 + round(max(sizes["tokens"] - 1, 0) ** 0.5) ** 2
     with_qformer = any(size == "queries" for _, shape in expected.values() for size in shape.split())
     if with_qformer and "query_width" in sizes:
         sizes["features"] = sizes["query_width"]
     elif not with_qformer and "width" in sizes:
-        sizes["features"] = 4 * sizes["width"]
+        sizes["features"] = max(4 * sizes["width"], DISPUTED)
     return sizes
 
 
@@ -282,7 +294,8 @@ def _shape(shape: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     numbers = []
     for size in shape.split():
         factor, _, name = size.rpartition("*")
-        numbers.append(int(name) if name.isdigit() else int(factor or 1) * sizes.get(name, 0))
+        value = int(name) if name.isdigit() else sizes.get(name, DISPUTED)
+        numbers.append(value if value == DISPUTED else int(factor or 1) * value)
     return tuple(numbers)
 
 

@@ -86,9 +86,25 @@ def test_a_missing_or_misshapen_tensor_is_named(name: str) -> None:
         convert_original_state_dict(original)
     assert str(error.value).count("\n") == 0
     original[name] = torch.cat([tensor, tensor])
-    stored = re.escape(f"{name} {tuple(original[name].shape)} instead of {tuple(tensor.shape)}")
-    with pytest.raises(ValueError, match=f"of a shape that does not fit the others: {stored}"):
+    # One other tensor knows the size of the vocabulary, so neither is known to be right.
+    wanted = "(?, 32)" if name == "llama_model.lm_head.weight" else tuple(tensor.shape)
+    told = re.escape(f"{name} {tuple(original[name].shape)} instead of {wanted}")
+    with pytest.raises(ValueError, match=f"of a shape that does not fit the others: {told}"):
         convert_original_state_dict(original)
+
+
+def test_tensors_that_contradict_each_other_are_both_named() -> None:
+    original = original_tensors()
+    original["llama_model.lm_head.weight"] = torch.ones(51, 32)
+    original["visual_encoder.pos_embed"] = torch.ones(1, 18, 24)
+    with pytest.raises(ValueError) as error:
+        convert_original_state_dict(original)
+    for told in (
+        "llama_model.lm_head.weight (51, 32) instead of (?, 32)",
+        "llama_model.model.embed_tokens.weight (50, 32) instead of (?, 32)",
+        "visual_encoder.pos_embed (1, 18, 24) instead of (1, 17, 24)",
+    ):
+        assert told in str(error.value)
 
 
 def test_everything_that_is_wrong_is_listed_at_once() -> None:
