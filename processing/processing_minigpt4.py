@@ -55,7 +55,12 @@ class MiniGPT4Processor(ProcessorMixin):
     `<image>` in a text marks where a picture goes; it becomes `num_image_tokens` ids `image_token_id`, which no token
     of the language model has. As in the original, the text before, between and behind pictures is tokenized apart, so
     that SentencePiece tokenizers put their dummy prefix on every piece, and BOS stands once in front (released code,
-    `minigpt4/models/minigpt_base.py`). In chats, `<image>` that a user typed stays text.
+    `minigpt4/models/minigpt_base.py`). A reply that is trained is a piece of its own; earlier replies in a prompt that
+    asks for the next one are part of the text around them. In chats, `<image>` that a user typed stays text.
+
+    LLaMA's tokenizer gives the original's ids in every form: slow or fast, `legacy` or not, and as transformers 5
+    loads it. For that, a piece that begins with a space has its dummy prefix too, which the fast forms leave out. What
+    cannot be mended is text behind a `<s>` or `</s>` that somebody typed: with `legacy=False` it has no dummy prefix.
 
     Args:
         image_processor ([`MiniGPT4ImageProcessor`]): what makes pixels of pictures.

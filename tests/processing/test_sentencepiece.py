@@ -131,6 +131,13 @@ def test_raw_prompts(tokenizer: Any) -> None:
         assert ids == [original_prompt(prompt)]
 
 
+def test_special_tokens_that_somebody_typed_are_the_tokenizer_s_affair(tokenizer: Any) -> None:
+    text = "a cat<s>and</s>a dog"
+    ids = make_processor(tokenizer)(text=text, add_special_tokens=False)["input_ids"][0]
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (ids == original_ids(PIECES, text)) is bool(tokenizer.legacy)  # `legacy` is just about this
+
+
 def test_a_reply_that_is_trained_is_a_segment_of_its_own(tokenizer: Any) -> None:
     processor = make_processor(tokenizer)
     ids = chat_ids(processor, as_messages(CHATS["second_turn"][:2]), add_generation_prompt=False)
