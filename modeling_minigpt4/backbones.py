@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
@@ -24,6 +25,9 @@ from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
 
 
 logger = logging.get_logger(__name__)
+
+# What `from_pretrained` takes if it is told nothing. The one version switch of this file; it can go with 4.57.
+DEFAULT_DTYPE = "float32" if transformers.__version__.startswith("4.") else "auto"
 
 # Parts that can come from a repository of their own, and where their tensors are in MiniGPT4ForConditionalGeneration.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -201,13 +205,14 @@ class Checkpoint:
         return StoredTensor(self._paths[self._file_of[key]], key, tensor)
 
     def _list_tensors(self) -> dict[str, str]:
-        for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
-            if (path := self._find(index)) is not None:
-                weight_map: dict[str, str] = json.loads(Path(path).read_text())["weight_map"]
-                return weight_map
+        # In the order of transformers: a file that was saved over shards comes before their index.
+        for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
             if self._find(single) is not None:
                 file = self._open(single)
                 return dict.fromkeys(file if isinstance(file, dict) else file.keys(), single)
+            if (path := self._find(index)) is not None:
+                weight_map: dict[str, str] = json.loads(Path(path).read_text())["weight_map"]
+                return weight_map
         raise OSError(_not_found(self.part, self.source))
 
     def _find(self, filename: str) -> str | None:
@@ -373,7 +378,7 @@ def collect(
 
 def _target_dtype(config: PretrainedConfig, options: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that the options of `from_pretrained` ask for, or None where transformers finds out by itself."""
-    dtype = options.get("dtype", options.get("torch_dtype", "auto"))
+    dtype = options.get("dtype", options.get("torch_dtype", DEFAULT_DTYPE))
     dtype = getattr(config, "dtype", None) if dtype == "auto" else dtype
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return dtype if isinstance(dtype, torch.dtype) else None
@@ -544,7 +549,11 @@ class BackbonesMixin(PeftMixin):
         """
         backbones = self.config.backbones
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
-        local = {part: source["name_or_path"] for part, source in backbones.items() if is_local(source)}
+        local = {
+            part: source["name_or_path"]
+            for part, source in _relative(backbones, save_directory).items()
+            if is_local(source)
+        }
         if local and not full:
             where = ", ".join(f"{part} {path}" for part, path in local.items())
             logger.warning_once(
@@ -554,9 +563,10 @@ class BackbonesMixin(PeftMixin):
             )
         try:
             self._choose_what_to_save(full)
-            self.config.backbones = {} if full else backbones
+            self.config.backbones = {} if full else _relative(backbones, save_directory)
             with self._adapter_aside(save_directory, args, kwargs) as (args, kwargs):
                 super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+            _remove_older(save_directory, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
         finally:
             self.config.backbones = backbones
             self._choose_what_to_save()
@@ -579,6 +589,24 @@ class BackbonesMixin(PeftMixin):
             and name not in trained
             and f"{prefix}{plain[name]}" not in self._own_tensors
         }
+
+
+def _relative(backbones: Mapping[str, Any], folder: "str | os.PathLike[str]") -> dict[str, Any]:
+    """The same sources, with those that lie in the folder itself named so that both can be moved."""
+    here = str(Path(folder).resolve())
+    return {
+        part: {**source, "name_or_path": HERE} if source["name_or_path"] == here else source
+        for part, source in backbones.items()
+    }
+
+
+def _remove_older(folder: "str | os.PathLike[str]", *names: str) -> None:
+    """Keep the newest of files that stand for the same thing, e.g. shards where one file was before."""
+    paths = sorted(
+        (path for name in names if (path := Path(folder, name)).is_file()), key=lambda path: path.stat().st_mtime_ns
+    )
+    for path in paths[:-1]:
+        path.unlink(missing_ok=True)  # another process may have been faster
 
 
 def _inside(path: Any, source: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The command is `minigpt4 convert`; what it does with names is `convert_original_
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,12 +21,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from processing_minigpt4 import MiniGPT4Processor
 
-from .backbones import HERE, load_backbone_config, normalize_source
+from .backbones import load_backbone_config, normalize_source
 from .configuration_minigpt4 import MiniGPT4Config
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 
 
 VISION_FOLDER = "vision"  # of a converted folder whose vision side came in files
+SCRATCH = ".convert-"  # begins the name of a folder that is there while converting
 
 # ---- the released models --------------------------------------------------------------------------------------------
 
@@ -329,27 +331,33 @@ def read_original_file(path: "str | os.PathLike[str]") -> dict[str, torch.Tensor
     if not os.path.isfile(path):
         raise OSError(f"There is no file {path}; download it, or correct the path.")
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch before 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or "it is no file of torch"
-        raise ValueError(
-            f"{path} was not opened, because it holds more than tensors and plain values, which could run code "
-            f"({reason.strip()}); save its tensors alone with torch.save, on a machine where that does no harm."
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise OSError(f"{path} cannot be read ({_first_line(error)}); it is damaged, so download it again.") from error
-    tensors = content.get("model", content) if isinstance(content, Mapping) else {}
+        if refused := re.search(r"Unsupported (global|class)[^.\n]*(\.\w[^.\n]*)*", str(error)):
+            raise ValueError(
+                f"{path} was not opened, because it holds more than tensors and plain values, which could run code "
+                f"({refused[0].strip()}); save its tensors alone with torch.save, where that does no harm."
+            ) from error
+        raise OSError(_no_file_of_torch(path)) from error
+    except (RuntimeError, ValueError, LookupError, AttributeError, EOFError, OSError) as error:
+        raise OSError(_no_file_of_torch(path)) from error
+    model = content.get("model") if isinstance(content, Mapping) else None
+    tensors = model if isinstance(model, Mapping) else content if isinstance(content, Mapping) else {}
     tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     if not tensors:
-        raise ValueError(f'{path} holds no tensors, at the top or under "model"; name another file.')
+        raise ValueError(f'{path} holds no named tensors, at the top or under "model"; name another file.')
     return tensors
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _load(path: "str | os.PathLike[str]") -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files of torch before 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _no_file_of_torch(path: "str | os.PathLike[str]") -> str:
+    return f"{path} cannot be read: it is damaged, cut off, or a web page and no file of torch; download it again."
 
 
 @dataclass
@@ -418,8 +426,29 @@ def read_original(checkpoint: Any, vit: Any, qformer: Any, config: MiniGPT4Confi
         original.vision |= {n: tensors[n] for n in wanted if n in tensors and not n.startswith("visual_encoder.")}
     merged = {**original.vision, **original.trained}
     required |= {_part(name) for name in merged}
-    _check(merged, {name: entry for name, entry in _expected_names(merged).items() if _part(name) in required})
+    expected = _expected_names(merged)
+    if vit is not None:
+        check_vision_size(vit, original.vision, config)
+        expected |= VISION_BLOCK.names(range(config.vision_config.num_hidden_layers))
+        if "query_tokens" in merged and config.qformer_config is not None:
+            expected |= QFORMER_LAYER.names(range(config.qformer_config.num_hidden_layers))
+    _check(merged, {name: entry for name, entry in expected.items() if _part(name) in required})
     return original
+
+
+def check_vision_size(path: Any, tensors: Mapping[str, torch.Tensor], config: MiniGPT4Config) -> None:
+    """Raise a `ValueError` if a ViT's width, patches or picture size are not those of the configuration."""
+    vision = config.vision_config
+    wanted = {
+        "visual_encoder.pos_embed": (1, (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size),
+        "visual_encoder.patch_embed.proj.weight": (vision.hidden_size, 3, vision.patch_size, vision.patch_size),
+    }
+    for name, shape in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{path} is a ViT of another size: its {name.removeprefix('visual_encoder.')} has the shape "
+                f"{tuple(tensors[name].shape)}, not {shape}; name the right file, or give the sizes as `config`."
+            )
 
 
 def untrained_norm(width: int) -> dict[str, torch.Tensor]:
@@ -479,23 +508,50 @@ def convert_original_checkpoint(
         )
     if qformer is not None and vision_backbone is not None:
         raise ValueError("`vision_backbone` brings its own Q-Former; leave `qformer` out.")
+    output = prepare_output(output_dir, language_model, vision_backbone)
     sizes = PRESETS["vicuna-7b"].config() if config is None else config
     original = read_original(checkpoint, vit, qformer, sizes)
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=output) as scratch:
         vision = vision_backbone
         if vit is not None:
-            vision = {"name_or_path": str(Path(scratch if full else output).resolve()), "subfolder": VISION_FOLDER}
-            write_vision_side(Path(vision["name_or_path"], VISION_FOLDER), original, sizes)
-        model, processor = compose(original, vision, language_model, preset)
-        if vit is not None and not full:  # found beside the adapter, wherever both are moved
-            for part in ("vision", "qformer"):
-                if part in model.config.backbones:
-                    model.config.backbones[part]["name_or_path"] = HERE
-        model.save_pretrained(output, full=full)
+            vision = {"name_or_path": scratch, "subfolder": VISION_FOLDER}
+            write_vision_side(Path(scratch, VISION_FOLDER), original, sizes)
+        model, processor, trained = compose(original, vision, language_model, preset)
+        # From here on nothing can be wrong with the files, and what an earlier run has left may go.
+        shutil.rmtree(output / VISION_FOLDER, ignore_errors=True)
+        if vit is not None and not full:
+            os.replace(Path(scratch, VISION_FOLDER), output / VISION_FOLDER)
+            for part in {"vision", "qformer"} & model.config.backbones.keys():
+                model.config.backbones[part]["name_or_path"] = str(output)
+        # By themselves, the tensors of the checkpoint keep their dtype.
+        model.save_pretrained(output, full=full, state_dict=None if full else trained)
         processor.save_pretrained(output)
+    if full:
+        model.config.backbones = {}
     return model
+
+
+def prepare_output(folder: Any, language_model: Any, vision_backbone: Any) -> Path:
+    """
+    Make the output folder.
+
+    Raises:
+        ValueError: if it is a file, or a folder of which something would be lost.
+    """
+    output = Path(folder).expanduser().resolve()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file and no folder; name another to write into.")
+    for source, overwritten in (
+        (language_model, [output]),
+        (vision_backbone, [output, output / VISION_FOLDER]),
+    ):
+        if source is not None and Path(normalize_source(source)["name_or_path"]) in overwritten:
+            raise ValueError(f"{source} is read from and would be overwritten; name another folder to write into.")
+    vision = output / VISION_FOLDER
+    if vision.exists() and not (vision / "config.json").is_file():
+        raise ValueError(f"{vision} is not from an earlier conversion and would be replaced; name another folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    return output
 
 
 def write_vision_side(folder: Path, original: Original, config: MiniGPT4Config) -> None:
@@ -514,8 +570,10 @@ def write_vision_side(folder: Path, original: Original, config: MiniGPT4Config) 
     save_file(stored, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def compose(original: Original, vision: Any, language_model: Any, preset: str | None) -> tuple[Any, MiniGPT4Processor]:
-    """Join the backbones and put what was trained in its place; the model and its processor."""
+def compose(
+    original: Original, vision: Any, language_model: Any, preset: str | None
+) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor, dict[str, torch.Tensor]]:
+    """Join the backbones and put what was trained in its place: the model, its processor, and what was trained."""
     found, _ = load_backbone_config("vision", normalize_source(vision), {})
     has_qformer = _has_qformer(original.features, found)
     chosen = choose_preset(preset, original.width, has_qformer)
@@ -538,7 +596,7 @@ def compose(original: Original, vision: Any, language_model: Any, preset: str | 
     processor = MiniGPT4Processor.from_backbones(
         vision=vision, language_model=language_model, config=model.config, chat_template=chosen.chat_template
     )
-    return model, processor
+    return model, processor, renamed
 
 
 def _has_qformer(features: int, config: Any) -> bool:

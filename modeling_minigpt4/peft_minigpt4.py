@@ -88,6 +88,12 @@ def keep_to_language_model(peft_config: Any) -> Any:
     config = copy.deepcopy(peft_config)
     if not hasattr(config, "exclude_modules"):
         raise ValueError(f"PEFT's {type(config).__name__} cannot be kept to the language model; use LORA or IA3.")
+    targets = getattr(config, "target_modules", None) or ()
+    if not isinstance(targets, str) and any(name.split(".")[-1] == "lm_head" for name in targets):
+        raise ValueError(
+            "Trainers use the weights of `lm_head` without its adapter, so it can have none; leave it out of "
+            "`target_modules`."
+        )
     excluded = config.exclude_modules or ()
     if not isinstance(excluded, str):
         excluded = "|".join(rf"(.*\.)?{name.replace('.', chr(92) + '.')}" for name in sorted(excluded))

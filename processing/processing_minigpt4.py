@@ -372,10 +372,12 @@ class MiniGPT4Processor(ProcessorMixin):
         """
         Replies as text, cut where the separator (`###`) begins, and without white space around them.
 
+        A prompt in front stays as it is. It is known by its BOS or its pictures, without a BOS token by the template's
+        words before a reply; where these are missing, only a separator at the very end goes.
+
         Args:
             generated_outputs: ids of shape (batch_size, length) or (length,) as `generate` gives them, with the
-                prompt in front or without. A prompt stays, with its own separators and the spaces at its end; it is
-                known by its BOS or by its pictures.
+                prompt in front or without.
             skip_special_tokens: leave out BOS, EOS, pads and image tokens; with `False` the text comes whole.
         """
         ids = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
@@ -384,25 +386,22 @@ class MiniGPT4Processor(ProcessorMixin):
         separator = self.separator
         if separator is None or not skip_special_tokens:
             return texts
+        opening = reply_opening_of(self._chat_template(None), self.tokenizer)
         return [
-            self._cut_behind_prompt(text, separator) if self._has_prompt(ids) else text.partition(separator)[0].strip()
+            _cut_behind_prompt(text, opening, separator)
+            if self._has_prompt(ids, text, opening)
+            else text.partition(separator)[0].strip()
             for text, ids in zip(texts, rows, strict=True)
         ]
 
-    def _has_prompt(self, ids: Sequence[int]) -> bool:
+    def _has_prompt(self, ids: Sequence[int], text: str, opening: str) -> bool:
         """Whether ids begin with BOS, pads aside, or have a picture, as no reply does."""
         bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
-        first = next((token for token in ids if token != pad or token == bos), None)
-        return self.image_token_id in ids or (bos is not None and first == bos)
-
-    def _cut_behind_prompt(self, text: str, separator: str) -> str:
-        """Prompt and reply, cut where the separator begins in the last reply."""
-        opening = reply_opening_of(self._chat_template(None), self.tokenizer)
-        prompt, found, reply = text.rpartition(opening) if opening else (text, "", "")
-        if found:
-            return prompt + opening + reply.partition(separator)[0]
-        stripped = text.rstrip()
-        return stripped.removesuffix(separator) if stripped.endswith(separator) else text
+        if self.image_token_id in ids:
+            return True
+        if bos is None:
+            return bool(opening) and opening in text
+        return bos == next((token for token in ids if token != pad or token == bos), None)
 
     # ---- what inference servers ask -------------------------------------------------------------------------------
 
@@ -440,6 +439,15 @@ def _as_texts(text: Any) -> list[str]:
     if not all(isinstance(entry, str) for entry in texts):
         raise ValueError("`text` must be a string or a list of strings; chats go to `apply_chat_template`.")
     return texts
+
+
+def _cut_behind_prompt(text: str, opening: str, separator: str) -> str:
+    """Prompt and reply, cut where the separator begins in the last reply."""
+    prompt, found, reply = text.rpartition(opening) if opening else (text, "", "")
+    if found:
+        return prompt + opening + reply.partition(separator)[0]
+    stripped = text.rstrip()
+    return stripped.removesuffix(separator) if stripped.endswith(separator) else text
 
 
 def _locate(source: Any) -> tuple[str, dict[str, Any]]:

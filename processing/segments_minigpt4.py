@@ -36,7 +36,7 @@ class _Piece:
     """
     A stretch of one text: a picture's place, or text with the place of each of its characters in the whole.
 
-    Of a text with a `limit` only so many tokens are kept, one of them the BOS that was written in front.
+    Of a text with a `limit` only so many tokens are kept; a BOS right in front of it is one of them.
     """
 
     start: int
@@ -74,7 +74,9 @@ def encode_rows(
             row.spans += [(piece.start, piece.end)] * num_image_tokens
         else:
             ids, spans = next(encoded)
-            kept = None if piece.limit is None else piece.limit - len(row.head)
+            kept = piece.limit
+            if kept is not None and not row.ids:  # the limit counts the BOS that stands right in front
+                kept -= len(row.head)
             row.ids += ids[:kept]
             row.spans += [_in_whole(piece, span) for span in spans[:kept]]
     if add_special_tokens:

@@ -17,7 +17,8 @@ from recipes_minigpt4 import TINY
 
 
 PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
-TAGS = ["minigpt-4", "image-text-to-text", "image-captioning", "adapter", "trl", "sft"]
+TAGS = ["minigpt-4", "image-text-to-text", "image-captioning"]
+TRAINING_TAGS = ["adapter", "trl", "sft"]
 
 # Settings of a run that a card tells, under these names.
 SETTINGS = {
@@ -102,7 +103,7 @@ def render_card(
         base_model=base_models or None,
         base_model_relation="adapter" if base_models else None,
         datasets=[dataset_name] if on_hub else None,
-        tags=TAGS,
+        tags=TAGS if args is None else TAGS + TRAINING_TAGS,
     )
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     card = ModelCard.from_template(

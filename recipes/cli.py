@@ -17,7 +17,7 @@ COMMANDS = {
     "convert": ("recipes_minigpt4.convert", "turn the original's files into a folder that from_pretrained loads"),
     "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),
 }
-TRAIN_MODULES = ("trl", "datasets")
+TRAIN_MODULES = ("trl", "datasets", "peft")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

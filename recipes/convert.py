@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from modeling_minigpt4 import MiniGPT4Config
 from modeling_minigpt4.backbones import describe
-from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS, convert_original_checkpoint
+from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS, SCRATCH, convert_original_checkpoint
 from recipes_minigpt4 import CommandParser, RecipeError, one_line
 from recipes_minigpt4.card import render_card
 
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str]) -> None:
         )
     except (OSError, ValueError) as error:
         raise RecipeError(f"{one_line(error)}.") from error
-    # Its configuration names a vision side that lies in the folder by its place there, and nothing in a full folder.
-    model.config.backbones = {} if args.full else MiniGPT4Config.from_pretrained(args.output_dir).backbones
+    # Others see what lies in the folder itself by its place there, and not by the path on this machine.
+    model.config.backbones = MiniGPT4Config.from_pretrained(args.output_dir).backbones
     card = render_card(model, license=args.license, repo_id=args.push_to_hub, title=args.output_dir.name)
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
     print(summary(model, args.output_dir))
@@ -89,7 +89,12 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     api = HfApi()
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Converted MiniGPT-4")
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            ignore_patterns=[f"{SCRATCH}*"],
+            commit_message="Converted MiniGPT-4",
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise RecipeError(
             f"{folder} is ready but could not be pushed to {repo_id} ({one_line(error)}); check network and login "

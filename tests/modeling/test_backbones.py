@@ -572,3 +572,40 @@ def test_auto_dtype_is_that_of_the_language_model(own) -> None:
     model = compose(parts.parts(), dtype="auto")
     assert {parameter.dtype for parameter in model.language_model.parameters()} == {torch.bfloat16}
     assert model.model.language_projection.weight.dtype == torch.float32
+
+
+def test_saving_over_another_kind_of_checkpoint(adapter, tmp_path, make_inputs) -> None:
+    """One file, shards, one file: what is loaded is always what was saved last."""
+    model = load(adapter)
+    for options in (
+        {"full": True, "max_shard_size": "20KB"},
+        {},
+        {"full": True, "max_shard_size": "20KB"},
+        {"full": True},
+    ):
+        torch.nn.init.normal_(model.model.language_projection.bias)
+        model.save_pretrained(tmp_path, **options)
+        assert torch.equal(score(load(tmp_path), make_inputs), score(model, make_inputs))
+    names = {path.name for path in tmp_path.glob("model*")} - {"modeling_minigpt4.py"}
+    assert names == {"model.safetensors"}
+
+
+def test_a_language_model_that_was_saved_whole_over_its_shards(own, make_inputs) -> None:
+    parts, _ = own
+    language_model = LlamaForCausalLM.from_pretrained(parts.language_model)
+    language_model.save_pretrained(parts.language_model, max_shard_size="20KB")
+    for parameter in language_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    language_model.save_pretrained(parts.language_model)
+    expected = LlamaForCausalLM.from_pretrained(parts.language_model).model.norm.weight
+    assert torch.equal(compose(parts.parts()).language_model.norm.weight, expected)
+
+
+def test_saving_where_the_backbones_lie_keeps_the_folder_movable(backbones, tmp_path, make_inputs) -> None:
+    shutil.copytree(backbones.vision, tmp_path / "whole" / "vision")
+    vision = {"name_or_path": tmp_path / "whole", "subfolder": "vision"}
+    model = compose({**backbones.parts(), "vision": vision, "qformer": vision})
+    model.save_pretrained(tmp_path / "whole")
+    load(tmp_path / "whole").save_pretrained(tmp_path / "whole")
+    moved = (tmp_path / "whole").rename(tmp_path / "moved")
+    assert torch.equal(score(load(moved), make_inputs), score(model, make_inputs))

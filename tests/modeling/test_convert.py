@@ -9,7 +9,7 @@ import pytest
 import torch
 from original_files import Files, config_of, logits, original_tensors, pick, save_checkpoint, save_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.convert_minigpt4_to_hf import (
@@ -250,6 +250,49 @@ def test_a_tuned_qformer_comes_with_the_adapter(tmp_path: Path, save_language_mo
         torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
 
 
+def test_a_tuned_qformer_keeps_its_dtype(tmp_path: Path, save_language_model: Callable) -> None:
+    files = Files(tmp_path)
+    language_model = save_language_model(files.tensors)
+    LlamaForCausalLM.from_pretrained(language_model, dtype=torch.bfloat16).save_pretrained(language_model)
+    tuned = pick(files.tensors, "query_tokens")
+    files.checkpoint = save_checkpoint(tmp_path / "tuned.pth", {**pick(files.tensors, "llama_proj."), **tuned})
+    files.convert(language_model, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.query_tokens"], tuned["query_tokens"])
+
+
+def test_converting_again_into_the_same_folder(tmp_path: Path, save_language_model: Callable) -> None:
+    """Whatever an earlier run has left there, the folder is what the last one makes of it."""
+    files = Files(tmp_path)
+    language_model = save_language_model(files.tensors)
+    expected = logits(files.expected())
+    files.convert(language_model, tmp_path / "blip2")
+    vision = str((tmp_path / "blip2" / "vision").rename(tmp_path / "vision"))
+    runs = [{}, {"full": True}, {"vision_backbone": vision}, {}, {"vision_backbone": vision}, {"full": True}, {}]
+    for options in runs:
+        returned = files.convert(language_model, tmp_path / "out", **options)
+        model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+        folders = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
+        assert folders == ([] if options else ["vision"])
+        returned.save_pretrained(tmp_path / "again")
+        model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "again", dtype=torch.float32)
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+
+
+def test_a_failed_run_leaves_an_earlier_folder_as_it_was(tmp_path: Path, save_language_model: Callable) -> None:
+    files = Files(tmp_path)
+    language_model = save_language_model(files.tensors)
+    files.convert(language_model, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    other = Files(tmp_path / "other")
+    torch.save({n: t + 1 for n, t in read_original_file(other.vit).items()}, other.vit)
+    other.checkpoint = save_checkpoint(tmp_path / "wide.pth", pick(original_tensors(hidden=40), "llama_proj."))
+    with pytest.raises(ValueError, match="width 40"):
+        other.convert(language_model, tmp_path / "out")
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+
+
 # ---- wrong input ----------------------------------------------------------------------------------------------------
 
 
@@ -267,16 +310,25 @@ def test_a_file_that_could_run_code_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_damaged_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.ones(500)}}, tmp_path / "whole.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:400])
-    (tmp_path / "page.pth").write_text("<html>404</html>")
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    for name, kind, told in (
-        ("cut.pth", OSError, "damaged"), ("none.pth", OSError, "no file"), ("empty.pth", ValueError, "no tensors"),
-        ("page.pth", (OSError, ValueError), "page.pth"),
-    ):  # fmt: skip
+    whole = (tmp_path / "whole.pth").read_bytes()
+    torch.save({"model": {"a": torch.ones(500)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    broken = {
+        "half.pth": whole[:400], "cut.pth": whole[:-10], "nothing.pth": b"", "noise.pth": bytes(range(256)) * 9,
+        "page.pth": b"<html>404</html>", "text.pth": b"hello, not found", "page.json": b'{"error": 404}',
+        "pointer.pth": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "old_half.pth": (tmp_path / "old.pth").read_bytes()[:-50],
+    }  # fmt: skip
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    for name, content in (("epoch.pth", {"epoch": 3}), ("none.pth", {"model": None}), ("tensor.pth", torch.ones(3))):
+        torch.save(content, tmp_path / name)
+    cases = [*((name, OSError, "download it again") for name in broken), ("gone.pth", OSError, "There is no file")]
+    cases += [(name, ValueError, "no named tensors") for name in ("epoch.pth", "none.pth", "tensor.pth")]
+    for name, kind, told in cases:
         with pytest.raises(kind, match=told) as error:
             read_original_file(tmp_path / name)
-        assert name in str(error.value) and "\n" not in str(error.value)
+        assert name in str(error.value) and "\n" not in str(error.value) and "weights_only" not in str(error.value)
+    assert read_original_file(tmp_path / "old.pth")["a"].sum() == 500
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, save_language_model: Callable) -> None:
@@ -284,6 +336,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, save_lang
     language_model = save_language_model(files.tensors)
     output = tmp_path / "out"
     other = save_checkpoint(tmp_path / "other.pth", pick(original_tensors(hidden=40), "llama_proj."))
+    (tmp_path / "mine" / "vision").mkdir(parents=True)
+    vit = {name: tensor for name, tensor in read_original_file(files.vit).items() if not name.startswith("blocks.1")}
+    torch.save(vit, few_blocks := tmp_path / "few_blocks.pth")
     unknown = save_checkpoint(tmp_path / "lora.pth", {**pick(files.tensors, "llama_proj."), "lora_A": torch.ones(1)})
     for changes, told in (
         ({"checkpoint": other}, "width 40, but .* has 32"),
@@ -294,17 +349,21 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, save_lang
         ({"vision_backbone": "some/blip2"}, "give one of them"),
         ({"vit": None, "vision_backbone": "some/blip2"}, "leave `qformer` out"),
         ({"vit": files.qformer}, "missing: visual_encoder.blocks.0"),
+        ({"config": None}, "eva_vit_g.pth is a ViT of another size: its pos_embed has the shape .1, 17, 24."),
+        ({"vit": few_blocks}, "missing: visual_encoder.blocks.1.attn"),
+        ({"output_dir": Path(files.vit)}, "is a file and no folder"),
+        ({"output_dir": tmp_path / "mine"}, "is not from an earlier conversion"),
+        ({"output_dir": Path(language_model)}, "is read from and would be overwritten"),
         ({"preset": "vicuna-7b"}, "32 wide and behind a Q-Former, where vicuna-7b is 4096 wide"),
         ({"preset": "vicuna-9b"}, "no preset 'vicuna-9b'; choose among vicuna-7b"),
         ({"language_model": str(tmp_path)}, "cannot be opened"),
     ):  # fmt: skip
         options = {
             "checkpoint": files.checkpoint, "language_model": language_model, "vit": files.vit,
-            "qformer": files.qformer, "config": files.config, **changes,
+            "qformer": files.qformer, "config": files.config, "output_dir": output, **changes,
         }  # fmt: skip
         with pytest.raises((ValueError, OSError), match=told) as error:
-            convert_original_checkpoint(
-                options.pop("checkpoint"), options.pop("language_model"), output_dir=output, **options
-            )
+            convert_original_checkpoint(options.pop("checkpoint"), options.pop("language_model"), **options)
         assert "\n" not in str(error.value)
-        assert not list(output.glob("*.safetensors")) if output.is_dir() else True
+        assert not output.exists() or not list(output.iterdir())
+    LlamaForCausalLM.from_pretrained(language_model)  # is as it was

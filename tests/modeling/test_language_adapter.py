@@ -268,6 +268,14 @@ def test_unknown_layers_leave_the_model_as_it_was(backbones, make_inputs) -> Non
     assert torch.equal(score(model, make_inputs), before)
 
 
+def test_the_head_gets_no_adapter(backbones) -> None:
+    """Trainers multiply by its weights themselves, and would pass the adapter by."""
+    model = compose(backbones.parts())
+    with pytest.raises(ValueError, match=r"lm_head.*leave it out"):
+        model.add_adapter(LoraConfig(target_modules=["q_proj", "lm_head"]))
+    assert not model.has_adapter
+
+
 def test_adapter_that_is_gone_or_damaged_is_told(backbones, tmp_path) -> None:
     model = compose(backbones.parts())
     model.add_adapter(LoraConfig(**LORA))

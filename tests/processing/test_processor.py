@@ -16,6 +16,8 @@ from tiny_text import (
     plain,
 )
 
+from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
+
 
 PICTURE = [IMAGE_ID] * IMAGE_TOKENS
 
@@ -397,6 +399,26 @@ def test_a_prompt_of_text_alone_is_known_by_its_bos(processor, tokenizer, side):
     row = [*ids[0], *plain(tokenizer, "a red cat.###Human: more")]
     (text,) = processor.post_process_image_text_to_text([pads + row if side == "left" else row + pads])
     assert text.rpartition("###Assistant:")[2].strip() == "a red cat." and "###Human: Hello###" in text
+
+
+def test_without_bos_a_prompt_is_known_by_the_words_of_the_template():
+    tokenizer = byte_tokenizer(front=(), bos_token=None)
+    processor = make_processor(tokenizer)
+    chat = [{"role": "user", "content": "Hello"}]
+    ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    (text,) = processor.post_process_image_text_to_text([[*ids[0], *plain(tokenizer, "a cat.###Human: more")]])
+    assert text.endswith("###Human: Hello###Assistant: a cat.") and text.startswith("Give the following image")
+    assert processor.post_process_image_text_to_text([plain(tokenizer, " a cat.###Human")]) == ["a cat."]
+
+
+def test_a_limit_counts_the_tokens_of_its_own_piece(processor, tokenizer):
+    """A row of training text whose answer is to be cut behind 3 tokens, with BOS and picture in front or without."""
+    answer = "red cat is this"
+    expected = plain(tokenizer, answer)[:3]
+    for front in ("", "<s><image>", "<image>"):
+        ids = processor(text=f"{front}{answer}{LENGTH_MARK}3", images=red() if "<image>" in front else None)
+        assert ids["input_ids"][0][-3:] == expected
+        assert len(ids["input_ids"][0]) == 1 + IMAGE_TOKENS * bool(front) + 3
 
 
 def test_special_tokens_can_be_kept(processor, tokenizer):

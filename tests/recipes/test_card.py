@@ -170,5 +170,5 @@ def test_languages_may_be_several(on_hub) -> None:
 def test_titles_and_ids_cannot_break_the_metadata(on_hub) -> None:
     text = render_card(on_hub, settings(license="cc-by-nc-4.0", hub_model_id="a/b"), dataset_name="tiny")
     metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["license"] == "cc-by-nc-4.0" and metadata["tags"] == cards.TAGS
+    assert metadata["license"] == "cc-by-nc-4.0" and metadata["tags"] == cards.TAGS + cards.TRAINING_TAGS
     assert "coloured shapes" in text

@@ -26,7 +26,7 @@ def test_missing_and_unknown_commands_list_what_there_is(arguments, capsys: pyte
     assert "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", [("trl",), ("datasets",), ("trl", "datasets")])
+@pytest.mark.parametrize("missing", [("trl",), ("datasets",), ("peft",), ("trl", "datasets")])
 def test_missing_extra_is_named(missing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     find_spec = importlib.util.find_spec
 
