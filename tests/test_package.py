@@ -129,7 +129,8 @@ def test_conversion_needs_no_extra(site: Path, tmp_path: Path) -> None:
     import sys
     from recipes_minigpt4.cli import main
     sys.stderr = sys.stdout
-    print(main(["convert", "--checkpoint", "none.pth", "--vit", "none.pth", "--language-model", "x", "--output-dir", "o"]))
+    files = ["--checkpoint", "none.pth", "--vit", "none.pth"]
+    print(main(["convert", *files, "--language-model", "llama", "--output-dir", "out"]))
     """
     printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchvision"))
     assert printed == "minigpt4 convert: There is no file none.pth; download it, or correct the path.\n2\n"
