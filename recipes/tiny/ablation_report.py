@@ -31,7 +31,8 @@ RULE = (
 SETTINGS = (
     "Every variant has the settings of the baseline, chosen for the baseline alone, so it may be at a disadvantage. A "
     "seed draws the projection, the order of the samples and their prompts; backbones and samples are always the "
-    "same. A share of stage 1 means that share of its pairs, of its steps and of its warm-up."
+    "same. A share of stage 1 means that share of its pairs, of its steps and of its warm-up. Training seconds are "
+    "wall-clock time, stage 1 included, and comparable only if nothing else ran."
 )
 CHARTED = ("object_f1", "position_accuracy", "failure_rate")
 
