@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from processing_minigpt4 import MiniGPT4Processor
 
-from .backbones import load_backbone_config, normalize_source
+from .backbones import HERE, load_backbone_config, normalize_source
 from .configuration_minigpt4 import MiniGPT4Config
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 
@@ -410,6 +410,8 @@ def read_original(checkpoint: Any, vit: Any, qformer: Any, config: MiniGPT4Confi
         tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in read_original_file(vit).items()}
         wanted = {**VISION.names(), **VISION_BLOCK.names(range(config.vision_config.num_hidden_layers))}
         original.vision = {name: tensors[name] for name in wanted if name in tensors}
+        if not original.vision:
+            raise ValueError(f"{vit} holds no ViT of EVA-CLIP; name the right file, such as eva_vit_g.pth.")
         if original.features == 4 * config.vision_config.hidden_size:
             original.vision |= untrained_norm(config.vision_config.hidden_size)
             qformer = None  # the original does not look at it either
@@ -423,6 +425,8 @@ def read_original(checkpoint: Any, vit: Any, qformer: Any, config: MiniGPT4Confi
     if qformer is not None:
         tensors = read_original_file(qformer)
         wanted = _expected_names(tensors)
+        if "query_tokens" not in tensors:
+            raise ValueError(f"{qformer} holds no Q-Former of BLIP-2; name the right file.")
         original.vision |= {n: tensors[n] for n in wanted if n in tensors and not n.startswith("visual_encoder.")}
     merged = {**original.vision, **original.trained}
     required |= {_part(name) for name in merged}
@@ -548,10 +552,23 @@ def prepare_output(folder: Any, language_model: Any, vision_backbone: Any) -> Pa
         if source is not None and Path(normalize_source(source)["name_or_path"]) in overwritten:
             raise ValueError(f"{source} is read from and would be overwritten; name another folder to write into.")
     vision = output / VISION_FOLDER
-    if vision.exists() and not (vision / "config.json").is_file():
+    if vision.exists() and not _is_converted(output):
         raise ValueError(f"{vision} is not from an earlier conversion and would be replaced; name another folder.")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{output} cannot be made ({error.strerror}); name another folder to write into.") from error
     return output
+
+
+def _is_converted(folder: Path) -> bool:
+    """Whether a folder with a vision side in it is what a conversion has written, and nothing more."""
+    inside = {path.name for path in (folder / VISION_FOLDER).iterdir()}
+    try:
+        backbones = MiniGPT4Config.from_pretrained(folder).backbones
+    except (OSError, ValueError):
+        return False
+    return inside <= {"config.json", SAFE_WEIGHTS_NAME} and backbones.get("vision", {}).get("name_or_path") == HERE
 
 
 def write_vision_side(folder: Path, original: Original, config: MiniGPT4Config) -> None:

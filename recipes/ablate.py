@@ -185,14 +185,16 @@ def read_variant(path: Path) -> Variant:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}); mend the file.") from error
     kinds = {"title": str, "paper": str, "note": str, "expect": dict, "stage1": dict, "stage2": (dict, type(None))}
-    if not isinstance(content, dict) or not {"title", "stage1", "stage2"} <= content.keys():
-        raise RecipeError(f"{path} needs the fields title, stage1 and stage2; see those in configs/ablations.")
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} holds no variant; it needs the fields title, stage1 and stage2.")
     for name, value in content.items():
         if name not in kinds:
             raise RecipeError(f"{path} has a field {name!r} that no variant knows; known are {', '.join(kinds)}.")
         if not isinstance(value, kinds[name]):  # type: ignore[arg-type]
             wanted = "a text" if kinds[name] is str else "a mapping, {} if empty"
             raise RecipeError(f"{path}: {name} has to be {wanted}, not {value!r}.")
+    if missing := [name for name in ("title", "stage1", "stage2") if name not in content]:
+        raise RecipeError(f"{path} lacks {', '.join(missing)}; a variant has title, stage1 and stage2.")
     for measure, direction in content.get("expect", {}).items():
         if measure not in MEASURES or direction not in DIRECTIONS:
             raise RecipeError(
@@ -272,13 +274,18 @@ def run_variant(folder: Path, variant: Variant, seed: int, shown: Shown) -> dict
     """
     try:
         places = [train(folder, run) for run in stage_runs(variant, seed)]
+        scores = evaluate(places[-1], shown)
     except RecipeError as error:
         raise RecipeError(f"Variant {variant.name}: {error}") from error
+    except OSError as error:  # of a run that was finished and damaged since
+        raise RecipeError(
+            f"Variant {variant.name}: {one_line(error)}; delete that folder of runs/ to train it again."
+        ) from error
     trained = [json.loads((place / "trained.json").read_text(encoding="utf-8")) for place in places]
     last = {name: trained[-1][name] for name in ("trained_parameters", "adapter_bytes", "loss")}
     seconds = round(sum(stage["seconds"] for stage in trained), 1)
     folders = [place.name for place in places]
-    return {"seed": seed, **evaluate(places[-1], shown), **last, "seconds": seconds, "runs": folders}
+    return {"seed": seed, **scores, **last, "seconds": seconds, "runs": folders}
 
 
 def write_json(path: Path, content: Any) -> None:

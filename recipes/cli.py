@@ -17,6 +17,12 @@ COMMANDS = {
     "convert": ("recipes_minigpt4.convert", "turn the original's files into a folder that from_pretrained loads"),
     "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),
 }
+# What to do after an interruption.
+GO_ON = {
+    "stage1": "--resume_from_checkpoint latest goes on from the last checkpoint",
+    "stage2": "--resume_from_checkpoint latest goes on from the last checkpoint",
+    "ablate": "the same command goes on where it was",
+}
 TRAIN_MODULES = ("trl", "datasets", "peft")
 
 
@@ -28,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and what it takes; those of the process if left out.
 
     Returns:
-        Exit status: 0, or 2 after a mistake of the user, which is told on standard error in one sentence.
+        Exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C; both are told on standard error in a sentence.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
@@ -51,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
     except RecipeError as error:
         return _refuse(command, str(error))
+    except KeyboardInterrupt:
+        _refuse(command, f"Interrupted; {GO_ON.get(command, 'nothing was finished')}.")
+        return 130  # as shells have it
     return 0
 
 

@@ -11,6 +11,7 @@ With the second, the folder holds a few MB: the projection. With the first, the 
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from modeling_minigpt4 import MiniGPT4Config
 from modeling_minigpt4.backbones import describe
-from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS, SCRATCH, convert_original_checkpoint
+from modeling_minigpt4.convert_minigpt4_to_hf import (
+    PRESETS,
+    SCRATCH,
+    VISION_FOLDER,
+    convert_original_checkpoint,
+)
 from recipes_minigpt4 import CommandParser, RecipeError, one_line
 from recipes_minigpt4.card import render_card
 
@@ -41,7 +47,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--push-to-hub", metavar="REPO", help="upload the folder to this repository of the Hub")
     add("--private", action="store_true", help="make that repository private")
     add("--license", default="other", help="licence of the weights, for the model card; default: %(default)s")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.config and args.vision_backbone:
+        raise RecipeError("--vision-backbone brings its own sizes; leave --config out.")
+    if args.private and not args.push_to_hub:
+        raise RecipeError("--private is about a repository; name it with --push-to-hub.")
+    return args
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -61,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
             qformer=args.qformer,
             vision_backbone=args.vision_backbone,
             preset=args.preset,
-            config=None if args.config is None else MiniGPT4Config.from_pretrained(args.config),
+            config=None if args.config is None else read_sizes(args.config, args.output_dir),
             full=args.full,
         )
     except (OSError, ValueError) as error:
@@ -75,10 +86,30 @@ def main(arguments: Sequence[str]) -> None:
         print(f"Uploaded to {push(args.output_dir, args.push_to_hub, args.private)}")
 
 
+def read_sizes(path: str, output_dir: Path) -> MiniGPT4Config:
+    """
+    The configuration in a folder or file.
+
+    Raises:
+        RecipeError: if there is none, or if it would be overwritten.
+    """
+    file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(f"--config {path} is no configuration that can be read ({one_line(error)}).") from error
+    if known != MiniGPT4Config.model_type:
+        raise RecipeError(f"--config {path} is the configuration of a {known!r} model; name one of MiniGPT4Config.")
+    if file.resolve() == output_dir.resolve() / "config.json":
+        raise RecipeError(f"--config {path} is read from and would be overwritten; name another --output-dir.")
+    return MiniGPT4Config.from_pretrained(file)
+
+
 def summary(model: Any, folder: Path) -> str:
     """What was written, and where the rest comes from."""
     projection = sum(parameter.numel() for parameter in model.model.language_projection.parameters())
-    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    weights = [*folder.glob("*.safetensors"), *(folder / VISION_FOLDER).glob("*.safetensors")]
+    size = sum(path.stat().st_size for path in weights)
     lines = [f"{folder}: {size:,} bytes of weights; a projection of {projection:,} parameters."]
     lines += [f"{part:<15} from {describe(source)}" for part, source in model.config.backbones.items()]
     return "\n".join(lines)

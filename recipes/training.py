@@ -251,7 +251,7 @@ def add_adapter(model: MiniGPT4ForConditionalGeneration, args: ModelArguments) -
         model.add_adapter(read_peft_config(args.peft_config))
     except RecipeError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RecipeError(f"peft_config does not fit the language model: {one_line(error)}.") from error
 
 
@@ -260,7 +260,9 @@ def read_peft_config(value: Any) -> Any:
     try:
         fields = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise RecipeError(f"peft_config is no JSON: {one_line(error)}.") from error
+        raise RecipeError(
+            f'peft_config is no JSON ({one_line(error)}); write it as in {{"peft_type": "LORA", "r": 8}}.'
+        ) from error
     kind = str(fields.get("peft_type")).upper() if isinstance(fields, Mapping) else None
     if kind not in PeftType.__members__:
         raise RecipeError(

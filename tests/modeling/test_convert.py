@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -337,6 +338,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, save_lang
     output = tmp_path / "out"
     other = save_checkpoint(tmp_path / "other.pth", pick(original_tensors(hidden=40), "llama_proj."))
     (tmp_path / "mine" / "vision").mkdir(parents=True)
+    shutil.copytree(language_model, tmp_path / "copy" / "vision")
     vit = {name: tensor for name, tensor in read_original_file(files.vit).items() if not name.startswith("blocks.1")}
     torch.save(vit, few_blocks := tmp_path / "few_blocks.pth")
     unknown = save_checkpoint(tmp_path / "lora.pth", {**pick(files.tensors, "llama_proj."), "lora_A": torch.ones(1)})
@@ -348,11 +350,14 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, save_lang
         ({"vit": None}, "give one of them"),
         ({"vision_backbone": "some/blip2"}, "give one of them"),
         ({"vit": None, "vision_backbone": "some/blip2"}, "leave `qformer` out"),
-        ({"vit": files.qformer}, "missing: visual_encoder.blocks.0"),
+        ({"vit": files.qformer}, "blip2.pth holds no ViT"),
+        ({"qformer": files.vit}, "eva_vit_g.pth holds no Q-Former"),
         ({"config": None}, "eva_vit_g.pth is a ViT of another size: its pos_embed has the shape .1, 17, 24."),
         ({"vit": few_blocks}, "missing: visual_encoder.blocks.1.attn"),
         ({"output_dir": Path(files.vit)}, "is a file and no folder"),
         ({"output_dir": tmp_path / "mine"}, "is not from an earlier conversion"),
+        ({"output_dir": tmp_path / "copy"}, "is not from an earlier conversion"),
+        ({"output_dir": Path(files.vit) / "below"}, "cannot be made"),
         ({"output_dir": Path(language_model)}, "is read from and would be overwritten"),
         ({"preset": "vicuna-7b"}, "32 wide and behind a Q-Former, where vicuna-7b is 4096 wide"),
         ({"preset": "vicuna-9b"}, "no preset 'vicuna-9b'; choose among vicuna-7b"),

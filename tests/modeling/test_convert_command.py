@@ -103,7 +103,11 @@ def test_mistakes_are_told_in_one_line(command, tmp_path: Path, capsys) -> None:
         (arguments, "give one of them"),
         ([*arguments, "--vit", files.vit], "give the Q-Former's file too"),
         ([*arguments, *from_files(files, tmp_path), "--preset", "gpt5"], "invalid choice: 'gpt5'"),
-        ([*arguments, *from_files(files, tmp_path)[:-1], str(tmp_path / "nothing")], "nothing"),
+        ([*arguments, *from_files(files, tmp_path)[:-1], str(tmp_path / "nothing")], "no configuration that can be"),
+        ([*arguments, *from_files(files, tmp_path)[:-1], str(tmp_path / "llama")], "the configuration of a 'llama'"),
+        ([*arguments[:-1], str(tmp_path / "sizes"), *from_files(files, tmp_path)], "would be overwritten"),
+        ([*arguments, "--vision-backbone", "x/y", "--config", str(tmp_path / "sizes")], "leave --config out"),
+        ([*arguments, "--vision-backbone", "x/y", "--private"], "name it with --push-to-hub"),
         ([*arguments, "--vit", str(tmp_path / "none.pth")], "There is no file"),
         ([*arguments, "--vision-backbone", str(tmp_path / "llama")], "has no vision encoder"),
     ):

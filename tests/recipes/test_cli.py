@@ -1,5 +1,6 @@
 """The command `minigpt4`: help, and mistakes told in one sentence with exit status 2."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_mistakes_become_one_line_and_status_2(monkeypatch: pytest.MonkeyPatch, 
     printed = capsys.readouterr()
     assert printed.err == "minigpt4 stage2: No good: ['--seed', '1'].\n"
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [("ablate", "the same command goes on"), ("stage1", "--resume_from_checkpoint latest"), ("demo", "nothing was")],
+)
+def test_an_interruption_is_told_in_one_line(command, told, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS[command][0]), "main", interrupt)
+    assert cli.main([command]) == 130
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"minigpt4 {command}: Interrupted; {told}") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("command, field", [("stage1", "--min_learning_rate"), ("stage2", "--instruction_template")])

@@ -60,11 +60,14 @@ def test_what_is_measured(run) -> None:
 
 
 def test_too_much_memory_fails_in_one_sentence_and_kept_weights_are_used_again(run, monkeypatch, capsys) -> None:
-    """A small model takes far less than the interpreter, so that the limit of large ones is exceeded."""
+    """A small model takes far less than the interpreter, so the limit of large ones is exceeded if it is asked for."""
     folder, result = run
     monkeypatch.setattr(full_size_check, "measure_in_new_process", lambda adapter: result)
     monkeypatch.setattr(full_size_check, "write_shards", None)  # nothing is written again
-    assert main(["--output-dir", str(folder), "--preset", "small", "--keep"]) == 1
+    arguments = ["--output-dir", str(folder), "--preset", "small", "--keep"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--limit", "1.15"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("full_size_check: Peak memory was ") and told.count("\n") == 1
     assert told.endswith("at most 1.15 times is allowed.\n")
@@ -115,3 +118,9 @@ def test_presets_are_the_released_models(preset: str, parameters: int) -> None:
     config = build_config(preset)
     features = config.qformer_config.hidden_size if config.qformer_config else 4 * config.vision_config.hidden_size
     assert (features + 1) * config.text_config.hidden_size == parameters
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--output-dir", str(tmp_path / "file"), "--preset", "small"]) == 1
+    assert "cannot be made" in capsys.readouterr().err
