@@ -7,12 +7,13 @@ no picture is decoded ahead of its batch.
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets.utils.file_utils import xopen
 
 from processing_minigpt4 import load_chat_template
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, protect_text, without_marks
@@ -279,21 +280,21 @@ class Rows:
     clean: bool
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        # Numbers of stored features stand in for pictures; see `with_features`.
+        images = batch["feature"] if "feature" in batch else [self.picture(image) for image in batch["image"]]
         return {
             "prompt": [self.prompts[number] for number in batch["prompt"]],
             "completion": [self.completion(text) for text in batch["text"]],
-            "images": [[self.picture(image)] for image in batch["image"]],
+            "images": [[image] for image in images],
         }
 
     def picture(self, stored: Mapping[str, Any] | None) -> Any:
         """Decode a picture, turned as its EXIF data say."""
-        if stored is None:
-            raise RecipeError("A row has no picture; remove such rows from the dataset.")
-        try:
-            return Image().decode_example(dict(stored))
-        except Exception as error:  # whatever Pillow or the file system say about a damaged or missing file
-            name = stored.get("path") or "A picture of the dataset"
-            raise RecipeError(f"{name} cannot be read ({_reason(error)}); mend it, or remove its row.") from error
+        return _read(stored, Image().decode_example)
+
+    def content(self, stored: Mapping[str, Any] | None) -> bytes:
+        """The bytes of a picture's file, not decoded."""
+        return bytes(_read(stored, lambda stored: stored["bytes"] or _file_content(stored["path"])))
 
     def completion(self, text: str) -> str:
         """An answer as it is trained: cleaned, ended, and cut to `max_txt_len` tokens."""
@@ -303,6 +304,22 @@ class Rows:
         whole = self.start + (clean_caption(text) if self.clean else text) + self.end
         kept, *length = truncate(whole, self.tokenizer, self.max_txt_len).partition(LENGTH_MARK)
         return "".join((protect_text(kept, self.image_token), *length))
+
+
+def _read(stored: Mapping[str, Any] | None, reader: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `reader` makes of a picture as `datasets` stores it."""
+    if stored is None:
+        raise RecipeError("A row has no picture; remove such rows from the dataset.")
+    try:
+        return reader(dict(stored))
+    except Exception as error:  # whatever Pillow or the file system say about a damaged or missing file
+        name = stored.get("path") or "A picture of the dataset"
+        raise RecipeError(f"{name} cannot be read ({_reason(error)}); mend it, or remove its row.") from error
+
+
+def _file_content(path: str) -> bytes:
+    with xopen(path, "rb") as file:  # URLs too
+        return bytes(file.read())
 
 
 def truncate(text: str, tokenizer: Any, max_tokens: int | None) -> str:
@@ -365,6 +382,17 @@ def _with_rows(pairs: Dataset, rows: Rows, prompts: list[int]) -> Dataset:
     """Number the prompt of every pair, which costs no copy of the pictures, and make rows on access."""
     # `rows` decodes by itself, so that it can say which picture cannot be read.
     return pairs.cast_column("image", Image(decode=False)).add_column("prompt", prompts).with_transform(rows)
+
+
+def rows_of(rows: Dataset) -> tuple[Rows, Dataset]:
+    """What makes the rows of `stage1_rows` or `stage2_rows`, and their pictures as stored, in the column `image`."""
+    return rows.format["format_kwargs"]["transform"], rows.with_format(None).select_columns("image")
+
+
+def with_features(rows: Dataset, numbers: list[int]) -> Dataset:
+    """The same rows with numbers of stored features in `images`; the pictures are neither read nor decoded."""
+    make, _ = rows_of(rows)
+    return rows.with_format(None).remove_columns("image").add_column("feature", numbers).with_transform(make)
 
 
 def instruction_format(processor: Any, template: str | None = None) -> tuple[tuple[str, ...], str, str]:

@@ -16,7 +16,7 @@ import yaml
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
@@ -25,6 +25,8 @@ from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
 from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.configs import shipped_configs
+from recipes_minigpt4.features import train_from_features
+from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -114,7 +116,31 @@ class StageArguments(SFTConfig):
         default=None, metadata={"help": "Never cut a row: max_txt_len cuts answers, and images stay whole."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are made from all columns."})
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the features of the frozen vision side, computed once per picture, to train "
+            "from. Runs may share it, and all processes of a run have to. Default: none."
+        },
+    )
+    cache_features_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the kept features: float32, bfloat16 or float16. Default: that of the frozen weights."
+        },
+    )
     report_to: str = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, trackio, …"})
+    panel_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let the model describe a few fixed pictures after every so many steps, for panel.html of the "
+            "output folder (it shows the pictures, and is pushed with the folder) and what report_to names. "
+            "Default: never."
+        },
+    )
+    panel_images: str | None = field(
+        default=None, metadata={"help": "Folder of these pictures. Default: the first four of the training data."}
+    )
     license: str = field(default="other", metadata={"help": "Licence of the trained weights, for the model card."})
     language: str = field(default="en", metadata={"help": "Language of the training text, for the model card."})
 
@@ -123,6 +149,10 @@ class StageArguments(SFTConfig):
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
             self.fp16 = gpu and not self.bf16
+        if self.panel_steps is not None and self.panel_steps < 1:
+            raise RecipeError(f"panel_steps is a number of steps from 1 on, not {self.panel_steps}.")
+        if self.panel_images and self.panel_steps is None:
+            raise RecipeError("panel_images needs panel_steps, the steps between two looks at the pictures.")
         super().__post_init__()
 
 
@@ -364,6 +394,12 @@ class MiniGPT4Trainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.dataset_name, self.stage = dataset_name, stage
         self._images, self._clock = 0, time.perf_counter()
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ImagesProgressCallback)
+        if self.args.panel_steps:  # before numbers of features take the place of pictures
+            self.add_callback(PanelCallback(self, self.args.panel_steps, self.args.panel_images))
+        if self.args.cache_features:
+            train_from_features(self)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # Under ZeRO-3 a parameter's own shape is empty and `ds_shape` tells the real one.
@@ -393,6 +429,10 @@ class MiniGPT4Trainer(SFTTrainer):
         images = inputs.get("pixel_values", inputs.get("vision_features"))
         self._images += 0 if images is None else len(images)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that was no training in images per second."""
+        self._clock += seconds
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -473,7 +513,7 @@ def check_max_length(trainer: MiniGPT4Trainer) -> None:
     if (limit := trainer.args.max_length) is None:
         return
     row = next(iter(trainer.train_dataset))
-    prompt = trainer.processing_class(images=row["images"], text=row["prompt"], add_special_tokens=False)
+    prompt = trainer.data_collator.processor(images=row["images"], text=row["prompt"], add_special_tokens=False)
     if (needed := len(prompt["input_ids"][0])) >= limit:
         raise RecipeError(
             f"max_length is {limit}, but picture and prompt alone take {needed} tokens; leave it out, for "

@@ -1,0 +1,263 @@
+"""What a run shows while it trains: images per second beside its bar, and a panel of pictures with descriptions.
+
+    minigpt4 stage1 --config tiny_stage1 --panel_steps 50 --report_to tensorboard
+
+The panel asks for the same pictures again and again, greedily and with the training prompt. It lies in `panel.html`
+of the output folder, where every picture has a row and every N steps a column, and goes to TensorBoard, W&B and
+trackio if the run reports to them.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+from PIL import ImageOps
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
+
+from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
+from recipes_minigpt4 import RecipeError
+from recipes_minigpt4 import one_line as told
+from recipes_minigpt4.tiny.report import data_uri, render_page
+
+
+if TYPE_CHECKING:
+    from recipes_minigpt4.training import MiniGPT4Trainer
+
+PANEL_ROWS = 4
+MAX_NEW_TOKENS = 48  # a short description; the panel is to be looked at, and training waits for it
+SHOWN_SIDE = 224  # pixels of a picture's longer side on the page
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+CELL = ' style="text-align: left; vertical-align: top; white-space: pre-line; min-width: 14rem"'
+TRACKERS = ("wandb", "trackio")  # which have the same `Table`, `Image` and `log`
+
+
+class ImagesProgressCallback(ProgressCallback):
+    """The bar of transformers, which tells steps and the time left, with images per second behind it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and "images_per_second" in (logs or {}):
+            self.training_bar.set_postfix_str(f"{logs['images_per_second']:.1f} images/s")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A picture of the panel, and how the model is asked about it."""
+
+    images: Sequence[PIL.Image.Image]  # of its row, which is one
+    prompt: str
+    title: str  # what the training data say about it, or the name of its file
+    one_line: bool  # whether a line break ends an answer, as in stage 1
+
+
+class PanelCallback(TrainerCallback):
+    """
+    Lets the model describe a few fixed pictures every `steps` steps; training goes on as if nothing had been.
+
+    Args:
+        trainer: whose model is asked, in whose output folder `panel.html` is written, and which reports.
+        steps: steps between two columns.
+        folder: a folder of pictures. Default: the first rows of the training data.
+        count: the most pictures that are shown.
+
+    Raises:
+        RecipeError: if there are no pictures, or no process holds the whole model.
+    """
+
+    def __init__(
+        self, trainer: "MiniGPT4Trainer", steps: int, folder: str | None = None, count: int = PANEL_ROWS
+    ) -> None:
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise RecipeError(
+                "A panel needs a whole model in one process; with FSDP or ZeRO-3, leave --panel_steps out."
+            )
+        self.trainer, self.steps = trainer, steps
+        self.watched = read_panel(trainer.train_dataset, folder, count)
+        self.page = Path(trainer.args.output_dir, "panel.html")
+        self.pictures = [{"title": one.title, "image": data_uri(thumbnail(one.images[0]))} for one in self.watched]
+        self.columns: list[dict[str, Any]] = []
+        self.pictures_sent = False  # to TensorBoard, once in a run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a resume, keep the columns up to the checkpoint, if they are about the same pictures."""
+        self.columns, self.pictures_sent = [], False
+        try:
+            kept = json.loads(self.page.with_suffix(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if kept.get("pictures") == self.pictures:
+            self.columns = [column for column in kept["columns"] if column["step"] <= state.global_step]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.steps or not state.is_world_process_zero:
+            return
+        started = time.perf_counter()
+        replies = self.describe()
+        self.columns.append({"step": state.global_step, "replies": replies})
+        self.write()
+        self.report(state.global_step, replies)
+        self.trainer.leave_out(time.perf_counter() - started)
+
+    def describe(self) -> list[str]:
+        """The model's present replies, greedy and one picture at a time, which needs no padding."""
+        processor, model, replies = self.trainer.processing_class, self.trainer.model, []
+        with undisturbed(model), torch.no_grad(), self.trainer.accelerator.autocast():
+            for one in self.watched:
+                inputs = processor(
+                    images=one.images, text=one.prompt, add_special_tokens=False, return_tensors="pt"
+                ).to(model.device)
+                output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True)
+                (reply,) = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
+                replies.append(reply.strip().partition("\n")[0] if one.one_line else reply.strip())
+        return replies
+
+    def write(self) -> None:
+        """Write the page, and beside it what a resumed run needs to go on with it."""
+        self.page.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"pictures": self.pictures, "columns": self.columns}
+        replace_text(self.page.with_suffix(".json"), json.dumps(kept, ensure_ascii=False) + "\n")
+        replace_text(self.page, render_panel(self.pictures, self.columns))
+
+    def report(self, step: int, replies: Sequence[str]) -> None:
+        """Log the descriptions wherever the run reports to and tables can be shown."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                self._report_to_tensorboard(callback.tb_writer, step, replies)
+        for name in TRACKERS:
+            if name in self.trainer.args.report_to:
+                tracker = importlib.import_module(name)  # there, or the Trainer would have refused
+                rows = [
+                    [step, tracker.Image(thumbnail(one.images[0])), one.title, reply]
+                    for one, reply in zip(self.watched, replies, strict=True)
+                ]
+                log_table(tracker, step, ["step", "image", "title", "description"], rows)
+
+    def _report_to_tensorboard(self, writer: Any, step: int, replies: Sequence[str]) -> None:
+        lines = ["| picture | title | description |", "| --- | --- | --- |"]
+        for number, (one, reply) in enumerate(zip(self.watched, replies, strict=True), 1):
+            lines.append(f"| {number} | {markdown_cell(one.title)} | {markdown_cell(reply)} |")
+            if not self.pictures_sent:
+                shown = np.asarray(thumbnail(one.images[0]))
+                writer.add_image(f"panel/picture_{number}", shown, step, dataformats="HWC")
+        self.pictures_sent = True
+        writer.add_text("panel/descriptions", "\n".join(lines), step)
+        writer.flush()
+
+
+@contextmanager
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode for a while; then every module's own mode again, and torch's random state as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
+    """
+    The pictures to watch: the first rows of the training data, or the first pictures of a folder by name.
+
+    Raises:
+        RecipeError: if there are none, or one cannot be read.
+    """
+    first = list(itertools.islice(iter(rows), 1 if folder else count))
+    if not first or not (folder or first[0].get("images")):
+        raise RecipeError("The training data hold no pictures to show; name a folder with --panel_images.")
+    prompt, one_line = first[0]["prompt"], first[0]["completion"].endswith("\n")
+    if not folder:
+        return [
+            Watched([as_rgb(one) for one in row["images"]], row["prompt"], title_of(row["completion"]), one_line)
+            for row in first
+        ]
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)[:count]
+    except OSError as error:
+        raise RecipeError(f"--panel_images {folder} is no folder that can be read ({error.strerror}).") from error
+    if not paths:
+        raise RecipeError(f"--panel_images {folder} has no pictures; put some in it ({', '.join(sorted(SUFFIXES))}).")
+    return [Watched([open_picture(path)], prompt, path.name, one_line) for path in paths]
+
+
+def title_of(completion: str) -> str:
+    """An answer of the training data as people read it, without the processor's mark of where it is cut."""
+    return completion.partition(LENGTH_MARK)[0].strip()
+
+
+def open_picture(path: Path) -> PIL.Image.Image:
+    try:
+        with PIL.Image.open(path) as picture:
+            return as_rgb(ImageOps.exif_transpose(picture))
+    except Exception as error:  # whatever Pillow says about a damaged file
+        raise RecipeError(f"{path} cannot be read ({told(error)}); mend or remove it.") from error
+
+
+def as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    return picture.convert("RGB")
+
+
+def thumbnail(picture: PIL.Image.Image) -> PIL.Image.Image:
+    small = picture.copy()
+    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return small
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def render_panel(pictures: Sequence[dict[str, str]], columns: Sequence[dict[str, Any]]) -> str:
+    """A page that loads nothing from elsewhere: a row per picture, a column per step."""
+    head = "".join(f"<th{CELL}>step {column['step']}</th>" for column in columns)
+    lines = [f"<tr><th{CELL}>picture</th>{head}</tr>"]
+    for place, picture in enumerate(pictures):
+        title = escape(picture["title"])
+        cells = [f'<img src="{picture["image"]}" alt="{title}">\n<span class="soft">{title}</span>']
+        cells += [escape(column["replies"][place]) or "(nothing)" for column in columns]
+        lines.append("<tr>" + "".join(f"<td{CELL}>{cell}</td>" for cell in cells) + "</tr>")
+    table = "\n".join(lines)
+    body = f"""<h1>What the model says</h1>
+<p class="soft">The same pictures after more and more steps, described greedily in at most {MAX_NEW_TOKENS} tokens.</p>
+<div class="wide">
+<table>
+{table}
+</table>
+</div>"""
+    return render_page("What the model says", body)
+
+
+def markdown_cell(text: str) -> str:
+    return " ".join(escape(text, quote=False).replace("|", "\\|").split())
+
+
+def log_table(tracker: Any, step: int, columns: list[str], rows: list[list[Any]]) -> None:
+    """Log a table where the Trainer's own numbers are; trackio's takes a data frame only, W&B's takes one too."""
+    import pandas  # type: ignore[import-untyped]  # comes with datasets
+
+    frame = pandas.DataFrame(rows, columns=columns)
+    tracker.log({"panel": tracker.Table(dataframe=frame), "train/global_step": step})
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that whoever reads meanwhile finds the old text or the new one."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
