@@ -19,8 +19,8 @@ COMMANDS = {
 }
 # What to do after an interruption.
 GO_ON = {
-    "stage1": "--resume_from_checkpoint latest goes on from the last checkpoint",
-    "stage2": "--resume_from_checkpoint latest goes on from the last checkpoint",
+    "stage1": "--resume_from_checkpoint latest goes on from the last checkpoint, if one was saved",
+    "stage2": "--resume_from_checkpoint latest goes on from the last checkpoint, if one was saved",
     "ablate": "the same command goes on where it was",
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         return _refuse(command, str(error))
     except KeyboardInterrupt:
-        _refuse(command, f"Interrupted; {GO_ON.get(command, 'nothing was finished')}.")
+        _refuse(command, f"Interrupted; {GO_ON.get(command, 'run the command again')}.")
         return 130  # as shells have it
     return 0
 

@@ -57,7 +57,11 @@ def test_mistakes_become_one_line_and_status_2(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize(
     "command, told",
-    [("ablate", "the same command goes on"), ("stage1", "--resume_from_checkpoint latest"), ("demo", "nothing was")],
+    [
+        ("ablate", "the same command goes on"),
+        ("stage1", "--resume_from_checkpoint latest"),
+        ("demo", "run the command again"),
+    ],
 )
 def test_an_interruption_is_told_in_one_line(command, told, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     def interrupt(arguments):
