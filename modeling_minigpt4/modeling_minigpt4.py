@@ -128,6 +128,14 @@ def build_projection(config: MiniGPT4Config) -> nn.Module:
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
+def _mismatch(places: int, tokens: int, image_token_id: int) -> str:
+    return (
+        f"Image features and image tokens do not match, tokens: {places}, features: {tokens}; `input_ids` need "
+        f"{image_token_id} exactly once per image token, so prepare text and images together with this model's "
+        "processor, and do not let truncation cut an image."
+    )
+
+
 def mask_image_labels(
     module: "MiniGPT4ForConditionalGeneration", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -409,11 +417,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         places = int(mask.sum())
         tokens = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
         if places != tokens:
-            raise ValueError(
-                f"Image features and image tokens do not match, tokens: {places}, features: {tokens}; `input_ids` "
-                f"need {self.config.image_token_id} exactly once per image token, so prepare text and images together "
-                "with this model's processor, and do not let truncation cut an image."
-            )
+            raise ValueError(_mismatch(places, tokens, self.config.image_token_id))
         return mask
 
     @can_return_tuple
@@ -426,6 +430,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -445,6 +450,9 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 Embeddings instead of `input_ids`, with image tokens already in them.
             vision_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, channels)`, *optional*):
                 Stored output of [`~MiniGPT4Model.encode_images`] instead of `pixel_values`.
+            image_positions (`torch.LongTensor` of shape `(num_images * num_image_tokens,)`, *optional*):
+                Places of the image tokens in the flattened `input_ids`, in order. They are looked for if left out,
+                which on a GPU means to wait for it.
 
         Raises:
             ValueError: if pictures and places do not match.
@@ -460,7 +468,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 )
             image_tokens = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
         if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, image_tokens)
+            inputs_embeds = self._embed(input_ids, image_tokens, image_positions)
         if position_ids is None and inputs_embeds is not None:
             position_ids = self._positions(attention_mask, inputs_embeds)
         options = {
@@ -485,15 +493,26 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             image_hidden_states=image_tokens,
         )
 
-    def _embed(self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None) -> torch.Tensor:
+    def _embed(
+        self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Look up text tokens and put image tokens, in order, where the placeholders are."""
-        mask = self.get_placeholder_mask(input_ids, image_tokens)
+        if places is None:
+            mask = self.get_placeholder_mask(input_ids, image_tokens)
+        elif len(places) != (tokens := 0 if image_tokens is None else image_tokens.shape[:2].numel()):
+            raise ValueError(_mismatch(len(places), tokens, self.config.image_token_id))
+        else:
+            mask = input_ids == self.config.image_token_id
         # Placeholders lie outside the vocabulary, so any row of it stands in for the look-up.
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if image_tokens is None:
             return embeddings
-        image_tokens = image_tokens.to(embeddings.device, embeddings.dtype)
-        return embeddings.masked_scatter(mask.unsqueeze(-1).to(embeddings.device), image_tokens)
+        if places is None:
+            places = mask.flatten().nonzero().squeeze(-1)
+        image_tokens = image_tokens.to(embeddings.device, embeddings.dtype).flatten(0, 1)
+        # Not `masked_scatter`, whose gradient asks the device how many places there are.
+        whole = embeddings.flatten(0, 1).index_copy(0, places.to(embeddings.device), image_tokens)
+        return whole.view_as(embeddings)
 
     @staticmethod
     def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
@@ -588,7 +607,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -601,6 +622,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
                 Ids to learn, -100 where there is nothing to learn; shifted inside. Image placeholders count as -100.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(num_positions,)`, defaults to 0):
                 Score only that many last positions (0: all), or only these.
+            label_positions (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
+                Places in the flattened `labels` that are learned, none of them first in its row. Only what comes right
+                before them is scored: `logits` have the shape `(1, num_labels, vocab_size)`.
 
         The other arguments are those of [`MiniGPT4Model`].
         """
@@ -612,16 +636,32 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
+            image_positions=image_positions,
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
+        if label_positions is not None and labels is not None:
+            flat = outputs.last_hidden_state.flatten(0, 1)
+            hidden_states = flat.index_select(0, label_positions.to(flat.device) - 1)[None]
+            kwargs["shift_labels"] = labels.flatten().index_select(0, label_positions)
+            return self._score(hidden_states, labels, outputs, kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state if logits_to_keep is None else outputs.last_hidden_state[:, keep]
+        return self._score(hidden_states, labels, outputs, kwargs)
+
+    def _score(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        outputs: MiniGPT4ModelOutputWithPast,
+        options: dict[str, Any],
+    ) -> MiniGPT4CausalLMOutputWithPast:
+        """Logits of hidden states of shape (rows, positions, channels), and the loss if there are labels."""
         logits = adjust_logits(self.lm_head(hidden_states), self.config.text_config)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
         return MiniGPT4CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -21,6 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets.utils import tqdm
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,8 @@ from torch.utils.data import DataLoader
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
 from recipes_minigpt4 import RecipeError, one_line
-from recipes_minigpt4.data import Rows, rows_of, with_features
+from recipes_minigpt4.rows import Rows, name_of, rows_of, with_features
+from recipes_minigpt4.skipped import BadSampleError, SampleCounts
 
 
 DIGEST_BYTES = 16
@@ -146,8 +148,10 @@ def train_from_features(trainer: Any) -> None:
     Args:
         trainer: a `MiniGPT4Trainer` before training, whose settings name the folder.
 
+    Pictures that cannot be read are skipped and counted here, once, and their rows left out.
+
     Raises:
-        RecipeError: if the vision side trains, a picture cannot be read, or the folder cannot be used.
+        RecipeError: if the vision side trains, too many pictures cannot be read, or the folder cannot be used.
     """
     rows = trainer.train_dataset
     if trained := trained_parts(trainer.model):
@@ -160,24 +164,44 @@ def train_from_features(trainer: Any) -> None:
     cache = open_cache(trainer)
     digests = [digest for batch in _batches(trainer, rows, _digests_of, title="pictures") for digest in batch]
     known = cache.index()
-    missing = {digest: row for row, digest in reversed(list(enumerate(digests))) if digest not in known}
+    missing = {
+        digest: row
+        for row, digest in reversed(list(enumerate(digests)))
+        if isinstance(digest, bytes) and digest not in known
+    }
     ours = [key for key in missing if key[0] % trainer.args.world_size == trainer.args.process_index]
     with torch.no_grad(), trainer.accelerator.autocast():
-        fill(cache, trainer, rows.select(sorted(missing[key] for key in ours)))
+        unreadable = fill(cache, trainer, rows.select(sorted(missing[key] for key in ours)))
+    unreadable = {key: record for found in gather_object([unreadable]) for key, record in found.items()}
     trainer.accelerator.wait_for_everyone()
     known = cache.index()
-    if any(digest not in known for digest in digests):
+    skipped = [unreadable.get(digest) if isinstance(digest, bytes) else digest for digest in digests]
+    count_skipped(trainer, skipped)
+    if any(record is None and digest not in known for digest, record in zip(digests, skipped, strict=True)):
         raise RecipeError(
             f"Features of some pictures are missing in {cache.folder}; use a folder that all processes share, and "
             "leave the pictures alone while they are read."
         )
+    good = [row for row, record in enumerate(skipped) if record is None]
+    numbers = [known[digests[row]] for row in good]
     if trainer.is_world_process_zero():
-        print(f"features: {len(set(digests))} pictures in {cache.folder}, {len(missing)} computed now")
+        computed = len(missing) - len(unreadable)
+        print(f"features: {len(set(numbers))} pictures in {cache.folder}, {computed} computed now")
         if cache.dropped:
             print(f"features: {cache.dropped} damaged shard(s) removed and computed again")
-    trainer.train_dataset = with_features(rows, [known[digest] for digest in digests])
+    trainer.train_dataset = with_features(rows.select(good) if len(good) < len(rows) else rows, numbers)
     trainer.data_collator.processor = processor = copy.copy(trainer.processing_class)
     processor.image_processor = StoredPictures(cache)
+
+
+def count_skipped(trainer: Any, skipped: Sequence[Mapping[str, str] | None]) -> None:
+    """Count the pictures that have no features, on one process for all, and stop if they are too many."""
+    records = [record for record in skipped if record is not None]
+    if trainer.is_world_process_zero():
+        trainer.samples.add(len(records), records)
+    found = SampleCounts(trainer.samples.limit)
+    found.add(len(skipped), records)
+    found.check(enough=1)
 
 
 def trained_parts(model: MiniGPT4ForConditionalGeneration) -> list[str]:
@@ -238,12 +262,15 @@ def _essential(settings: Mapping[str, Any]) -> dict[str, Any]:
 # ---- computing ------------------------------------------------------------------------------------------------------
 
 
-def fill(cache: FeatureCache, trainer: Any, rows: Dataset) -> None:
+def fill(cache: FeatureCache, trainer: Any, rows: Dataset) -> dict[bytes, dict[str, str]]:
     """
     Compute the features of the rows' pictures and store them.
 
     Pictures go through the model in batches of the training's size, the last one filled up, because the last bits of
     a matrix product may depend on its shape.
+
+    Returns:
+        Digest of a picture that cannot be decoded → why.
     """
     model = trainer.model.model
     prepare = partial(_pixels_of, trainer.processing_class.image_processor)
@@ -251,7 +278,11 @@ def fill(cache: FeatureCache, trainer: Any, rows: Dataset) -> None:
     shard = max(1, SHARD_BYTES // (math.prod(cache.shape) * cache.dtype.itemsize))  # pictures
     digests: list[bytes] = []
     parts: list[torch.Tensor] = []
-    for keys, pixels in _batches(trainer, rows, prepare, title="features"):
+    unreadable: dict[bytes, dict[str, str]] = {}
+    for keys, pixels, bad in _batches(trainer, rows, prepare, title="features"):
+        unreadable |= bad
+        if not keys:
+            continue
         whole = torch.cat([pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)])
         features = model.encode_images(whole.to(model.vision_model.device)).last_hidden_state
         digests += keys
@@ -261,17 +292,38 @@ def fill(cache: FeatureCache, trainer: Any, rows: Dataset) -> None:
             digests, parts = [], []
     if digests:
         cache.add(digests, torch.cat(parts))
+    return unreadable
 
 
-def _digests_of(make: Rows, batch: list[Mapping[str, Any]]) -> list[bytes]:
-    """Digests of pictures as they are stored, of the bytes of their files; nothing is decoded."""
-    return [hashlib.blake2b(make.content(row["image"]), digest_size=DIGEST_BYTES).digest() for row in batch]
+def _digests_of(make: Rows, batch: list[Mapping[str, Any]]) -> list[bytes | dict[str, str]]:
+    """Digests of pictures as they are stored, of the bytes of their files; of one that cannot be read, why."""
+    return [_digest(make, row) for row in batch]
 
 
-def _pixels_of(image_processor: Any, make: Rows, batch: list[Mapping[str, Any]]) -> tuple[list[bytes], torch.Tensor]:
-    """Digests of pictures and their pixels, of shape (pictures, 3, height, width)."""
-    pixels = image_processor([make.picture(row["image"]) for row in batch], return_tensors="pt")["pixel_values"]
-    return _digests_of(make, batch), pixels
+def _digest(make: Rows, row: Mapping[str, Any]) -> bytes | dict[str, str]:
+    try:
+        return hashlib.blake2b(make.content(row["image"]), digest_size=DIGEST_BYTES).digest()
+    except BadSampleError as error:
+        return error.record(name_of(row))
+
+
+def _pixels_of(
+    image_processor: Any, make: Rows, batch: list[Mapping[str, Any]]
+) -> tuple[list[bytes], torch.Tensor | None, dict[bytes, dict[str, str]]]:
+    """Digests of pictures and their pixels, of shape (pictures, 3, height, width); digest → why of the others."""
+    keys: list[bytes] = []
+    pictures: list[Any] = []
+    bad: dict[bytes, dict[str, str]] = {}
+    for row in batch:
+        key = _digest(make, row)
+        if not isinstance(key, bytes):
+            continue  # gone since it was read first
+        try:
+            pictures.append(make.picture(row["image"]))
+            keys.append(key)
+        except BadSampleError as error:
+            bad[key] = error.record(name_of(row))
+    return keys, image_processor(pictures, return_tensors="pt")["pixel_values"] if pictures else None, bad
 
 
 def _batches(trainer: Any, rows: Dataset, prepare: Callable[..., Any], title: str) -> Iterator[Any]:

@@ -15,15 +15,10 @@ A row is `[BOS][image][caption][line break]`; only caption and line break carry 
 import sys
 from collections.abc import Sequence
 
-from recipes_minigpt4.data import DataArguments, load_pairs, stage1_rows
-from recipes_minigpt4.training import (
-    MiniGPT4Trainer,
-    ModelArguments,
-    StageArguments,
-    StageParser,
-    load_model,
-    train_and_save,
-)
+from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4.rows import stage1_rows
+from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model, train_and_save
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, StageArguments]:
@@ -40,7 +35,7 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
     model, processor = load_model(model_args, training_args)
 
     # Data: pairs as prompt–completion rows
-    pairs = load_pairs(data_args, stage=1)
+    pairs = load_pairs(data_args, stage=1, seed=training_args.seed)
     rows = stage1_rows(pairs, processor, data_args)
 
     # Training
@@ -49,7 +44,8 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
         args=training_args,
         train_dataset=rows,
         processing_class=processor,
-        dataset_name=data_args.dataset_name,
+        dataset_name=data_args.title,
+        max_bad_share=data_args.max_bad_share,
         stage=1,
     )
     train_and_save(trainer)

@@ -17,15 +17,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from recipes_minigpt4.data import DataArguments, load_pairs, stage2_rows
-from recipes_minigpt4.training import (
-    MiniGPT4Trainer,
-    ModelArguments,
-    StageArguments,
-    StageParser,
-    load_model,
-    train_and_save,
-)
+from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4.rows import stage2_rows
+from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model, train_and_save
 
 
 @dataclass
@@ -51,7 +46,7 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
     model, processor = load_model(model_args, training_args)
 
     # Data: pairs as prompt–completion rows, each with one of the four instructions
-    pairs = load_pairs(data_args, stage=2)
+    pairs = load_pairs(data_args, stage=2, seed=training_args.seed)
     rows = stage2_rows(pairs, processor, data_args, seed=training_args.seed)
 
     # Training
@@ -60,7 +55,8 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
         args=training_args,
         train_dataset=rows,
         processing_class=processor,
-        dataset_name=data_args.dataset_name,
+        dataset_name=data_args.title,
+        max_bad_share=data_args.max_bad_share,
         stage=2,
     )
     train_and_save(trainer)

@@ -1,11 +1,8 @@
-"""What the two stages share: arguments, the original's learning-rate schedule, and a thin trainer on TRL's."""
+"""What the two stages share: arguments, the model and its frozen parts, and how a run starts and ends."""
 
 import difflib
 import json
-import math
 import os
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +11,14 @@ from typing import Any
 import torch
 import yaml
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
 from recipes_minigpt4 import TINY, RecipeError, one_line
-from recipes_minigpt4.card import render_card
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.features import train_from_features
-from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback
+from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -128,6 +120,9 @@ class StageArguments(SFTConfig):
         metadata={
             "help": "Type of the kept features: float32, bfloat16 or float16. Default: that of the frozen weights."
         },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite; looking for them waits for the GPU."}
     )
     report_to: str = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, trackio, …"})
     panel_steps: int | None = field(
@@ -339,157 +334,7 @@ def describe_parameters(model: MiniGPT4ForConditionalGeneration) -> str:
     return "\n".join([*lines, f"names that train: {shown}"])
 
 
-# ---- schedule -------------------------------------------------------------------------------------------------------
-
-
-def original_lr(
-    step: int,
-    total_steps: int,
-    learning_rate: float,
-    min_learning_rate: float,
-    warmup_start_learning_rate: float,
-    warmup_steps: int,
-    steps_per_epoch: int | None = None,
-) -> float:
-    """
-    Learning rate of the original at a step (released code, `minigpt4/common/optims.py`).
-
-    Linear warm-up, then a cosine that counts from the first step, not from the end of the warm-up: the rate drops a
-    little where the two meet. The warm-up counts within an epoch and starts anew with each, if it is longer.
-
-    Args:
-        step: optimizer step, from 0.
-        total_steps: all steps of the run.
-        learning_rate: end of the warm-up and top of the cosine.
-        min_learning_rate: end of the cosine.
-        warmup_start_learning_rate: start of the warm-up.
-        warmup_steps: length of the warm-up in steps.
-        steps_per_epoch: length of an epoch in steps; None makes the run one epoch.
-    """
-    if step < warmup_steps:
-        progress = step % (steps_per_epoch or total_steps) / max(warmup_steps, 1)
-        rise = (learning_rate - warmup_start_learning_rate) * progress
-        return min(learning_rate, warmup_start_learning_rate + rise)
-    fall = 0.5 * (1 + math.cos(math.pi * step / total_steps))
-    return min_learning_rate + (learning_rate - min_learning_rate) * fall
-
-
-# ---- trainer --------------------------------------------------------------------------------------------------------
-
-
-class MiniGPT4Trainer(SFTTrainer):
-    """
-    TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
-
-    Checkpoints are adapter-only, because `model.save_pretrained` is; the processor lies beside them. Logs tell images
-    per second, and the model card is this project's.
-
-    Args:
-        dataset_name: what the model card calls the training data.
-        stage: number of the stage, for the model card.
-        Everything else as for `SFTTrainer`.
-    """
-
-    def __init__(self, *args: Any, dataset_name: str | None = None, stage: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.dataset_name, self.stage = dataset_name, stage
-        self._images, self._clock = 0, time.perf_counter()
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(ImagesProgressCallback)
-        if self.args.panel_steps:  # before numbers of features take the place of pictures
-            self.add_callback(PanelCallback(self, self.args.panel_steps, self.args.panel_images))
-        if self.args.cache_features:
-            train_from_features(self)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        # Under ZeRO-3 a parameter's own shape is empty and `ds_shape` tells the real one.
-        shapes = {
-            name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in model.named_parameters()
-        }
-        # IA3 stores its vectors, which start from one and not from nought, as matrices of one column.
-        return [name for name, shape in shapes.items() if len(shape) >= 2 and ".ia3_l." not in name]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if self.lr_scheduler is None and self.args.original_schedule:  # type: ignore[has-type]
-            args, top = self.args, self.args.learning_rate
-
-            def factor(step: int) -> float:
-                numbers = (args.min_learning_rate, args.warmup_start_learning_rate, int(args.warmup_steps))
-                return original_lr(step, num_training_steps, top, *numbers, args.steps_per_epoch) / top
-
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._images, self._clock = 0, time.perf_counter()
-        return super().train(*args, **kwargs)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        images = inputs.get("pixel_values", inputs.get("vision_features"))
-        self._images += 0 if images is None else len(images)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count time that was no training in images per second."""
-        self._clock += seconds
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            now = time.perf_counter()
-            logs["images_per_second"] = round(self._images * self.args.world_size / (now - self._clock), 2)
-            self._images, self._clock = 0, now
-        super().log(logs, start_time)
-
-    # An adapter of PEFT lies in a file of its own, of which transformers knows for models that PEFT has wrapped only.
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.model.has_adapter:
-            self.model.reload_adapter(resume_from_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        plain = plain_names(self.model, load_result.missing_keys)
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if plain[name] is not None]
-        super()._issue_warnings_after_load(load_result)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.model.has_adapter:
-            self.model.reload_adapter(self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.model.has_adapter and self.is_world_process_zero():
-            folder = os.path.join(checkpoint_folder, ADAPTER_FOLDER)
-            shutil.copytree(folder, os.path.join(self.args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        self._write_card(output_dir or self.args.output_dir)
-
-    def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""
-        if self.is_world_process_zero():
-            self._write_card(self.args.output_dir, results)
-
-    def _write_card(self, folder: str, results: Mapping[str, Any] | None = None) -> None:
-        card = render_card(
-            self.model,
-            self.args,
-            steps=self.state.global_step,
-            stage=self.stage,
-            dataset_name=self.dataset_name,
-            repo_id=getattr(self, "hub_model_id", None),  # set when the repository is made, at the first push
-            results=results or self.results(),
-        )
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-
-    def results(self) -> dict[str, float]:
-        """The last logged loss and token accuracy on the training data."""
-        last: dict[str, float] = next((entry for entry in reversed(self.state.log_history) if "loss" in entry), {})
-        names = {"loss": "training loss", "mean_token_accuracy": "training token accuracy"}
-        return {text: last[name] for name, text in names.items() if name in last}
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
 def train_and_save(trainer: MiniGPT4Trainer) -> None:
@@ -504,6 +349,9 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     if trainer.is_world_process_zero():
         print(describe_parameters(trainer.model))
     trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    samples = trainer.samples.over_all_processes(trainer.accelerator)
+    if trainer.is_world_process_zero():
+        print(samples.report())
     trainer.save_model()  # which pushes too, if asked to
     trainer.save_state()
 

@@ -33,7 +33,7 @@ from recipes_minigpt4.tiny.report import data_uri, render_page
 
 
 if TYPE_CHECKING:
-    from recipes_minigpt4.training import MiniGPT4Trainer
+    from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 PANEL_ROWS = 4
 MAX_NEW_TOKENS = 48  # a short description; the panel is to be looked at, and training waits for it

@@ -37,7 +37,8 @@ from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import score
 from recipes_minigpt4.tiny.report import Curve, Example, render_report
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
-from recipes_minigpt4.training import MiniGPT4Trainer, load_model
+from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training import load_model
 
 
 STAGES = {"untrained": "untrained projection", "stage1": "after stage 1", "stage2": "after stage 2"}

@@ -34,8 +34,11 @@ from modeling_minigpt4 import (
     convert_minigpt4_to_hf,
 )
 from processing_minigpt4 import load_chat_template
-from recipes_minigpt4 import data as recipes
-from recipes_minigpt4.training import MiniGPT4Trainer, StageArguments
+from recipes_minigpt4 import rows as recipes
+from recipes_minigpt4.batches import COUNTS
+from recipes_minigpt4.data import DataArguments
+from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training import StageArguments
 
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
@@ -181,11 +184,11 @@ def training_rows(case: Case, name: str) -> Dataset:
     pairs = {"image": [picture(case, number) for number in (0, 1)], "text": facts["answers_text"]}
     pairs = Dataset.from_dict(pairs, features=Features({"image": Image(), "text": Value("string")}))
     if name == "stage1":
-        return recipes.stage1_rows(pairs, case.processor, recipes.DataArguments())
+        return recipes.stage1_rows(pairs, case.processor, DataArguments())
     if name == "ragged":
         return ragged_rows(case, pairs, facts)
     limit = None if name == "stage2" else facts["max_txt_len"]
-    args = recipes.DataArguments(instruction_template=translate("vicuna_v0_alignment"), max_txt_len=limit)
+    args = DataArguments(instruction_template=translate("vicuna_v0_alignment"), max_txt_len=limit)
     (instruction,) = (re.search(r"</Img> (.*) ###", prompt)[1] for prompt in facts["prompt_list"])
     with patch.object(recipes, "INSTRUCTIONS", (instruction,)):
         return recipes.stage2_rows(pairs, case.processor, args)
@@ -228,6 +231,7 @@ def collate(case: Case, name: str) -> tuple[dict[str, torch.Tensor], list[list[i
     examples = [dict(row) for row in trainer.train_dataset]
     with tokenized_apart(case) as pieces:
         batch = trainer.data_collator(examples)
+    assert batch.pop(COUNTS)["drawn"] == 2  # which the trainer takes out before the model sees it
     return with_pixels(case, batch, [0, 1]), pieces, trainer
 
 
@@ -247,8 +251,10 @@ def forward(case: Case, name: str) -> dict[str, torch.Tensor]:
     """One training step on the package's own batch: what the language model is given, logits, loss and gradient."""
     model = case.model.train()
     model.zero_grad()
+    batch = dict(case.once(collate, name)[0])
+    del batch["label_positions"]  # all positions are scored, not only those that the trainer needs
     with embeddings_of(model) as embeddings:
-        outputs = model(**case.once(collate, name)[0])
+        outputs = model(**batch)
     outputs.loss.backward()
     found = {"logits": outputs.logits.detach(), "loss": outputs.loss.detach(), "gradient": gradient(model)}
     return {"inputs_embeds": embeddings[0].detach(), **found}
@@ -270,7 +276,7 @@ def embeddings_of(model: MiniGPT4ForConditionalGeneration) -> Iterator[list[torc
 
 
 def trainer_step(case: Case, name: str) -> dict[str, torch.Tensor]:
-    """The same step as the recipes' trainer takes it."""
+    """The same step as the recipes' trainer takes it: answers alone are scored, and pads are not masked."""
     batch, _, trainer = case.once(collate, name)
     trainer.model.train()
     tokens = (batch["labels"][:, 1:] != -100).sum()

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from modeling_minigpt4 import MiniGPT4Model
 from processing_minigpt4.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.data import Rows
+from recipes_minigpt4.rows import Rows
 
 
 STAGES = {"stage1": stage1_pretrain, "stage2": stage2_finetune}

@@ -8,8 +8,10 @@ import torch
 from transformers import TrainerCallback
 
 from recipes_minigpt4 import stage1_pretrain
-from recipes_minigpt4.data import load_pairs, stage1_rows
-from recipes_minigpt4.training import MiniGPT4Trainer, load_model, original_lr
+from recipes_minigpt4.data import load_pairs
+from recipes_minigpt4.rows import stage1_rows
+from recipes_minigpt4.trainer import MiniGPT4Trainer, original_lr
+from recipes_minigpt4.training import load_model
 
 
 MEASURED = json.loads((Path(__file__).parents[1] / "fixtures" / "lr_schedule.json").read_text())

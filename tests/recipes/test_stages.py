@@ -177,10 +177,10 @@ def test_loss_rate_and_images_per_second_are_logged(run: Callable, stage: Callab
 
 
 def test_images_per_second_counts_images(stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes_minigpt4 import training
+    from recipes_minigpt4 import trainer as module
 
     clock = iter(range(1000))  # every look at the clock is one second after the last
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
     trainer = stage1_pretrain.main(stage(max_steps=3, gradient_accumulation_steps=2))
     rates = [entry["images_per_second"] for entry in trainer.state.log_history if "loss" in entry]
     assert rates == [4.0, 4.0, 4.0]  # 2 rows × 2 batches between two looks
@@ -304,6 +304,7 @@ def test_shipped_configurations_parse(name: str) -> None:
     for field, value in written.items():
         (owner,) = [part for part in (model, data, training) if hasattr(part, field)]
         found = getattr(owner, field)
+        value = [value] if field == "dataset_name" else value
         assert getattr(found, "value", found) == value, field  # enumerations hold their text
     assert bool(model.model_name_or_path) != bool(model.vision and model.language_model)
     assert f"--config {name}" in text  # the comment on top tells how to run it

@@ -1,0 +1,137 @@
+"""Samples that cannot be trained on: they are skipped and counted by cause, and too many of them stop the run."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import PIL.Image
+from accelerate.utils import gather_object
+
+from recipes_minigpt4 import RecipeError, one_line
+
+
+# Why a sample is skipped. Everything that Pillow says beside these is an "unreadable picture".
+NO_PICTURE = "no picture"
+EMPTY_FILE = "empty file"
+MISSING_FILE = "missing file"
+HTML = "HTML instead of a picture"
+NO_IMAGE = "no known image format"
+TRUNCATED = "truncated picture"
+BOMB = "decompression bomb"
+UNREADABLE = "unreadable picture"
+NO_CAPTION = "no caption"
+BROKEN_ARCHIVE = "broken archive"
+BROKEN_JSON = "broken JSON"
+
+EXAMPLES = 3  # of every cause are named
+ENOUGH = 200  # samples before a share of them means something
+
+
+class BadSampleError(Exception):
+    """
+    A sample that cannot be trained on.
+
+    Args:
+        cause: one of the causes above.
+        detail: what a library said about it.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(cause, detail)
+        self.cause, self.detail = cause, detail
+
+    def record(self, name: str) -> dict[str, str]:
+        """What travels with the batch, so that the main process can count it."""
+        return {"cause": self.cause, "name": f"{name} ({self.detail})" if self.detail else name}
+
+
+def picture_error(error: Exception, content: bytes | None) -> BadSampleError:
+    """
+    Tell why a picture cannot be decoded.
+
+    Args:
+        error: what Pillow or the file system raised.
+        content: the picture's bytes, if they could be read.
+    """
+    if isinstance(error, FileNotFoundError):
+        return BadSampleError(MISSING_FILE)
+    if content is not None and not content:
+        return BadSampleError(EMPTY_FILE)
+    if isinstance(error, PIL.Image.DecompressionBombError):
+        return BadSampleError(BOMB, one_line(error))
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return BadSampleError(HTML if (content or b"")[:512].lstrip()[:1] == b"<" else NO_IMAGE)
+    text = one_line(error)
+    if any(word in text.lower() for word in ("truncat", "broken", "not enough", "unexpected end", "incomplete")):
+        return BadSampleError(TRUNCATED, text)
+    return BadSampleError(UNREADABLE, text)
+
+
+@dataclass
+class SampleCounts:
+    """
+    Samples that a run has drawn, and those among them that it skipped.
+
+    Args:
+        limit: share of skipped samples, 0 to 1, above which the run stops.
+        enough: drawn samples before the share counts.
+    """
+
+    limit: float
+    enough: int = ENOUGH
+    drawn: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.causes.values())
+
+    def add(self, drawn: int, skipped: Sequence[Mapping[str, str]]) -> None:
+        """Count the samples of a batch, skipped ones included in `drawn`."""
+        self.drawn += drawn
+        for record in skipped:
+            self.causes[record["cause"]] += 1
+            named = self.examples.setdefault(record["cause"], [])
+            if len(named) < EXAMPLES and record["name"] not in named:
+                named.append(record["name"])
+
+    def over_all_processes(self, accelerator: Any) -> "SampleCounts":
+        """The counts of all processes together; every process has to ask at the same time."""
+        if accelerator.num_processes == 1:
+            return self
+        total = SampleCounts(self.limit, self.enough)
+        for other in gather_object([self]):
+            total.drawn += other.drawn
+            total.causes += other.causes
+            for cause, names in other.examples.items():
+                named = total.examples.setdefault(cause, [])
+                named += [name for name in names if name not in named][: EXAMPLES - len(named)]
+        return total
+
+    def check(self, enough: int | None = None) -> None:
+        """
+        Stop a run of which too much is skipped.
+
+        Raises:
+            RecipeError: with examples, if the share is above the limit and enough samples were drawn.
+        """
+        if self.drawn >= (self.enough if enough is None else enough) and self.skipped > self.limit * self.drawn:
+            raise RecipeError(
+                f"{self.skipped:,} of {self.drawn:,} samples cannot be used, more than max_bad_share "
+                f"({self.limit:.0%}): {self.by_cause()}; mend the data, or raise --max_bad_share."
+            )
+
+    def by_cause(self) -> str:
+        """Causes with their counts and examples, the most frequent first."""
+        return "; ".join(
+            f"{count:,} × {cause}, such as {', '.join(self.examples[cause])}"
+            for cause, count in self.causes.most_common()
+        )
+
+    def report(self) -> str:
+        """A line for the end of a run."""
+        if not self.skipped:
+            return f"samples: {self.drawn:,} drawn, none skipped"
+        return f"samples: {self.drawn:,} drawn, {self.skipped:,} skipped: {self.by_cause()}"

@@ -1,0 +1,210 @@
+"""Image–text pairs streamed from tar files in the layout of webdataset: the members of a sample share their name.
+
+    00000.tar
+      000000.jpg  000000.json     {"caption": "...", ...}, or 000000.txt
+      000001.jpg  000001.json
+
+A sample's columns are the endings of its members and the fields of its .json. Archives that break off, and members
+that are no JSON, cost their own samples and nothing else.
+"""
+
+import glob
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Features, IterableDataset
+from datasets.data_files import resolve_pattern
+from datasets.utils.file_utils import ArchiveIterable
+
+from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.skipped import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
+
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+TEXT_ENDINGS = ("txt", "text", "caption")
+# What the default columns of the recipes mean in an archive that has none of that name.
+DEFAULTS = {"image": IMAGE_ENDINGS, "caption": TEXT_ENDINGS}
+
+
+def names_tars(name: str) -> bool:
+    """Whether a name or pattern is about tar files."""
+    return name.split("?")[0].endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def expand(pattern: str) -> list[str]:
+    """
+    The tar files that a pattern names, in order.
+
+    Args:
+        pattern: a path or a URL (`https://`, `hf://datasets/owner/name/*.tar`), with `{00000..00099}` and `{a,b}` as
+            shells have them, and with `*` except in https.
+
+    Raises:
+        RecipeError: if there are none.
+    """
+    found: list[str] = []
+    for name in expand_braces(pattern):
+        try:
+            if name.startswith(("http://", "https://")):
+                found.append(name)  # not asked for one by one: there may be thousands
+            elif "://" in name:
+                found += sorted(resolve_pattern(name, base_path=""))
+            else:
+                found += sorted(glob.glob(name, recursive=True))
+        except Exception as error:  # whatever the Hub or a file system says
+            raise RecipeError(
+                f"{name} cannot be listed ({one_line(error)}); mend the address, or log in if it is private."
+            ) from error
+    if not found:
+        raise RecipeError(f"There is no tar file {pattern}; mend --dataset_name.")
+    return found
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`{08..11}.tar` → `08.tar`, `09.tar`, `10.tar`, `11.tar`; `{a,b}.tar` → `a.tar`, `b.tar`; several as well."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        first, last = span.groups()
+        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        parts = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        parts = match[1].split(",")
+    rest = expand_braces(pattern[match.end() :])
+    return [pattern[: match.start()] + part + end for part in parts for end in rest]
+
+
+def stream_tars(pattern: str, image_column: str, text_column: str, features: Features) -> IterableDataset:
+    """
+    One pass over the samples of tar files, which are its shards.
+
+    Args:
+        pattern: see `expand`.
+        image_column, text_column: ending of a member or field of the .json; `image` is any picture, and `caption` the
+            .txt where there is no such field.
+        features: those of the columns `image` (`bytes` and `path`, not decoded), `text`, `name`, and `cause`, which
+            tells why there is neither picture nor text.
+
+    Raises:
+        RecipeError: if there is no such file, nothing in the first, or no such column in its first sample.
+    """
+    tars = expand(pattern)
+    check_columns(tars[0], image_column, text_column)
+    columns = {"image_column": image_column, "text_column": text_column}
+    return IterableDataset.from_generator(samples_of, features=features, gen_kwargs={"tars": tars, **columns})
+
+
+def check_columns(tar: str, image_column: str, text_column: str) -> None:
+    """Look at the first samples of an archive, as many as it takes to find a picture and a text."""
+    seen: dict[str, None] = {}
+    try:
+        for members in itertools.islice(groups_of(tar), 20):
+            columns = columns_of(members)
+            seen.update(dict.fromkeys(columns))
+            if find(members, image_column) is not None and find(columns, text_column) is not None:
+                return
+    except BadSampleError as error:
+        if not seen:
+            raise RecipeError(f"{tar} cannot be read ({error.detail}); mend or remove it.") from error
+    if not seen:
+        raise RecipeError(f"{tar} holds no samples; put pictures and texts of the same name into it, or remove it.")
+    for option, column in (("image_column", image_column), ("text_column", text_column)):
+        if find(dict.fromkeys(seen, True), column) is None:
+            raise RecipeError(
+                f"{tar} has no column {column!r}; its samples have {', '.join(seen)}, so name the right one with "
+                f"--{option}."
+            )
+
+
+def samples_of(tars: list[str], image_column: str, text_column: str) -> Iterator[dict[str, Any]]:
+    """The samples of archives, one after the other; what is wrong with one is told in its place."""
+    for tar in tars:
+        try:
+            for members in groups_of(tar):
+                yield sample_of(tar, members, image_column, text_column)
+        except BadSampleError as error:
+            yield _broken(tar, error)
+
+
+def sample_of(tar: str, members: Mapping[str, bytes], image_column: str, text_column: str) -> dict[str, Any]:
+    """Picture and text of a sample."""
+    name = f"{tar}/{members['__key__'].decode()}"
+    try:
+        columns = columns_of(members)
+        picture, text = find(members, image_column), find(columns, text_column)
+    except BadSampleError as error:
+        return _broken(name, error)
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    ending = next((ending for ending, content in members.items() if content is picture), "")
+    return {
+        "image": None if picture is None else {"bytes": picture, "path": f"{name}.{ending}"},
+        "text": text.decode("utf-8", "replace")
+        if isinstance(text, bytes)
+        else text
+        if isinstance(text, str)
+        else None,
+        "name": name,
+        "cause": None,
+    }
+
+
+def _broken(name: str, error: BadSampleError) -> dict[str, Any]:
+    return {"image": None, "text": None, **error.record(name)}
+
+
+def groups_of(tar: str) -> Iterator[dict[str, bytes]]:
+    """
+    The members of every sample, ending → content, with the name that they share as `__key__`.
+
+    Raises:
+        BadSampleError: where the archive breaks off or cannot be opened, behind the members that could be read.
+    """
+    group: dict[str, bytes] = {}
+    try:
+        for path, file in ArchiveIterable.from_urlpath(tar):
+            folder, slash, name = path.rpartition("/")
+            stem, dot, ending = name.partition(".")
+            if not dot or not stem:
+                continue
+            key = (folder + slash + stem).encode()
+            if group and group["__key__"] != key:
+                whole, group = group, {}
+                yield whole
+            group["__key__"] = key
+            group[ending.lower()] = file.read()
+    except Exception as error:  # tarfile's own, zlib's, and what file systems and networks raise
+        if group:
+            yield group
+        raise BadSampleError(BROKEN_ARCHIVE, one_line(error)) from error
+    if group:
+        yield group
+
+
+def columns_of(members: Mapping[str, bytes]) -> dict[str, Any]:
+    """
+    Members and the fields of the .json by name.
+
+    Raises:
+        BadSampleError: if that is no JSON.
+    """
+    columns: dict[str, Any] = {ending: content for ending, content in members.items() if ending != "__key__"}
+    if "json" in columns:
+        try:
+            fields = json.loads(columns["json"])
+        except ValueError as error:
+            raise BadSampleError(BROKEN_JSON, one_line(error)) from error
+        if isinstance(fields, Mapping):
+            columns = {**fields, **columns}
+    return columns
+
+
+def find(columns: Mapping[str, Any], name: str) -> Any:
+    """The column of a name, or the first that its default stands for; None if there is none."""
+    return next(
+        (columns[column] for column in (name, *DEFAULTS.get(name, ())) if columns.get(column) is not None), None
+    )

@@ -1,0 +1,314 @@
+"""The trainer of both stages: TRL's, with the original's optimizer and schedule, and steps that never wait."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, ProgressCallback, masking_utils
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
+from recipes_minigpt4 import RecipeError
+from recipes_minigpt4.batches import COUNTS, StageCollator
+from recipes_minigpt4.card import render_card
+from recipes_minigpt4.features import train_from_features
+from recipes_minigpt4.skipped import ENOUGH, SampleCounts
+from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback
+
+
+# ---- schedule -------------------------------------------------------------------------------------------------------
+
+
+def original_lr(
+    step: int,
+    total_steps: int,
+    learning_rate: float,
+    min_learning_rate: float,
+    warmup_start_learning_rate: float,
+    warmup_steps: int,
+    steps_per_epoch: int | None = None,
+) -> float:
+    """
+    Learning rate of the original at a step (released code, `minigpt4/common/optims.py`).
+
+    Linear warm-up, then a cosine that counts from the first step, not from the end of the warm-up: the rate drops a
+    little where the two meet. The warm-up counts within an epoch and starts anew with each, if it is longer.
+
+    Args:
+        step: optimizer step, from 0.
+        total_steps: all steps of the run.
+        learning_rate: end of the warm-up and top of the cosine.
+        min_learning_rate: end of the cosine.
+        warmup_start_learning_rate: start of the warm-up.
+        warmup_steps: length of the warm-up in steps.
+        steps_per_epoch: length of an epoch in steps; None makes the run one epoch.
+    """
+    if step < warmup_steps:
+        progress = step % (steps_per_epoch or total_steps) / max(warmup_steps, 1)
+        rise = (learning_rate - warmup_start_learning_rate) * progress
+        return min(learning_rate, warmup_start_learning_rate + rise)
+    fall = 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    return min_learning_rate + (learning_rate - min_learning_rate) * fall
+
+
+# ---- steps that never wait ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answer_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Sums over answer tokens: how many are the most likely ones, their entropy in nats, and how many there are.
+
+    Args:
+        logits: shape (1, answer tokens, vocabulary).
+        labels: shape (answer tokens,).
+    """
+    scores = logits[0].float()
+    log_probs = scores.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum()
+    correct = (scores.argmax(-1) == labels.to(scores.device)).sum()
+    return torch.stack([correct.float(), entropy, torch.ones_like(entropy) * len(labels)])
+
+
+@contextmanager
+def rows_are_not_packed() -> Iterator[None]:
+    """
+    Keep transformers from asking the device, in every forward, whether rows hold several sequences; ours never do.
+
+    It looks at the positions for that, and waits for the answer (4.57 to 5.23, `masking_utils`).
+    """
+    name = "find_packed_sequence_indices"
+    asked = getattr(masking_utils, name, None)
+    if asked is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, asked)
+
+
+@torch.no_grad()
+def looks_ahead(language_model: PreTrainedModel) -> bool:
+    """
+    Whether a later token changes what a decoder makes of an earlier one, so that pads behind an answer matter.
+
+    It is tried out on four positions. Where that is not possible, as with weights that lie elsewhere, the answer is
+    yes.
+    """
+    embeddings = language_model.get_input_embeddings().weight
+    try:
+        generator = torch.Generator().manual_seed(0)
+        one = torch.randn(1, 4, embeddings.shape[-1], generator=generator).to(embeddings.device, embeddings.dtype)
+        other = torch.cat([one[:, :-1], -one[:, -1:]], dim=1)
+        first, second = (
+            language_model(inputs_embeds=rows, use_cache=False).last_hidden_state[:, :-1] for rows in (one, other)
+        )
+        return not torch.allclose(first, second, rtol=1e-2, atol=1e-3)
+    except Exception:  # sharded, offloaded or on the meta device
+        return True
+
+
+# ---- trainer --------------------------------------------------------------------------------------------------------
+
+
+class MiniGPT4Trainer(SFTTrainer):
+    """
+    TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
+
+    A step scores answers only and never waits for the device. Samples that cannot be used are skipped, counted and
+    reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is; the processor lies beside
+    them. Logs tell images per second, and the model card is this project's.
+
+    Args:
+        dataset_name: what the model card calls the training data.
+        stage: number of the stage, for the model card.
+        max_bad_share: share of samples, 0 to 1, that may be skipped before the run stops.
+        Everything else as for `SFTTrainer`.
+
+    Raises:
+        RecipeError: for a stream without `max_steps`; while training, if more is skipped than `max_bad_share`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        dataset_name: str | None = None,
+        stage: int | None = None,
+        max_bad_share: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        rows, settings = kwargs.get("train_dataset"), kwargs.get("args")
+        if isinstance(rows, IterableDataset) and settings is not None and settings.max_steps <= 0:
+            raise RecipeError("A stream of samples has no end; say how long to train with --max_steps.")
+        super().__init__(*args, **kwargs)
+        self.dataset_name, self.stage = dataset_name, stage
+        self._images, self._clock = 0, time.perf_counter()
+        enough = ENOUGH if isinstance(self.train_dataset, IterableDataset) else min(ENOUGH, len(self.train_dataset))
+        self.samples = SampleCounts(max_bad_share, enough)
+        self._tokens = 0  # since the last log, of this process
+        self._answers: torch.Tensor | None = None  # as `answer_metrics`, summed since the last log
+        if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
+            self.data_collator = StageCollator.like(self.data_collator)
+        # Answers look back only, so what they need no mask for is pads behind them.
+        self._needs_mask = looks_ahead(self.model.language_model)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ImagesProgressCallback)
+        if self.args.panel_steps:  # before numbers of features take the place of pictures
+            self.add_callback(PanelCallback(self, self.args.panel_steps, self.args.panel_images))
+        if self.args.cache_features:
+            train_from_features(self)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # Under ZeRO-3 a parameter's own shape is empty and `ds_shape` tells the real one.
+        shapes = {
+            name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in model.named_parameters()
+        }
+        # IA3 stores its vectors, which start from one and not from nought, as matrices of one column.
+        return [name for name, shape in shapes.items() if len(shape) >= 2 and ".ia3_l." not in name]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None and self.args.original_schedule:  # type: ignore[has-type]
+            args, top = self.args, self.args.learning_rate
+
+            def factor(step: int) -> float:
+                numbers = (args.min_learning_rate, args.warmup_start_learning_rate, int(args.warmup_steps))
+                return original_lr(step, num_training_steps, top, *numbers, args.steps_per_epoch) / top
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._images, self._clock = 0, time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        counts = inputs.pop(COUNTS, None)
+        if counts is not None and self.model.training:
+            self.samples.add(counts["drawn"], counts["skipped"])
+            self._tokens += counts["tokens"]
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss and metrics of a plain training step, without what waits for the device or scores prompts."""
+        if return_outputs or not self._is_plain(inputs):
+            inputs.pop("label_positions", None)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}
+        if not self._needs_mask:
+            inputs.pop("attention_mask")
+        if num_items_in_batch is not None:  # none at all if every sample of the batch was skipped
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        with rows_are_not_packed():
+            # That of transformers; TRL's own asks the device for its metrics in every step.
+            loss, outputs = super(SFTTrainer, self).compute_loss(model, inputs, True, num_items_in_batch)
+        metrics = answer_metrics(outputs.logits, inputs["labels"].flatten().index_select(0, inputs["label_positions"]))
+        self._answers = metrics if self._answers is None else self._answers + metrics
+        return loss
+
+    def _is_plain(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a step is an ordinary one, for which TRL does nothing beside the loss of the answers."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        sharded = parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
+        other_loss = self.args.loss_type != "nll" or self.label_smoother or self.compute_loss_func
+        return bool(
+            self.model.training
+            and {"label_positions", "attention_mask"} <= inputs.keys()
+            and not (sharded or other_loss or self.aux_loss_enabled)
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        images = inputs.get("pixel_values", inputs.get("vision_features"))
+        self._images += 0 if images is None else len(images)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that was no training in images per second."""
+        self._clock += seconds
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["images_per_second"] = round(self._images * self.args.world_size / (now - self._clock), 2)
+            self._images, self._clock = 0, now
+            self._log_answers()
+            self.samples.over_all_processes(self.accelerator).check()
+        super().log(logs, start_time)
+
+    def _log_answers(self) -> None:
+        """Hand over to TRL what it logs: entropy and accuracy of answers since the last log, and tokens of the run."""
+        if self._answers is None:
+            return
+        correct, entropy, count = self.accelerator.reduce(self._answers).tolist()
+        tokens = torch.tensor(self._tokens, device=self._answers.device)
+        self._total_train_tokens += int(self.accelerator.reduce(tokens))
+        self._answers, self._tokens = None, 0
+        metrics = self._metrics["train"]
+        metrics["entropy"].append(entropy / max(count, 1))
+        metrics["mean_token_accuracy"].append(correct / max(count, 1))
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    # An adapter of PEFT lies in a file of its own, of which transformers knows for models that PEFT has wrapped only.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.model.has_adapter:
+            self.model.reload_adapter(resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        plain = plain_names(self.model, load_result.missing_keys)
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if plain[name] is not None]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.model.has_adapter:
+            self.model.reload_adapter(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.model.has_adapter and self.is_world_process_zero():
+            folder = os.path.join(checkpoint_folder, ADAPTER_FOLDER)
+            shutil.copytree(folder, os.path.join(self.args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        self._write_card(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir, results)
+
+    def _write_card(self, folder: str, results: Mapping[str, Any] | None = None) -> None:
+        card = render_card(
+            self.model,
+            self.args,
+            steps=self.state.global_step,
+            stage=self.stage,
+            dataset_name=self.dataset_name,
+            repo_id=getattr(self, "hub_model_id", None),  # set when the repository is made, at the first push
+            results=results or self.results(),
+        )
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+
+    def results(self) -> dict[str, float]:
+        """The last logged loss and token accuracy on the training data."""
+        last: dict[str, float] = next((entry for entry in reversed(self.state.log_history) if "loss" in entry), {})
+        names = {"loss": "training loss", "mean_token_accuracy": "training token accuracy"}
+        return {text: last[name] for name, text in names.items() if name in last}
