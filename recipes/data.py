@@ -218,6 +218,8 @@ def _as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
     image, text = row["image"], row["text"]
     if isinstance(image, (str, bytes)):
         image = {"path": image, "bytes": None} if isinstance(image, str) else {"path": None, "bytes": image}
+    if image and image["bytes"] is None and not image["path"]:
+        image = None  # as `datasets` wants it
     return {"image": image, "text": text if isinstance(text, str) else None, "name": None, "cause": None}
 
 

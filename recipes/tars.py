@@ -175,8 +175,8 @@ def groups_of(tar: str) -> Iterator[dict[str, bytes]]:
             if group and group["__key__"] != key:
                 whole, group = group, {}
                 yield whole
-            group["__key__"] = key
-            group[ending.lower()] = file.read()
+            content = file.read()
+            group |= {"__key__": key, ending.lower(): content}
     except Exception as error:  # tarfile's own, zlib's, and what file systems and networks raise
         if group:
             yield group

@@ -29,6 +29,7 @@ from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_en
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
 from recipes_minigpt4 import RecipeError
 from recipes_minigpt4 import one_line as told
+from recipes_minigpt4.skipped import ENOUGH
 from recipes_minigpt4.tiny.report import data_uri, render_page
 
 
@@ -180,7 +181,8 @@ def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
     Raises:
         RecipeError: if there are none, or one cannot be read.
     """
-    first = list(itertools.islice(iter(rows), 1 if folder else count))
+    usable = (row for row in itertools.islice(iter(rows), ENOUGH) if not row.get("skipped"))
+    first = list(itertools.islice(usable, 1 if folder else count))
     if not first or not (folder or first[0].get("images")):
         raise RecipeError("The training data hold no pictures to show; name a folder with --panel_images.")
     prompt, one_line = first[0]["prompt"], first[0]["completion"].endswith("\n")
