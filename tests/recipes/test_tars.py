@@ -3,6 +3,7 @@
 import functools
 import http.server
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from damaged import CAPTIONS, PICTURES, jpeg, sample, write_tar
+from hub_stub import serve_dataset
 from torch.utils.data import DataLoader
 
 from recipes_minigpt4 import RecipeError, cli, skipped, stage1_pretrain
@@ -108,6 +110,21 @@ def address(tars: Path) -> Iterator[str]:
 
 def test_tars_come_over_http(address: str) -> None:
     assert numbers_of(one_pass(f"{address}/{{00000..00003}}.tar")) == list(range(COUNT))
+
+
+def test_tars_come_from_the_hub(tars: Path, tmp_path: Path) -> None:
+    """In a process of its own, because huggingface_hub reads the address of the Hub when it is imported."""
+    code = """
+from recipes_minigpt4.data import DataArguments, open_source
+name = "hf://datasets/someone/pictures/tars/*.tar"
+for pair in open_source(name, DataArguments(dataset_name=name), stage=1):
+    print(pair["text"])
+"""
+    with serve_dataset("someone/pictures", tars.parent) as address:
+        settings = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[:-1] == [f"number {number}" for number in range(COUNT)]
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
