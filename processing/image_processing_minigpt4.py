@@ -7,6 +7,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
@@ -63,9 +64,14 @@ def open_image(image: Any) -> Any:
 
 
 def _upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = PIL.ImageOps.exif_transpose(image)
+    # Pillow copies the whole picture in both conversions even if there is nothing to change.
+    if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        image = PIL.ImageOps.exif_transpose(image)
     _warn_if_clipped(image)
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # a damaged file is told here
+    return image
 
 
 def _open_source(source: "str | bytes | bytearray | pathlib.Path") -> PIL.Image.Image:
@@ -216,6 +222,15 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         ]
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 
+    def pixel_table(self) -> np.ndarray:
+        """
+        What the bytes 0 to 255 of a picture become with the own settings, of shape (3, 256).
+
+        `preprocess` with `do_rescale=False, do_normalize=False` gives bytes, a quarter of the size, to look up in it.
+        """
+        mean = self.image_mean if self.do_normalize else None
+        return _table(self.rescale_factor if self.do_rescale else None, mean, self.image_std)
+
     def _pixels(
         self,
         image: Any,
@@ -231,22 +246,56 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         image_std: Any,
     ) -> np.ndarray:
         """One picture as an array of shape (H, W, 3), resized, rescaled and normalized as asked for."""
-        array = _channels_last(image, input_data_format)
-        if do_convert_rgb:
-            array = _three_channels(array)
-        if do_rescale and array.dtype.kind == "f" and array.size and array.max() <= 1:
-            logger.warning_once(
-                "An image of floats has no value above 1, so it looks as if it were scaled to 0–1 already; pass "
-                "`do_rescale=False` for such images, or they come out nearly black."
-            )
         last = {"input_data_format": ChannelDimension.LAST}
+        is_picture = isinstance(image, PIL.Image.Image)  # in RGB, of 8 bits
+        if not is_picture:
+            image = _channels_last(image, input_data_format)
+            image = _three_channels(image) if do_convert_rgb else image
+            _warn_if_scaled(image, do_rescale)
         if do_resize:
-            array = resize(array, (size["height"], size["width"]), resample, data_format=ChannelDimension.LAST, **last)
-        if do_rescale:
-            array = rescale(array, rescale_factor, **last)
-        if do_normalize:
-            array = normalize(array, mean=image_mean, std=image_std, **last)
-        return array
+            size_of = (size["height"], size["width"])
+            image = resize(image, size_of, resample, data_format=ChannelDimension.LAST, **last)
+        array = np.asarray(image)
+        scale = (rescale_factor if do_rescale else None, image_mean if do_normalize else None, image_std)
+        if is_picture and (do_rescale or do_normalize):
+            return _look_up(array, *scale)
+        return _scaled(array, *scale)
+
+
+def _warn_if_scaled(array: np.ndarray, do_rescale: bool) -> None:
+    if do_rescale and array.dtype.kind == "f" and array.size and array.max() <= 1:
+        logger.warning_once(
+            "An image of floats has no value above 1, so it looks as if it were scaled to 0–1 already; pass "
+            "`do_rescale=False` for such images, or they come out nearly black."
+        )
+
+
+def _scaled(array: np.ndarray, rescale_factor: float | None, mean: Any, std: Any) -> np.ndarray:
+    """An array of shape (H, W, C), rescaled and normalized; `None` leaves either out."""
+    if rescale_factor is not None:
+        array = rescale(array, rescale_factor, input_data_format=ChannelDimension.LAST)
+    if mean is not None:
+        array = normalize(array, mean=mean, std=std, input_data_format=ChannelDimension.LAST)
+    return array
+
+
+def _look_up(array: np.ndarray, rescale_factor: float | None, mean: Any, std: Any) -> np.ndarray:
+    """
+    The same as `_scaled` for an array of bytes of shape (H, W, 3), to the last bit and several times faster.
+
+    A channel has 256 values only, so each of them is computed once.
+    """
+    table = _table(rescale_factor, mean, std)
+    scaled = np.empty((3, *array.shape[:2]), table.dtype)  # as the model wants it
+    for channel in range(3):
+        np.take(table[channel], array[..., channel], out=scaled[channel], mode="clip")
+    return scaled.transpose(1, 2, 0)
+
+
+def _table(rescale_factor: float | None, mean: Any, std: Any) -> np.ndarray:
+    """The values that bytes 0 to 255 become in each channel, of shape (3, 256)."""
+    values = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=-1)  # (256, 1, 3)
+    return np.ascontiguousarray(_scaled(values, rescale_factor, mean, std)[:, 0].T)
 
 
 _OPTIONS = (
@@ -276,7 +325,7 @@ def _height_and_width(size: Any) -> dict[str, int]:
 
 
 def _channels_last(image: Any, input_data_format: "str | ChannelDimension | None") -> np.ndarray:
-    """A picture of any kind as an array of shape (H, W, C)."""
+    """An array or tensor as an array of shape (H, W, C)."""
     if hasattr(image, "detach"):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
@@ -290,8 +339,6 @@ def _channels_last(image: Any, input_data_format: "str | ChannelDimension | None
             f"An image has the shape {array.shape}; it must be (height, width), (height, width, channels) or "
             "(channels, height, width)."
         )
-    if isinstance(image, PIL.Image.Image):
-        return array
     layout = input_data_format
     if layout is None:
         try:

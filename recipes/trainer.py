@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
 from recipes_minigpt4 import RecipeError
-from recipes_minigpt4.batches import COUNTS, StageCollator
+from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.features import train_from_features
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
@@ -161,6 +161,7 @@ class MiniGPT4Trainer(SFTTrainer):
         self._answers: torch.Tensor | None = None  # as `answer_metrics`, summed since the last log
         if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
             self.data_collator = StageCollator.like(self.data_collator)
+            self._pixel_table = torch.from_numpy(self.processing_class.image_processor.pixel_table())
         # Answers look back only, so what they need no mask for is pads behind them.
         self._needs_mask = looks_ahead(self.model.language_model)
         if self.pop_callback(ProgressCallback):
@@ -200,6 +201,10 @@ class MiniGPT4Trainer(SFTTrainer):
             self.samples.add(counts["drawn"], counts["skipped"])
             self._tokens += counts["tokens"]
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        pixels = prepared.get("pixel_values")
+        if pixels is not None and pixels.dtype == torch.uint8:
+            self._pixel_table = self._pixel_table.to(pixels.device)
+            prepared["pixel_values"] = to_pixels(pixels, self._pixel_table)
         return prepared
 
     def compute_loss(

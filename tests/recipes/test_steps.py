@@ -236,3 +236,26 @@ def test_a_decoder_that_looks_ahead_keeps_its_mask(trainer_of: Callable) -> None
     trainer._needs_mask = True
     step(trainer, batch)
     assert masks[0] is None and torch.equal(masks[1], batch["attention_mask"])
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_travel_as_bytes_and_arrive_as_the_same_pixels(trainer_of: Callable) -> None:
+    trainer = trainer_of()
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    batch = trainer.data_collator([dict(row) for row in rows])
+    assert batch["pixel_values"].dtype == torch.uint8
+    prepared = trainer._prepare_inputs(dict(batch))["pixel_values"].cpu()
+    own = trainer.processing_class.image_processor([row["images"][0] for row in rows], return_tensors="pt")
+    assert prepared.dtype == torch.float32 and torch.equal(prepared, own["pixel_values"])
+
+
+def test_arrays_of_floats_stay_floats(trainer_of: Callable) -> None:
+    trainer = trainer_of()
+    rows = [dict(trainer.train_dataset[index]) for index in range(2)]
+    for row in rows:
+        row["images"] = [torch.randint(0, 256, (3, 40, 30)).float()]
+    pixels = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))["pixel_values"].cpu()
+    own = trainer.processing_class.image_processor([row["images"][0] for row in rows], return_tensors="pt")
+    assert torch.equal(pixels, own["pixel_values"])
