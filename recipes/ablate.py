@@ -15,6 +15,7 @@ output folder gets
 
 Variants with the same stage 1 share its run. Settings that a variant does not name are the baseline's, not tuned for
 it. The seed draws the projection, the order of the samples and their prompts; the samples are always the same.
+`--cache-features` keeps the features of frozen vision sides for all runs, whose numbers stay the same.
 """
 
 import argparse
@@ -38,6 +39,7 @@ import yaml
 from modeling_minigpt4.version import __version__
 from recipes_minigpt4 import CommandParser, RecipeError, one_line, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
+from recipes_minigpt4.features import VISION_SIDE
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.ablation_report import (
     DIRECTIONS,
@@ -223,14 +225,23 @@ def _check_stages(variant: Variant, path: Path) -> None:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, run: StageRun) -> Path:
-    """Train a stage, unless that has been done; returns its folder, in which `trained.json` is written last."""
+def train(folder: Path, run: StageRun, features: Path | None = None) -> Path:
+    """
+    Train a stage, unless that has been done; returns its folder, in which `trained.json` is written last.
+
+    Args:
+        folder: the command's output folder.
+        run: the stage.
+        features: folder of stored features, for stages whose vision side is frozen; they change no number.
+    """
     place = folder / "runs" / run.name
     if (place / "trained.json").is_file():
         return place
     settings = {**run.settings, "seed": run.seed, "output_dir": str(place / "adapter")}
     if run.parent is not None:
-        settings["model_name_or_path"] = str(train(folder, run.parent) / "adapter")
+        settings["model_name_or_path"] = str(train(folder, run.parent, features) / "adapter")
+    if features is not None and not set(VISION_SIDE) & set(run.settings.get("train_parts", ())):
+        settings["cache_features"] = str(features)
     shutil.rmtree(place, ignore_errors=True)  # what an interrupted run has left
     place.mkdir(parents=True)
     (place / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
@@ -265,7 +276,9 @@ def measure(told: Sequence[tuple[str, Scene]]) -> dict[str, float]:
     return {**score(replies, scenes), "repetition_rate": repetition_rate(replies)}
 
 
-def run_variant(folder: Path, variant: Variant, seed: int, shown: Shown) -> dict[str, Any]:
+def run_variant(
+    folder: Path, variant: Variant, seed: int, shown: Shown, features: Path | None = None
+) -> dict[str, Any]:
     """
     Train and evaluate a variant with a seed; what is finished is only read.
 
@@ -273,7 +286,7 @@ def run_variant(folder: Path, variant: Variant, seed: int, shown: Shown) -> dict
         RecipeError: with the variant's name, if a stage refuses its settings.
     """
     try:
-        places = [train(folder, run) for run in stage_runs(variant, seed)]
+        places = [train(folder, run, features) for run in stage_runs(variant, seed)]
         scores = evaluate(places[-1], shown)
     except RecipeError as error:
         raise RecipeError(f"Variant {variant.name}: {error}") from error
@@ -321,7 +334,7 @@ def main(arguments: Sequence[str]) -> None:
     with reproducible(THREADS), quiet():
         for number, (seed, variant) in enumerate(tasks, start=1):
             heading(f"{number} of {len(tasks)}: {variant.title}, seed {seed}")
-            run = run_variant(folder, variant, seed, shown)
+            run = run_variant(folder, variant, seed, shown, args.cache_features)
             results["variants"][variant.name]["runs"].append(run)
             print(", ".join(f"{title} {style.format(run['scores'][key])}" for key, (title, style) in MEASURES.items()))
             summarize_variants(results["variants"])
@@ -342,6 +355,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1,2", help="default: 0,1,2")
     parser.add_argument(
         "--scenes", type=int, default=240, help="to evaluate on, a third with held-out pairs; default: %(default)s"
+    )
+    parser.add_argument(
+        "--cache-features", type=Path, metavar="DIR", help="keeps features of frozen vision sides; default: none"
     )
     args = parser.parse_args(arguments)
     if args.scenes < 3:

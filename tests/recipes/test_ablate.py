@@ -158,6 +158,25 @@ def test_another_folder_and_order_give_the_same_weights(ablation: SimpleNamespac
         assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys())
 
 
+def test_cached_features_change_no_number(ablation: SimpleNamespace, tmp_path: Path) -> None:
+    tuned = {"title": "tuned", "stage1": {**SHORT, "train_parts": ["qformer"]}, "stage2": None}
+    variants = write_variants(tmp_path / "variants", {"baseline": VARIANTS["baseline"], "tuned": tuned})
+    command = ["ablate", "--variants", str(variants), "--seeds", "1", "--scenes", "6", "--output-dir", str(tmp_path)]
+    with counted():
+        assert run_command([*command, "--cache-features", str(tmp_path / "features")]) == 0
+    (run,) = json.loads((tmp_path / "results.json").read_text())["variants"]["baseline"]["runs"]
+    plain = ablation.results["variants"]["baseline"]["runs"][1]
+    assert {**run, "seconds": 0} == {**plain, "seconds": 0}
+    for name in run["runs"]:
+        ours, theirs = (
+            load_file(out / "runs" / name / "adapter" / "model.safetensors") for out in (tmp_path, ablation.out)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys())
+    shards = list((tmp_path / "features").rglob("*.safetensors"))
+    assert len(shards) == 2  # one per stage, none for the Q-Former that trains
+    assert sum(len(load_file(path)["digests"]) for path in shards) == 2 * SHORT["num_samples"]
+
+
 def test_a_run_is_known_by_all_that_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(seed: int = 0, stage1: dict | None = None, stage2: dict | None = None) -> list[str]:
         return [run.name for run in ablate.stage_runs(ablate.Variant("x", "X", stage1 or {}, stage2 or {}), seed)]
