@@ -1,8 +1,10 @@
-"""Heads of language models: which are one matrix, how their logits are adjusted, and which are refused."""
+"""Heads of language models: which are one matrix, how their logits are adjusted, and how answers are scored."""
 
 import re
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -67,4 +69,85 @@ def decoder_name(causal_lm: PreTrainedModel) -> str:
     return next((name for name, child in causal_lm.named_children() if isinstance(child, PreTrainedModel)), prefix)
 
 
-__all__ = ["adjust_logits", "check_head", "decoder_name", "head_name"]
+# Logits that are there at once, and those of them that are worked on at once, which stay in a processor's cache.
+_AT_ONCE = 1 << 26
+_IN_CACHE = 1 << 19
+
+
+def score_answers(
+    hidden_states: torch.Tensor, answers: torch.Tensor, head: nn.Module, text_config: PretrainedConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Score tokens, each by the hidden state before it.
+
+    Args:
+        hidden_states: shape (tokens, channels).
+        answers: ids of the tokens, of shape (tokens,).
+        head: the LM head.
+        text_config: says how logits are adjusted.
+
+    Returns:
+        Log-probabilities of the tokens, and without gradient the entropy of what was predicted, both in nats, and
+        whether a token is the most likely one; all of shape (tokens,), float32.
+    """
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return _FrozenHeadScores.apply(hidden_states, answers, head, text_config)
+    log_probs = adjust_logits(head(hidden_states), text_config).float().log_softmax(-1)
+    chosen = -F.nll_loss(log_probs, answers, reduction="none")
+    with torch.no_grad():
+        return chosen, -(log_probs.exp() * log_probs).sum(-1), (log_probs.argmax(-1) == answers).float()
+
+
+class _FrozenHeadScores(torch.autograd.Function):
+    """
+    `score_answers` for a head that does not train: the gradient is computed together with the scores, in the place of
+    the logits, so that these are never there as a whole, nor wait for the backward pass beside all activations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, answers: torch.Tensor, head: nn.Module, text_config: PretrainedConfig
+    ) -> tuple[torch.Tensor, ...]:
+        rows = max(1, _AT_ONCE // text_config.vocab_size)
+        # float16 would lose the small gradients of tokens that are almost certain; a power of two costs nothing.
+        ctx.scale = 1024.0 if hidden_states.dtype == torch.float16 else 1.0
+        scores, gradients = [], []
+        for states, ids in zip(hidden_states.detach().split(rows), answers.split(rows), strict=True):
+            with torch.enable_grad():
+                states.requires_grad_()
+                logits = head(states.view_as(states))  # what counts operations takes no leaf of an inner graph
+            gradient = logits.detach()  # shares its memory
+            scores.append(_score_in_place(gradient, ids, text_config, ctx.scale))
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(logits, states, gradient)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        log_probs, entropy, is_top1 = torch.cat(scores, dim=1)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream[:, None] / ctx.scale * gradient).to(gradient.dtype), None, None, None
+
+
+def _score_in_place(
+    logits: torch.Tensor, answers: torch.Tensor, text_config: PretrainedConfig, scale: float
+) -> torch.Tensor:
+    """Scores of shape (3, tokens); `logits` become the gradient of the log-probabilities, times `scale`."""
+    rows, scores = max(1, _IN_CACHE // logits.shape[-1]), []
+    for part, ids in zip(logits.split(rows), answers.split(rows), strict=True):
+        with torch.enable_grad():
+            given = part.detach().requires_grad_()
+            log_probs = adjust_logits(given, text_config).float().log_softmax(-1)
+            chosen = -F.nll_loss(log_probs, ids, reduction="none")
+            (gradient,) = torch.autograd.grad(chosen.sum() * scale, given)
+        log_probs = log_probs.detach()
+        entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+        scores.append(torch.stack([chosen.detach(), entropy, (log_probs.argmax(-1) == ids).float()]))
+        part.copy_(gradient)
+    return torch.cat(scores, dim=1)
+
+
+__all__ = ["adjust_logits", "check_head", "decoder_name", "head_name", "score_answers"]

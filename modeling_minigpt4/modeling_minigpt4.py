@@ -41,7 +41,7 @@ from .generation_minigpt4 import (
     compose_generation_config,
     penalize_replies_only,
 )
-from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name
+from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
 from .peft_minigpt4 import set_adapter_mode, trains_itself
 
 
@@ -83,6 +83,12 @@ class MiniGPT4CausalLMOutputWithPast(ModelOutput):
             Those of the language model, if asked for.
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
             Image tokens as the language model receives them, behind the projection.
+        log_probs (`torch.FloatTensor` of shape `(num_answers,)`, *optional*):
+            Log-probabilities of `answers`, if these are given.
+        entropy (`torch.FloatTensor` of shape `(num_answers,)`, *optional*):
+            Entropy of what was predicted in their places, in nats.
+        is_top1 (`torch.FloatTensor` of shape `(num_answers,)`, *optional*):
+            1 where an answer is the most likely token, 0 elsewhere.
     """
 
     loss: torch.Tensor | None = None
@@ -91,6 +97,9 @@ class MiniGPT4CausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
 
 
 class Float32Linear(nn.Linear):
@@ -609,7 +618,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         vision_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_positions: torch.Tensor | None = None,
+        answers: torch.Tensor | None = None,
+        answer_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -622,9 +632,11 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
                 Ids to learn, -100 where there is nothing to learn; shifted inside. Image placeholders count as -100.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(num_positions,)`, defaults to 0):
                 Score only that many last positions (0: all), or only these.
-            label_positions (`torch.LongTensor` of shape `(num_labels,)`, *optional*):
-                Places in the flattened `labels` that are learned, none of them first in its row. Only what comes right
-                before them is scored: `logits` have the shape `(1, num_labels, vocab_size)`.
+            answers (`torch.LongTensor` of shape `(num_answers,)`, *optional*):
+                Ids to learn, instead of `labels`. Nothing else is scored, and no logits are kept: the output has
+                `log_probs`, `entropy` and `is_top1` of the answers.
+            answer_positions (`torch.LongTensor` of shape `(num_answers,)`, *optional*):
+                Places in the flattened `input_ids` behind which the answers stand.
 
         The other arguments are those of [`MiniGPT4Model`].
         """
@@ -640,28 +652,20 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
-        if label_positions is not None and labels is not None:
+        if answers is not None and answer_positions is not None:
             flat = outputs.last_hidden_state.flatten(0, 1)
-            hidden_states = flat.index_select(0, label_positions.to(flat.device) - 1)[None]
-            kwargs["shift_labels"] = labels.flatten().index_select(0, label_positions)
-            return self._score(hidden_states, labels, outputs, kwargs)
+            before = flat.index_select(0, answer_positions.to(flat.device))
+            log_probs, entropy, is_top1 = score_answers(
+                before, answers.to(flat.device), self.lm_head, self.config.text_config
+            )
+            return MiniGPT4CausalLMOutputWithPast(log_probs=log_probs, entropy=entropy, is_top1=is_top1)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state if logits_to_keep is None else outputs.last_hidden_state[:, keep]
-        return self._score(hidden_states, labels, outputs, kwargs)
-
-    def _score(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor | None,
-        outputs: MiniGPT4ModelOutputWithPast,
-        options: dict[str, Any],
-    ) -> MiniGPT4CausalLMOutputWithPast:
-        """Logits of hidden states of shape (rows, positions, channels), and the loss if there are labels."""
         logits = adjust_logits(self.lm_head(hidden_states), self.config.text_config)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return MiniGPT4CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -49,9 +49,8 @@ def to_pixels(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         values: shape (pictures, 3, height, width), uint8.
         table: `image_processor.pixel_table()`, of shape (3, 256).
     """
-    channels = torch.arange(3, device=values.device)[:, None, None] * 256
-    pixels: torch.Tensor = table.to(values.device).flatten()[values.long() + channels]
-    return pixels
+    table = table.to(values.device)
+    return torch.stack([table[channel][values[:, channel].int()] for channel in range(3)], dim=1)
 
 
 class StageCollator(DataCollatorForVisionLanguageModeling):

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.convert", "turn the original's files into a folder that from_pretrained loads"),
     "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),
+    "benchmark": ("recipes_minigpt4.benchmark", "measure speed and memory beside transformers' BLIP-2"),
 }
 # What to do after an interruption.
 GO_ON = {

@@ -4,8 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, ProgressCallback, masking_utils
+from transformers import ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -22,6 +21,12 @@ from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.features import train_from_features
+from recipes_minigpt4.scoring import (
+    LastLayer,
+    looks_ahead,
+    rows_are_not_packed,
+    without_last_column,
+)
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
 from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback
 
@@ -59,65 +64,6 @@ def original_lr(
         return min(learning_rate, warmup_start_learning_rate + rise)
     fall = 0.5 * (1 + math.cos(math.pi * step / total_steps))
     return min_learning_rate + (learning_rate - min_learning_rate) * fall
-
-
-# ---- steps that never wait ------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def answer_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    Sums over answer tokens: how many are the most likely ones, their entropy in nats, and how many there are.
-
-    Args:
-        logits: shape (1, answer tokens, vocabulary).
-        labels: shape (answer tokens,).
-    """
-    scores = logits[0].float()
-    log_probs = scores.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum()
-    correct = (scores.argmax(-1) == labels.to(scores.device)).sum()
-    return torch.stack([correct.float(), entropy, torch.ones_like(entropy) * len(labels)])
-
-
-@contextmanager
-def rows_are_not_packed() -> Iterator[None]:
-    """
-    Keep transformers from asking the device, in every forward, whether rows hold several sequences; ours never do.
-
-    It looks at the positions for that, and waits for the answer (4.57 to 5.23, `masking_utils`).
-    """
-    name = "find_packed_sequence_indices"
-    asked = getattr(masking_utils, name, None)
-    if asked is None:
-        yield
-        return
-    setattr(masking_utils, name, lambda position_ids: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, asked)
-
-
-@torch.no_grad()
-def looks_ahead(language_model: PreTrainedModel) -> bool:
-    """
-    Whether a later token changes what a decoder makes of an earlier one, so that pads behind an answer matter.
-
-    It is tried out on four positions. Where that is not possible, as with weights that lie elsewhere, the answer is
-    yes.
-    """
-    embeddings = language_model.get_input_embeddings().weight
-    try:
-        generator = torch.Generator().manual_seed(0)
-        one = torch.randn(1, 4, embeddings.shape[-1], generator=generator).to(embeddings.device, embeddings.dtype)
-        other = torch.cat([one[:, :-1], -one[:, -1:]], dim=1)
-        first, second = (
-            language_model(inputs_embeds=rows, use_cache=False).last_hidden_state[:, :-1] for rows in (one, other)
-        )
-        return not torch.allclose(first, second, rtol=1e-2, atol=1e-3)
-    except Exception:  # sharded, offloaded or on the meta device
-        return True
 
 
 # ---- trainer --------------------------------------------------------------------------------------------------------
@@ -158,12 +104,12 @@ class MiniGPT4Trainer(SFTTrainer):
         enough = ENOUGH if isinstance(self.train_dataset, IterableDataset) else min(ENOUGH, len(self.train_dataset))
         self.samples = SampleCounts(max_bad_share, enough)
         self._tokens = 0  # since the last log, of this process
-        self._answers: torch.Tensor | None = None  # as `answer_metrics`, summed since the last log
+        self._answers: torch.Tensor | None = None  # correct ones, their entropy and number since the last log
         if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
             self.data_collator = StageCollator.like(self.data_collator)
             self._pixel_table = torch.from_numpy(self.processing_class.image_processor.pixel_table())
-        # Answers look back only, so what they need no mask for is pads behind them.
-        self._needs_mask = looks_ahead(self.model.language_model)
+        self._looks_ahead = looks_ahead(self.model.language_model)
+        self._last_layer = LastLayer(self.model.language_model)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ImagesProgressCallback)
         if self.args.panel_steps:  # before numbers of features take the place of pictures
@@ -210,20 +156,32 @@ class MiniGPT4Trainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss and metrics of a plain training step, without what waits for the device or scores prompts."""
+        """TRL's loss and metrics of a plain training step, without what nobody reads or the device is waited for."""
         if return_outputs or not self._is_plain(inputs):
             inputs.pop("label_positions", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "use_cache": False}
-        if not self._needs_mask:
-            inputs.pop("attention_mask")
-        if num_items_in_batch is not None:  # none at all if every sample of the batch was skipped
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        with rows_are_not_packed():
-            # That of transformers; TRL's own asks the device for its metrics in every step.
-            loss, outputs = super(SFTTrainer, self).compute_loss(model, inputs, True, num_items_in_batch)
-        metrics = answer_metrics(outputs.logits, inputs["labels"].flatten().index_select(0, inputs["label_positions"]))
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        answers = labels.flatten().index_select(0, inputs["label_positions"])
+        before = inputs["label_positions"] - 1
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "label_positions")}
+        if not self._looks_ahead:  # pads are behind answers, and a row's last token tells nobody anything
+            del inputs["attention_mask"]
+            inputs["input_ids"] = ids[:, :-1]
+            before = without_last_column(before, ids.shape[1])
+            inputs["image_positions"] = without_last_column(inputs["image_positions"], ids.shape[1])
+        with rows_are_not_packed(), self._last_layer.only_at(None if self._looks_ahead else before):
+            outputs = model(**inputs, answers=answers, answer_positions=before, use_cache=False)
+        count = torch.full((), len(answers), device=outputs.entropy.device)
+        metrics = torch.stack([outputs.is_top1.sum(), outputs.entropy.sum(), count])
         self._answers = metrics if self._answers is None else self._answers + metrics
+        loss = -outputs.log_probs.sum()
+        if num_items_in_batch is None:
+            return loss / max(len(answers), 1)
+        # None at all if every sample of the batch was skipped. It counts the tokens of all processes, whose gradients
+        # are averaged.
+        loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
 
     def _is_plain(self, inputs: Mapping[str, Any]) -> bool:
@@ -240,7 +198,8 @@ class MiniGPT4Trainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         images = inputs.get("pixel_values", inputs.get("vision_features"))
         self._images += 0 if images is None else len(images)
-        return super().training_step(model, inputs, *args, **kwargs)
+        with self._last_layer.held():
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def leave_out(self, seconds: float) -> None:
         """Do not count time that was no training in images per second."""

@@ -10,11 +10,13 @@ import torch
 from damaged import jpeg
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel
 from trl import SFTTrainer
 
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import Rows, stage1_rows, stage2_rows
-from recipes_minigpt4.trainer import MiniGPT4Trainer, looks_ahead
+from recipes_minigpt4.scoring import LastLayer, looks_ahead
+from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments
 
 
@@ -112,12 +114,17 @@ def test_a_step_on_a_gpu_never_waits(stage: int, trainer_of: Callable) -> None:
 # ---- the same as TRL's ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_loss_gradient_and_metrics_are_those_of_trl(stage: int, attention: str, trainer_of: Callable) -> None:
+def test_loss_gradient_and_metrics_are_those_of_trl(
+    stage: int, attention: str, checkpointing: bool, trainer_of: Callable
+) -> None:
     """TRL scores every position of padded rows behind a mask; the step scores answers alone and has no mask."""
-    trainer = trainer_of(stage)
+    trainer = trainer_of(stage, gradient_checkpointing=checkpointing)
     trainer.model.set_attn_implementation(attention)
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable()
     batch = trainer._prepare_inputs(batch_of(trainer))
     tokens = (batch["labels"][:, 1:] != -100).sum()
     found = []
@@ -125,9 +132,10 @@ def test_loss_gradient_and_metrics_are_those_of_trl(stage: int, attention: str, 
         inputs = dict(batch)
         if found:
             del inputs["label_positions"]
-        loss = compute(trainer.model, inputs, num_items_in_batch=tokens)
         trainer.model.zero_grad()
-        loss.backward()
+        with trainer._last_layer.held():  # as a training step does
+            loss = compute(trainer.model, inputs, num_items_in_batch=tokens)
+            loss.backward()
         trainer._log_answers()
         metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
         trainer._metrics["train"].clear()
@@ -175,12 +183,42 @@ def test_other_losses_are_left_to_trl(settings: dict, trainer_of: Callable, monk
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_only_answers_reach_the_head(stage: int, trainer_of: Callable) -> None:
-    trainer, shapes = trainer_of(stage), []
-    trainer.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+def test_only_answers_reach_the_head_and_the_end_of_the_last_layer(stage: int, trainer_of: Callable) -> None:
+    trainer, shapes = trainer_of(stage), {}
+    last = trainer.model.language_model.layers[-1]
+    parts = {"layer": last.input_layernorm, "keys": last.self_attn.k_proj, "queries": last.self_attn.q_proj,
+             "output": last.self_attn.o_proj, "mlp": last.mlp.gate_proj, "head": trainer.model.lm_head}  # fmt: skip
+    for name, part in parts.items():
+        part.register_forward_pre_hook(
+            lambda module, args, name=name: shapes.setdefault(name, args[0].shape[:-1].numel()) and None
+        )
     batch = batch_of(trainer)
     step(trainer, batch)
-    assert shapes == [(1, int((batch["labels"] != -100).sum()), 24)]
+    rows, length = batch["input_ids"].shape
+    answers, every = int((batch["labels"] != -100).sum()), rows * (length - 1)
+    assert shapes == {"layer": every, "keys": every} | dict.fromkeys(["queries", "output", "mlp", "head"], answers)
+
+
+DECODERS = {
+    "llama": {}, "qwen3": {"head_dim": 8}, "gemma2": {"head_dim": 8}, "phi": {}, "opt": {"ffn_dim": 32},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2}, "falcon": {}, "gpt_neox": {}, "mixtral": {}, "bloom": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_is_scored_is_the_same_for_every_decoder(name: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+             "intermediate_size": 32, "vocab_size": 50, "pad_token_id": 0}  # fmt: skip
+    decoder = AutoModel.from_config(AutoConfig.for_model(name, **{**sizes, **DECODERS[name]})).eval()
+    ids, positions = torch.randint(1, 50, (3, 7)), torch.tensor([4, 5, 11, 13, 20])
+    whole = decoder(input_ids=ids).last_hidden_state.flatten(0, 1)
+    part = LastLayer(decoder)
+    with part.only_at(positions):
+        scored = decoder(input_ids=ids).last_hidden_state.flatten(0, 1)
+    assert torch.allclose(scored[positions], whole[positions], rtol=1e-5, atol=1e-6)
+    assert torch.equal(scored, whole) == (not part.parts)
+    assert torch.equal(decoder(input_ids=ids).last_hidden_state.flatten(0, 1), whole)  # all is as it was
 
 
 def test_the_frozen_vision_side_has_no_graph(trainer_of: Callable) -> None:
@@ -225,7 +263,7 @@ class Mean(nn.Module):
 def test_a_decoder_that_looks_ahead_keeps_its_mask(trainer_of: Callable) -> None:
     trainer, masks = trainer_of(), []
     decoder = trainer.model.language_model
-    assert not looks_ahead(decoder) and not trainer._needs_mask
+    assert not looks_ahead(decoder) and not trainer._looks_ahead
     assert looks_ahead(Mean())
     assert looks_ahead(Mean().to("meta"))  # which cannot be tried
     decoder.register_forward_pre_hook(
@@ -233,7 +271,7 @@ def test_a_decoder_that_looks_ahead_keeps_its_mask(trainer_of: Callable) -> None
     )
     batch = batch_of(trainer)
     step(trainer, batch)
-    trainer._needs_mask = True
+    trainer._looks_ahead = True
     step(trainer, batch)
     assert masks[0] is None and torch.equal(masks[1], batch["attention_mask"])
 

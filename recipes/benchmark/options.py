@@ -1,0 +1,33 @@
+"""What the command line of every kind of benchmark takes."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from recipes_minigpt4 import RecipeError
+from recipes_minigpt4.benchmark.models import SIZES
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what every kind takes."""
+    parser.add_argument("--size", choices=list(SIZES), default="mid", help="of the models; default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="of torch; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights; default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="gets the report as JSON")
+
+
+def check_output(path: Path | None) -> None:
+    """Raise a `RecipeError` if a report cannot be written there; better before the minutes than after."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise RecipeError(f"{path} cannot be written; name a file in a folder that exists with --output.")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as `argparse` reads it."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
