@@ -42,6 +42,7 @@ from .generation_minigpt4 import (
     penalize_replies_only,
 )
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
+from .last_layer_minigpt4 import LastLayer
 from .peft_minigpt4 import set_adapter_mode, trains_itself
 
 
@@ -135,6 +136,15 @@ def build_projection(config: MiniGPT4Config) -> nn.Module:
     for _ in range(config.projector_num_layers - 1):
         layers += [ACT2FN[config.projector_hidden_act], Float32Linear(out_features, out_features)]
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def _last_positions(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """The last so many places of every row, as places in the flattened rows; None if that is all of them."""
+    if rows is None or not 0 < count < rows.shape[1]:
+        return None
+    number, length = rows.shape[:2]
+    starts = torch.arange(number, device=rows.device)[:, None] * length
+    return (starts + torch.arange(length - count, length, device=rows.device)).flatten()
 
 
 def _mismatch(places: int, tokens: int, image_token_id: int) -> str:
@@ -567,6 +577,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         source = next(name for name, module in self.named_modules() if module is embeddings) + ".weight"
         self._tied_weights_keys: Any = ["lm_head.weight"] if IS_TRANSFORMERS_4 else {"lm_head.weight": source}
         self.register_forward_pre_hook(mask_image_labels, with_kwargs=True)
+        self.last_layer = LastLayer(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -640,18 +651,25 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
 
         The other arguments are those of [`MiniGPT4Model`].
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_features=vision_features,
-            image_positions=image_positions,
-            use_cache=use_cache,
-            **{**kwargs, "return_dict": True},
-        )
+        rows = input_ids if inputs_embeds is None else inputs_embeds
+        read = answer_positions if labels is None else None
+        if labels is None and answers is None and isinstance(logits_to_keep, int) and not torch.is_grad_enabled():
+            read = _last_positions(rows, logits_to_keep)
+        if self._tells_more(kwargs):  # than what is scored
+            read = None
+        with self.last_layer.only_at(read):
+            outputs = self.model(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                vision_features=vision_features,
+                image_positions=image_positions,
+                use_cache=use_cache,
+                **{**kwargs, "return_dict": True},
+            )
         if answers is not None and answer_positions is not None:
             flat = outputs.last_hidden_state.flatten(0, 1)
             before = flat.index_select(0, answer_positions.to(flat.device))
@@ -674,6 +692,11 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _tells_more(self, options: dict[str, Any]) -> bool:
+        """Whether hidden states or attentions of all positions are asked for."""
+        names = ("output_hidden_states", "output_attentions")
+        return any(options.get(name) or getattr(self.config, name) for name in names)
 
     # ---- generation -----------------------------------------------------------------------------------------------
 

@@ -21,12 +21,7 @@ from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.features import train_from_features
-from recipes_minigpt4.scoring import (
-    LastLayer,
-    looks_ahead,
-    rows_are_not_packed,
-    without_last_column,
-)
+from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
 from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback
 
@@ -109,7 +104,6 @@ class MiniGPT4Trainer(SFTTrainer):
             self.data_collator = StageCollator.like(self.data_collator)
             self._pixel_table = torch.from_numpy(self.processing_class.image_processor.pixel_table())
         self._looks_ahead = looks_ahead(self.model.language_model)
-        self._last_layer = LastLayer(self.model.language_model)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ImagesProgressCallback)
         if self.args.panel_steps:  # before numbers of features take the place of pictures
@@ -169,7 +163,7 @@ class MiniGPT4Trainer(SFTTrainer):
             inputs["input_ids"] = ids[:, :-1]
             before = without_last_column(before, ids.shape[1])
             inputs["image_positions"] = without_last_column(inputs["image_positions"], ids.shape[1])
-        with rows_are_not_packed(), self._last_layer.only_at(None if self._looks_ahead else before):
+        with rows_are_not_packed():
             outputs = model(**inputs, answers=answers, answer_positions=before, use_cache=False)
         count = torch.full((), len(answers), device=outputs.entropy.device)
         metrics = torch.stack([outputs.is_top1.sum(), outputs.entropy.sum(), count])
@@ -198,7 +192,7 @@ class MiniGPT4Trainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         images = inputs.get("pixel_values", inputs.get("vision_features"))
         self._images += 0 if images is None else len(images)
-        with self._last_layer.held():
+        with self.model.last_layer.held():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def leave_out(self, seconds: float) -> None:

@@ -2,10 +2,12 @@
 
     python -m recipes_minigpt4.benchmark.memory JSON
 
-Memory is the kernel's count of resident pages (VmHWM), on a GPU the most that torch had allocated there.
+Memory is the kernel's count of resident pages (VmHWM), on a GPU the most that torch had allocated there. glibc keeps
+freed blocks for later, by chance more or less of them; here it gives those of 1 MiB and more back at once.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,7 +53,8 @@ def measure_sides(workload: Workload, peer_batches: Sequence[Batch], threads: in
 
 def _in_new_process(task: dict[str, object]) -> dict[str, int]:
     command = [sys.executable, "-m", "recipes_minigpt4.benchmark.memory", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["nothing was said, so perhaps the memory did not suffice"])[-1]
         raise RecipeError(

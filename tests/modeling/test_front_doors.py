@@ -32,6 +32,7 @@ MODEL_CODE = {
     "backbones.py",
     "generation_minigpt4.py",
     "heads_minigpt4.py",
+    "last_layer_minigpt4.py",
     "peft_minigpt4.py",
 }
 NEW_TOKENS = 6
