@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import PIL.Image
 from datasets import Dataset, Image, IterableDataset
@@ -180,7 +180,7 @@ def truncate(text: str, tokenizer: Any, max_tokens: int | None) -> str:
     return shorter if ids_of(shorter) == ids[:max_tokens] else f"{text}{LENGTH_MARK}{max_tokens}"
 
 
-Pairs = Dataset | IterableDataset
+Pairs: TypeAlias = Dataset | IterableDataset
 
 
 def stage1_rows(pairs: Pairs, processor: Any, args: DataArguments) -> Pairs:

@@ -46,7 +46,7 @@ class BadSampleError(Exception):
         return {"cause": self.cause, "name": f"{name} ({self.detail})" if self.detail else name}
 
 
-def picture_error(error: Exception, content: bytes | None) -> BadSampleError:
+def picture_error(error: BaseException, content: bytes | None) -> BadSampleError:
     """
     Tell why a picture cannot be decoded.
 

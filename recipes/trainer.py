@@ -100,8 +100,9 @@ class MiniGPT4Trainer(SFTTrainer):
         self.samples = SampleCounts(max_bad_share, enough)
         self._tokens = 0  # since the last log, of this process
         self._answers: torch.Tensor | None = None  # correct ones, their entropy and number since the last log
-        if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
-            self.data_collator = StageCollator.like(self.data_collator)
+        collator = self.data_collator  # type: ignore[has-type]
+        if type(collator) is DataCollatorForVisionLanguageModeling:
+            self.data_collator = StageCollator.like(collator)
             self._pixel_table = torch.from_numpy(self.processing_class.image_processor.pixel_table())
         self._looks_ahead = looks_ahead(self.model.language_model)
         if self.pop_callback(ProgressCallback):

@@ -144,7 +144,7 @@ class StageArguments(SFTConfig):
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
             self.fp16 = gpu and not self.bf16
-        if self.accelerator_config is None:
+        if self.accelerator_config is None:  # type: ignore[has-type]
             self.accelerator_config = {"non_blocking": True}  # batches lie in pinned memory
         if self.panel_steps is not None and self.panel_steps < 1:
             raise RecipeError(f"panel_steps is a number of steps from 1 on, not {self.panel_steps}.")

@@ -2,6 +2,7 @@
 
     minigpt4 benchmark train
     minigpt4 benchmark generate --output generate.json
+    minigpt4 benchmark data
 
 Every side has the same weights and the same rows, and is asked for the same result before it is timed. Sides take
 turns, so that a busy minute of the machine hits all of them; what is told are medians over the rounds.
@@ -18,10 +19,11 @@ from recipes_minigpt4.benchmark.report import format_report, write_report
 
 
 # Kind → the module that measures it, and a line of help. A module has `add_arguments(parser)`, which adds what only it
-# takes, and `run(args)`, which returns the report.
+# takes, `run(args)`, which returns the report, and `WITH_MODELS = False` if it has no models.
 KINDS = {
     "train": ("recipes_minigpt4.benchmark.training", "a training step: from pixels, and from cached features"),
     "generate": ("recipes_minigpt4.benchmark.generation", "writing replies"),
+    "data": ("recipes_minigpt4.benchmark.data", "reading tar files, beside Pillow alone"),
 }
 
 
@@ -50,7 +52,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     name, text = KINDS[kind]
     module = importlib.import_module(name)
     parser = CommandParser(prog=f"minigpt4 benchmark {kind}", description=f"Measures {text}.")
-    add_common(parser)
+    add_common(parser, with_models=getattr(module, "WITH_MODELS", True))
     module.add_arguments(parser)
     args = parser.parse_args(arguments[1:])
     check_output(args.output)

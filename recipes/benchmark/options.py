@@ -9,14 +9,18 @@ from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.models import SIZES
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add what every kind takes."""
-    parser.add_argument("--size", choices=list(SIZES), default="mid", help="of the models; default: %(default)s")
+def add_common(parser: argparse.ArgumentParser, with_models: bool) -> None:
+    """Add what every kind takes, or every kind with models."""
+    if with_models:
+        threads = torch.get_num_threads()
+        parser.add_argument("--size", choices=list(SIZES), default="mid", help="of the models; default: %(default)s")
+        parser.add_argument(
+            "--threads", type=positive, default=threads, metavar="N", help="of torch; default: %(default)s"
+        )
     parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="of torch; default: %(default)s"
+        "--seed", type=int, default=0, metavar="N", help="of weights and pictures; default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights; default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="FILE", help="gets the report as JSON")
 
 

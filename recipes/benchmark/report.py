@@ -44,7 +44,7 @@ class Bar(NamedTuple):
     A number that the package sets itself.
 
     Args:
-        name: what is measured, in times of the peer's.
+        name: what is measured, in times of the reference's.
         place: keys that lead to the number in a report.
         relation: `">="` or `"<="`.
         bound: what the number is held against.
@@ -103,14 +103,15 @@ def describe_shapes(size: Size) -> dict[str, str]:
 
 def format_report(report: Mapping[str, Any]) -> str:
     """The report as text: surroundings, a column for every side, ratios, and bars if there are any."""
+    size = f"size {report['size']}, " if "size" in report else ""
     parts = [
-        f"minigpt4 benchmark {report['benchmark']}, size {report['size']}, medians of {report['rounds']} rounds",
+        f"minigpt4 benchmark {report['benchmark']}, {size}medians of {report['rounds']} rounds",
         _format_surroundings(report),
         _format_sides(report["sides"]),
         _format_ratios(report),
     ]
     if report["bars"]:
-        parts.append(_format_bars(report["bars"]))
+        parts.append(_format_bars(report))
     return "\n\n".join(parts)
 
 
@@ -122,7 +123,7 @@ def _format_surroundings(report: Mapping[str, Any]) -> str:
         "threads": f"{machine['threads']} of torch",
         "versions": versions,
         **{name.replace("_", " "): text for name, text in shapes.items()},
-        **{name: LEGEND[name] for name in report["sides"]},
+        **{name: {**LEGEND, **report.get("legend", {})}[name] for name in report["sides"]},
     }
     if "gpu" in machine:
         lines["gpu"] = machine["gpu"]
@@ -144,13 +145,13 @@ def _format_sides(sides: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _format_ratios(report: Mapping[str, Any]) -> str:
-    lines = []
+    lines, reference = [], report.get("reference", "peer")
     for name, ratio in report["ratios"].items():
         spread = f"({ratio['min']:.3f}–{ratio['max']:.3f} over the rounds)"
-        lines.append(f"  {name} against peer: {ratio['median']:.3f} times as fast {spread}")
+        lines.append(f"  {name} against {reference}: {ratio['median']:.3f} times as fast {spread}")
     for name, ratio in report.get("memory_ratios", {}).items():
         lines.append(
-            f"  {name} against peer: {ratio['above_start']:.3f} times the peak memory above start, "
+            f"  {name} against {reference}: {ratio['above_start']:.3f} times the peak memory above start, "
             f"{ratio['process']:.3f} times that of the whole process"
         )
     if "memory_ratios" in report:
@@ -158,10 +159,10 @@ def _format_ratios(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_bars(bars: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["  Bars for two CPU cores, in times of the peer:"]
+def _format_bars(report: Mapping[str, Any]) -> str:
+    lines = [f"  Bars for two CPU cores, in times of {report.get('reference', 'peer')}:"]
     signs = {">=": "≥", "<=": "≤"}
-    for bar in bars:
+    for bar in report["bars"]:
         verdict = "met" if bar["met"] else "missed"
         lines.append(f"    {bar['name']:<34}{bar['value']:.3f}  {signs[bar['relation']]} {bar['bound']:<6g}{verdict}")
     return "\n".join(lines)

@@ -11,11 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from recipes_minigpt4 import RecipeError, benchmark, cli
-from recipes_minigpt4.benchmark import generation, memory, training
+from recipes_minigpt4.benchmark import data, generation, memory, training
 from recipes_minigpt4.benchmark.measure import compare, count_flops, take_turns
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_peer, peer_inputs, peer_name
 from recipes_minigpt4.benchmark.report import Bar, format_report, judge
 from recipes_minigpt4.benchmark.sides import Workload
+from recipes_minigpt4.data import DataArguments, open_source
 
 
 SIDES = ("peer", "ours", "cached")
@@ -200,3 +201,28 @@ def test_mistakes_are_told_in_one_sentence(arguments, told: str, capsys: pytest.
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("minigpt4 benchmark: ") and last.endswith(".")
     assert told in last
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_data_is_measured_beside_pillow(tmp_path, capsys) -> None:
+    path = tmp_path / "data.json"
+    arguments = ["data", "--rounds", "1", "--pictures", "16", "--batch-size", "4", "--output", str(path)]
+    assert cli.main(["benchmark", *arguments]) == 0
+    printed, report = capsys.readouterr().out, json.loads(path.read_text())
+    assert set(report["sides"]) == {"pillow", "ours"} and report["machine"]["threads"] == 1
+    rates = {name: side["images_per_second"] for name, side in report["sides"].items()}
+    assert all(rate > 0 for rate in rates.values())
+    assert report["ratios"]["ours"]["median"] == pytest.approx(rates["ours"] / rates["pillow"])
+    assert f"ours against pillow: {report['ratios']['ours']['median']:.3f}" in printed
+    assert "16 JPEG of 512 × 384" in printed and not report["bars"]  # which are for another number
+
+
+def test_the_pictures_of_the_data_benchmark_are_those_that_stage_1_reads(tmp_path) -> None:
+    pictures = data.build_pictures(3, seed=0)
+    assert pictures == data.build_pictures(3, seed=0) != data.build_pictures(3, seed=1)
+    data.write_tars(tmp_path, pictures, 5)
+    pairs = list(open_source(str(tmp_path), DataArguments(dataset_name=str(tmp_path)), stage=1))
+    assert [pair["image"]["bytes"] for pair in pairs] == [pictures[number % 3] for number in range(5)]
+    assert all(f"number {number}" in pair["text"] for number, pair in enumerate(pairs))
