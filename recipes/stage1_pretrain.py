@@ -7,7 +7,7 @@ The embedded world, on a laptop:
 The original's run, on 4 GPUs, with any field of the YAML file overridden:
 
     accelerate launch --num_processes 4 -m recipes_minigpt4.stage1_pretrain \\
-        --config stage1_vicuna_7b --dataset_name my-captions.jsonl --output_dir runs/stage1
+        --config stage1_vicuna_7b --dataset_name "laion/*.tar" "cc_sbu/*.tar" --output_dir runs/stage1
 
 A row is `[BOS][image][caption][line break]`; only caption and line break carry loss.
 """

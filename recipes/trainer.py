@@ -23,7 +23,7 @@ from recipes_minigpt4.card import render_card
 from recipes_minigpt4.features import train_from_features
 from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
-from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback
+from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback, undisturbed
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
@@ -103,8 +103,9 @@ class MiniGPT4Trainer(SFTTrainer):
         collator = self.data_collator  # type: ignore[has-type]
         if type(collator) is DataCollatorForVisionLanguageModeling:
             self.data_collator = StageCollator.like(collator)
-            self._pixel_table = torch.from_numpy(self.processing_class.image_processor.pixel_table())
-        self._looks_ahead = looks_ahead(self.model.language_model)
+            self._pixel_table = torch.from_numpy(collator.processor.image_processor.pixel_table())
+        with undisturbed(self.model):
+            self._looks_ahead = looks_ahead(self.model.language_model)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ImagesProgressCallback)
         if self.args.panel_steps:  # before numbers of features take the place of pictures

@@ -140,12 +140,12 @@ class StageArguments(SFTConfig):
     language: str = field(default="en", metadata={"help": "Language of the training text, for the model card."})
 
     def __post_init__(self) -> None:
+        gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
-            gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
             self.fp16 = gpu and not self.bf16
-        if self.accelerator_config is None:  # type: ignore[has-type]
-            self.accelerator_config = {"non_blocking": True}  # batches lie in pinned memory
+        if gpu and self.dataloader_pin_memory and self.accelerator_config is None:  # type: ignore[has-type]
+            self.accelerator_config = {"non_blocking": True}  # the copy need not be waited for
         if self.panel_steps is not None and self.panel_steps < 1:
             raise RecipeError(f"panel_steps is a number of steps from 1 on, not {self.panel_steps}.")
         if self.panel_images and self.panel_steps is None:
