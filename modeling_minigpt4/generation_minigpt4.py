@@ -4,10 +4,56 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from .configuration_minigpt4 import MiniGPT4Config
+
+
+class GrowingLayer(DynamicLayer):
+    """
+    The cache layer of transformers with room for tokens to come: it does not copy all keys and values for every token.
+
+    `keys` and `values` are views of the room. Whoever replaces them, as beam search does, is followed.
+    """
+
+    SHARE = 4  # a new room is larger than what it has to hold by this part of it, at least by
+    LEAST = 64
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states of shape (rows, heads, tokens, channels); returns all that there are."""
+        if not self.is_initialized or torch.is_grad_enabled():
+            self._rooms: list[torch.Tensor | None] = [None, None]
+            found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return found
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, place: int, kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        length, needed = kept.shape[-2], kept.shape[-2] + added.shape[-2]
+        room = self._rooms[place]
+        # `kept` is what was given back last, perhaps cut at its end, or something else.
+        same = room is not None and (kept.data_ptr(), kept.stride()) == (room.data_ptr(), room.stride())
+        if room is None or not same or kept.shape[0] != room.shape[0] or room.shape[-2] < needed:
+            spare = max(needed // self.SHARE, self.LEAST)
+            room = kept.new_empty(*kept.shape[:-2], needed + spare, kept.shape[-1])
+            room[..., :length, :] = kept
+            self._rooms[place] = room
+        room[..., length:needed, :] = added
+        return room[..., :needed, :]
+
+
+def with_growing_layers(cache: Any) -> None:
+    """Let the plain layers of a cache of transformers grow in place; others (sliding, static, offloaded) stay."""
+    if type(cache) is not DynamicCache:
+        return
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:  # layers that come with the first token
+        cache.layer_class_to_replicate = GrowingLayer
 
 
 class SeparatorCriteria(StoppingCriteria):

@@ -40,6 +40,7 @@ from .generation_minigpt4 import (
     WordProcessors,
     compose_generation_config,
     penalize_replies_only,
+    with_growing_layers,
 )
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
 from .last_layer_minigpt4 import LastLayer
@@ -699,6 +700,16 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         return any(options.get(name) or getattr(self.config, name) for name in names)
 
     # ---- generation -----------------------------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Let a cache that generation makes for itself grow in place."""
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None:
+            with_growing_layers(model_kwargs.get("past_key_values"))
+        return result
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         """Add the template's separator, which the checkpoint's generation config spells in token ids."""

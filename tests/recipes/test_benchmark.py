@@ -135,7 +135,7 @@ def test_both_models_have_the_same_tensors(name: str) -> None:
 def test_sides_take_turns() -> None:
     order = []
     times = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2)
-    assert order == ["a", "b", "a", "b"]
+    assert order == ["a", "b", "b", "a"]
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
     assert compare([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from damaged import CAPTIONS, PICTURES, jpeg, sample, write_tar
+from datasets import Dataset, Features, Image, Value
 from hub_stub import serve_dataset
 from torch.utils.data import DataLoader
 
@@ -167,6 +169,26 @@ def test_data_on_disk_can_be_streamed(pairs_file: Path) -> None:
     args = DataArguments(dataset_name=str(pairs_file), streaming=True, shuffle_buffer=1)
     texts = [pair["text"] for pair in itertools.islice(load_pairs(args, stage=1), 16)]
     assert len(set(texts)) == 8
+
+
+@pytest.mark.parametrize("layout", ["pictures with metadata", "parquet with bytes"])
+def test_datasets_that_are_streamed_are_never_decoded_ahead(layout: str, tmp_path: Path, compose: Callable) -> None:
+    contents = [jpeg(0), jpeg(1)[:-60], jpeg(2)]
+    if layout == "parquet with bytes":
+        rows = [{"picture": {"bytes": data, "path": None}, "words": f"number {n}"} for n, data in enumerate(contents)]
+        features = Features({"picture": Image(), "words": Value("string")})
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+        columns = {"image_column": "picture", "text_column": "words"}
+    else:
+        lines = [{"file_name": f"{n}.jpg", "caption": f"number {n}"} for n in range(3)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        for number, content in enumerate(contents):
+            (tmp_path / f"{number}.jpg").write_bytes(content)
+        columns = {}
+    args = DataArguments(dataset_name=str(tmp_path), streaming=True, shuffle_buffer=1, **columns)
+    rows = list(itertools.islice(stage1_rows(load_pairs(args, stage=1), compose()[1], args), 3))
+    assert [row["skipped"] and row["skipped"]["cause"] for row in rows] == [None, skipped.TRUNCATED, None]
+    assert [row["completion"] for row in rows if not row["skipped"]] == ["number 0\n", "number 2\n"]
 
 
 def test_num_samples_takes_the_first_of_every_source(tars: Path) -> None:
