@@ -33,12 +33,28 @@ class GrowingLayer(DynamicLayer):
         self.values = self._append(1, self.values, value_states)
         return self.keys, self.values
 
+    # What comes out of these has no room, and the old one would only take memory.
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().reorder_cache(*args, **kwargs)
+        self._rooms = [None, None]
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
+        super().batch_repeat_interleave(*args, **kwargs)
+        self._rooms = [None, None]
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
+        super().batch_select_indices(*args, **kwargs)
+        self._rooms = [None, None]
+
     def _append(self, place: int, kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         length, needed = kept.shape[-2], kept.shape[-2] + added.shape[-2]
         room = self._rooms[place]
         # `kept` is what was given back last, perhaps cut at its end, or something else.
         same = room is not None and (kept.data_ptr(), kept.stride()) == (room.data_ptr(), room.stride())
-        if room is None or not same or kept.shape[0] != room.shape[0] or room.shape[-2] < needed:
+        # A room of inference mode cannot be written to outside of it.
+        closed = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
+        if room is None or closed or not same or kept.shape[0] != room.shape[0] or room.shape[-2] < needed:
             spare = max(needed // self.SHARE, self.LEAST)
             room = kept.new_empty(*kept.shape[:-2], needed + spare, kept.shape[-1])
             room[..., :length, :] = kept
@@ -49,7 +65,7 @@ class GrowingLayer(DynamicLayer):
 
 def with_growing_layers(cache: Any) -> None:
     """Let the plain layers of a cache of transformers grow in place; others (sliding, static, offloaded) stay."""
-    if type(cache) is not DynamicCache:
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if cache.layer_class_to_replicate is DynamicLayer:  # layers that come with the first token

@@ -93,6 +93,7 @@ def score_answers(
     if not any(parameter.requires_grad for parameter in head.parameters()):
         return _FrozenHeadScores.apply(hidden_states, answers, head, text_config)
     log_probs = adjust_logits(head(hidden_states), text_config).float().log_softmax(-1)
+    answers = answers.to(log_probs.device)
     chosen = -F.nll_loss(log_probs, answers, reduction="none")
     with torch.no_grad():
         return chosen, -(log_probs.exp() * log_probs).sum(-1), (log_probs.argmax(-1) == answers).float()
@@ -109,15 +110,16 @@ class _FrozenHeadScores(torch.autograd.Function):
         ctx: Any, hidden_states: torch.Tensor, answers: torch.Tensor, head: nn.Module, text_config: PretrainedConfig
     ) -> tuple[torch.Tensor, ...]:
         rows = max(1, _AT_ONCE // text_config.vocab_size)
-        # float16 would lose the small gradients of tokens that are almost certain; a power of two costs nothing.
-        ctx.scale = 1024.0 if hidden_states.dtype == torch.float16 else 1.0
+        ctx.scale = 1.0
         scores, gradients = [], []
         for states, ids in zip(hidden_states.detach().split(rows), answers.split(rows), strict=True):
             with torch.enable_grad():
                 states.requires_grad_()
                 logits = head(states.view_as(states))  # what counts operations takes no leaf of an inner graph
+            if logits.dtype == torch.float16:  # which would lose the gradients of tokens that are almost certain
+                ctx.scale = 1024.0  # a power of two costs no digit
             gradient = logits.detach()  # shares its memory
-            scores.append(_score_in_place(gradient, ids, text_config, ctx.scale))
+            scores.append(_score_in_place(gradient, ids.to(gradient.device), text_config, ctx.scale))
             if ctx.needs_input_grad[0]:
                 gradients += torch.autograd.grad(logits, states, gradient)
         if gradients:
@@ -129,7 +131,8 @@ class _FrozenHeadScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (upstream[:, None] / ctx.scale * gradient).to(gradient.dtype), None, None, None
+        upstream = upstream.to(gradient.device)[:, None] / ctx.scale
+        return (upstream * gradient).to(gradient.dtype), None, None, None
 
 
 def _score_in_place(

@@ -652,8 +652,10 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
 
         The other arguments are those of [`MiniGPT4Model`].
         """
+        if (answers is None) != (answer_positions is None) or (answers is not None and labels is not None):
+            raise ValueError("Give `answers` and `answer_positions` together, and without `labels`.")
         rows = input_ids if inputs_embeds is None else inputs_embeds
-        read = answer_positions if labels is None else None
+        read = answer_positions
         if labels is None and answers is None and isinstance(logits_to_keep, int) and not torch.is_grad_enabled():
             read = _last_positions(rows, logits_to_keep)
         if self._tells_more(kwargs):  # than what is scored

@@ -60,7 +60,8 @@ class StageCollator(DataCollatorForVisionLanguageModeling):
     A batch is TRL's, with
 
     - `image_positions` of shape (image tokens,), places of image tokens in the flattened `input_ids`;
-    - `label_positions` of shape (answer tokens,), places of what carries loss in the flattened `labels`;
+    - `label_positions` of shape (answer tokens,), places of what carries loss in the flattened `labels`, unless a row
+      ends in a picture;
     - `sample_counts`: samples `drawn` for the batch, records of those that are `skipped`, and real `tokens`.
 
     A batch of which every row is skipped keeps one blank row without loss, so that all processes go on in step.
@@ -85,6 +86,8 @@ class StageCollator(DataCollatorForVisionLanguageModeling):
         learned = labels != -100
         learned[:, 0] = False  # nothing comes before it
         counts = {"drawn": len(examples), "skipped": skipped, "tokens": int(batch["attention_mask"].sum())}
-        places = {"image_positions": is_image, "label_positions": learned}
+        places = {"image_positions": is_image}
+        if not is_image[:, -1].any():  # otherwise the last column cannot be left out, and TRL takes the step
+            places["label_positions"] = learned
         places = {name: mask.flatten().nonzero().squeeze(-1) for name, mask in places.items()}
         return {**batch, "labels": labels, **places, COUNTS: counts}

@@ -209,8 +209,6 @@ def _as_stream(source: Dataset | IterableDataset) -> IterableDataset:
     if isinstance(source, Dataset):
         stored = source.cast_column("image", Image(decode=False))
         source = stored.to_iterable_dataset(num_shards=min(SHARDS, len(stored)))
-    elif source.features is not None and isinstance(source.features["image"], Image):
-        source = source.cast_column("image", Image(decode=False))
     return source.map(_as_pair, features=PAIR)
 
 
@@ -317,6 +315,9 @@ def _choose_columns(dataset: Any, name: str, args: DataArguments) -> Any:
             f"The column {args.text_column!r} of {name} holds no text but {text}; name another of {', '.join(found)} "
             "with --text_column."
         )
+    pictures = dataset.features and dataset.features[args.image_column]
+    if isinstance(dataset, IterableDataset) and isinstance(pictures, Image):
+        dataset = dataset.cast_column(args.image_column, Image(decode=False))  # before something asks for a row
     dataset = dataset.select_columns([args.image_column, args.text_column])
     # Away with both old names first, for the text may stand in a column called `image`.
     dataset = dataset.rename_columns({args.image_column: "0", args.text_column: "1"})

@@ -198,7 +198,7 @@ def count_skipped(trainer: Any, skipped: Sequence[Mapping[str, str] | None]) -> 
     """Count the pictures that have no features, on one process for all, and stop if they are too many."""
     records = [record for record in skipped if record is not None]
     if trainer.is_world_process_zero():
-        trainer.samples.add(len(records), records)
+        trainer.samples.leave_out(records)
     found = SampleCounts(trainer.samples.limit)
     found.add(len(skipped), records)
     found.check(enough=1)

@@ -83,6 +83,7 @@ class SampleCounts:
     drawn: int = 0
     causes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    ahead: int = 0  # skipped before training, so not among the drawn ones
 
     @property
     def skipped(self) -> int:
@@ -91,6 +92,14 @@ class SampleCounts:
     def add(self, drawn: int, skipped: Sequence[Mapping[str, str]]) -> None:
         """Count the samples of a batch, skipped ones included in `drawn`."""
         self.drawn += drawn
+        self._name(skipped)
+
+    def leave_out(self, skipped: Sequence[Mapping[str, str]]) -> None:
+        """Count samples that are left out before training; they are reported, and no part of the share."""
+        self.ahead += len(skipped)
+        self._name(skipped)
+
+    def _name(self, skipped: Sequence[Mapping[str, str]]) -> None:
         for record in skipped:
             self.causes[record["cause"]] += 1
             named = self.examples.setdefault(record["cause"], [])
@@ -104,6 +113,7 @@ class SampleCounts:
         total = SampleCounts(self.limit, self.enough)
         for other in gather_object([self]):
             total.drawn += other.drawn
+            total.ahead += other.ahead
             total.causes += other.causes
             for cause, names in other.examples.items():
                 named = total.examples.setdefault(cause, [])
@@ -117,9 +127,10 @@ class SampleCounts:
         Raises:
             RecipeError: with examples, if the share is above the limit and enough samples were drawn.
         """
-        if self.drawn >= (self.enough if enough is None else enough) and self.skipped > self.limit * self.drawn:
+        skipped = self.skipped - self.ahead
+        if self.drawn >= (self.enough if enough is None else enough) and skipped > self.limit * self.drawn:
             raise RecipeError(
-                f"{self.skipped:,} of {self.drawn:,} samples cannot be used, more than max_bad_share "
+                f"{skipped:,} of {self.drawn:,} samples cannot be used, more than max_bad_share "
                 f"({self.limit:.0%}): {self.by_cause()}; mend the data, or raise --max_bad_share."
             )
 
@@ -134,4 +145,5 @@ class SampleCounts:
         """A line for the end of a run."""
         if not self.skipped:
             return f"samples: {self.drawn:,} drawn, none skipped"
-        return f"samples: {self.drawn:,} drawn, {self.skipped:,} skipped: {self.by_cause()}"
+        when = f" ({self.ahead:,} before training)" if self.ahead else ""
+        return f"samples: {self.drawn:,} drawn, {self.skipped:,} skipped{when}: {self.by_cause()}"

@@ -11,6 +11,7 @@ that are no JSON, cost their own samples and nothing else.
 import glob
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,21 +44,30 @@ def expand(pattern: str) -> list[str]:
             shells have them, and with `*` except in https.
 
     Raises:
-        RecipeError: if there are none.
+        RecipeError: if there are none, or one that is named without `*` is missing on disk.
     """
     found: list[str] = []
+    missing: list[str] = []
     for name in expand_braces(pattern):
         try:
             if name.startswith(("http://", "https://")):
                 found.append(name)  # not asked for one by one: there may be thousands
             elif "://" in name:
                 found += sorted(resolve_pattern(name, base_path=""))
-            else:
+            elif glob.has_magic(name):
                 found += sorted(glob.glob(name, recursive=True))
+            elif os.path.isfile(name):
+                found.append(name)
+            else:
+                missing.append(name)
         except Exception as error:  # whatever the Hub or a file system says
             raise RecipeError(
                 f"{name} cannot be listed ({one_line(error)}); mend the address, or log in if it is private."
             ) from error
+    if missing and found:
+        raise RecipeError(
+            f"{len(missing)} of the tar files {pattern} are missing, {missing[0]} among them; mend --dataset_name."
+        )
     if not found:
         raise RecipeError(f"There is no tar file {pattern}; mend --dataset_name.")
     return found
@@ -85,8 +95,8 @@ def stream_tars(pattern: str, image_column: str, text_column: str, features: Fea
 
     Args:
         pattern: see `expand`.
-        image_column, text_column: ending of a member or field of the .json; `image` is any picture, and `caption` the
-            .txt where there is no such field.
+        image_column: ending of a member; `image` is any picture.
+        text_column: ending of a member or field of the .json; `caption` is the .txt where there is no such field.
         features: those of the columns `image` (`bytes` and `path`, not decoded), `text`, `name`, and `cause`, which
             tells why there is neither picture nor text.
 
@@ -101,23 +111,27 @@ def stream_tars(pattern: str, image_column: str, text_column: str, features: Fea
 
 def check_columns(tar: str, image_column: str, text_column: str) -> None:
     """Look at the first samples of an archive, as many as it takes to find a picture and a text."""
-    seen: dict[str, None] = {}
+    pictures: dict[str, None] = {}  # names of what could be one
+    texts: dict[str, None] = {}
     try:
         for members in itertools.islice(groups_of(tar), 20):
-            columns = columns_of(members)
-            seen.update(dict.fromkeys(columns))
-            if find(members, image_column) is not None and find(columns, text_column) is not None:
+            pictures.update(dict.fromkeys(ending for ending in members if ending != "__key__"))
+            try:
+                texts.update(dict.fromkeys(columns_of(members)))
+            except BadSampleError:
+                continue  # one that is skipped when it is its turn
+            if find(dict.fromkeys(pictures, True), image_column) and find(dict.fromkeys(texts, True), text_column):
                 return
     except BadSampleError as error:
-        if not seen:
+        if not pictures:
             raise RecipeError(f"{tar} cannot be read ({error.detail}); mend or remove it.") from error
-    if not seen:
+    if not pictures:
         raise RecipeError(f"{tar} holds no samples; put pictures and texts of the same name into it, or remove it.")
-    for option, column in (("image_column", image_column), ("text_column", text_column)):
+    for option, column, seen in (("image_column", image_column, pictures), ("text_column", text_column, texts)):
         if find(dict.fromkeys(seen, True), column) is None:
             raise RecipeError(
-                f"{tar} has no column {column!r}; its samples have {', '.join(seen)}, so name the right one with "
-                f"--{option}."
+                f"{tar} has no column {column!r}; its samples have {', '.join(seen) or 'none'}, so name the right one "
+                f"with --{option}."
             )
 
 
@@ -133,7 +147,7 @@ def samples_of(tars: list[str], image_column: str, text_column: str) -> Iterator
 
 def sample_of(tar: str, members: Mapping[str, bytes], image_column: str, text_column: str) -> dict[str, Any]:
     """Picture and text of a sample."""
-    name = f"{tar}/{members['__key__'].decode()}"
+    name = f"{tar}/{members['__key__'].decode('utf-8', 'replace')}"
     try:
         columns = columns_of(members)
         picture, text = find(members, image_column), find(columns, text_column)
@@ -143,11 +157,7 @@ def sample_of(tar: str, members: Mapping[str, bytes], image_column: str, text_co
     ending = next((ending for ending, content in members.items() if content is picture), "")
     return {
         "image": None if picture is None else {"bytes": picture, "path": f"{name}.{ending}"},
-        "text": text.decode("utf-8", "replace")
-        if isinstance(text, bytes)
-        else text
-        if isinstance(text, str)
-        else None,
+        "text": text if isinstance(text, str) else None,
         "name": name,
         "cause": None,
     }
@@ -171,7 +181,7 @@ def groups_of(tar: str) -> Iterator[dict[str, bytes]]:
             stem, dot, ending = name.partition(".")
             if not dot or not stem:
                 continue
-            key = (folder + slash + stem).encode()
+            key = (folder + slash + stem).encode("utf-8", "surrogateescape")
             if group and group["__key__"] != key:
                 whole, group = group, {}
                 yield whole
@@ -180,7 +190,8 @@ def groups_of(tar: str) -> Iterator[dict[str, bytes]]:
     except Exception as error:  # tarfile's own, zlib's, and what file systems and networks raise
         if group:
             yield group
-        raise BadSampleError(BROKEN_ARCHIVE, one_line(error)) from error
+        reason = "not found" if isinstance(error, FileNotFoundError) else one_line(error)
+        raise BadSampleError(BROKEN_ARCHIVE, reason) from error
     if group:
         yield group
 
@@ -196,7 +207,7 @@ def columns_of(members: Mapping[str, bytes]) -> dict[str, Any]:
     if "json" in columns:
         try:
             fields = json.loads(columns["json"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of one that is nested without end
             raise BadSampleError(BROKEN_JSON, one_line(error)) from error
         if isinstance(fields, Mapping):
             columns = {**fields, **columns}

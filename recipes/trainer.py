@@ -103,7 +103,8 @@ class MiniGPT4Trainer(SFTTrainer):
         collator = self.data_collator  # type: ignore[has-type]
         if type(collator) is DataCollatorForVisionLanguageModeling:
             self.data_collator = StageCollator.like(collator)
-            self._pixel_table = torch.from_numpy(collator.processor.image_processor.pixel_table())
+        table = getattr(getattr(self.processing_class, "image_processor", None), "pixel_table", None)
+        self._pixel_table = None if table is None else torch.from_numpy(table())
         with undisturbed(self.model):
             self._looks_ahead = looks_ahead(self.model.language_model)
         if self.pop_callback(ProgressCallback):
@@ -144,7 +145,7 @@ class MiniGPT4Trainer(SFTTrainer):
             self._tokens += counts["tokens"]
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         pixels = prepared.get("pixel_values")
-        if pixels is not None and pixels.dtype == torch.uint8:
+        if pixels is not None and pixels.dtype == torch.uint8 and self._pixel_table is not None:
             self._pixel_table = self._pixel_table.to(pixels.device)
             prepared["pixel_values"] = to_pixels(pixels, self._pixel_table)
         return prepared

@@ -354,6 +354,7 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     samples = trainer.samples.over_all_processes(trainer.accelerator)
     if trainer.is_world_process_zero():
         print(samples.report())
+    samples.check()  # what has come since the last log
     trainer.save_model()  # which pushes too, if asked to
     trainer.save_state()
 

@@ -172,6 +172,16 @@ def test_the_last_logits_are_those_of_all(keep: int, make_model, make_inputs) ->
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("given", [{"answers": [1]}, {"answer_positions": [1]}, {"labels": True}])
+def test_answers_need_their_places_and_no_labels(given: dict, make_model, make_inputs) -> None:
+    model = make_model()
+    inputs = make_inputs(model, ROWS)
+    if "labels" in given:
+        given = {"answers": [1], "answer_positions": [1]} | {"labels": inputs["input_ids"]}
+    with pytest.raises(ValueError, match="`answers` and `answer_positions` together"):
+        model(**inputs, **{name: torch.as_tensor(value) for name, value in given.items()})
+
+
 @torch.no_grad()
 def test_places_of_pictures_may_be_told(make_model, make_inputs) -> None:
     model = make_model()

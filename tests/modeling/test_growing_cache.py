@@ -70,6 +70,9 @@ def test_whoever_changes_the_keys_is_followed(change: str, layers: tuple[Growing
         for layer in layers:
             layer.update(more, -more)
         assert same(*layers)
+    if change in ("reorder", "repeat", "select"):
+        layers[0].reorder_cache(torch.zeros(rows, dtype=torch.long))
+        assert layers[0]._rooms == [None, None]  # what is no longer of use takes no memory
     if change == "copy":  # and the one that was copied has not changed
         assert same(first, before)
 
@@ -95,6 +98,20 @@ def test_only_plain_layers_grow(tiny_config) -> None:
     bare.update(states(1, 0), states(1, 0), 0)
     assert type(bare.layers[0]) is GrowingLayer
     with_growing_layers(None)
+    offloaded = DynamicCache(offloading=True)
+    with_growing_layers(offloaded)
+    assert offloaded.layer_class_to_replicate is DynamicLayer  # a room would keep the memory that it gives back
+
+
+def test_a_cache_of_inference_mode_can_be_continued(layers: tuple[GrowingLayer, DynamicLayer]) -> None:
+    with torch.inference_mode():
+        for step, tokens in enumerate([5, 1]):
+            for layer in layers:
+                layer.update(states(tokens, step), states(tokens, step))
+    with torch.no_grad():
+        for layer in layers:
+            layer.update(states(1, 7), states(1, 8))
+    assert same(*layers)
 
 
 @torch.no_grad()

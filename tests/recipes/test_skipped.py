@@ -157,6 +157,14 @@ def test_the_share_counts_once_enough_samples_are_drawn() -> None:
         counts.check()
 
 
+def test_what_comes_after_the_last_log_counts_too(stage: Callable, tmp_path: Path, capsys) -> None:
+    data = write_pairs(tmp_path / "data", [*good(2), (b"", "a"), (b"", "b")])
+    arguments = stage(dataset_name=data, max_steps=2, logging_strategy="no", logging_steps=None)
+    assert cli.main(["stage1", *arguments]) == 2
+    assert "2 of 4 samples cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_is_between_nought_and_one(share: float) -> None:
     with pytest.raises(RecipeError, match="max_bad_share is"):
@@ -176,6 +184,15 @@ def test_features_leave_bad_pictures_out(stage: Callable, tmp_path: Path, capsys
         assert trainer.samples.causes == Counter({skipped.TRUNCATED: 1, skipped.NO_CAPTION: 1})
         assert len(trainer.train_dataset) == 19
         assert "9.jpg" in printed and "2 skipped" in printed
+
+
+def test_pictures_left_out_before_training_are_no_part_of_the_share(stage: Callable, tmp_path: Path, capsys) -> None:
+    data = write_pairs(tmp_path / "data", [*good(38), (b"", "a"), (b"", "b")])
+    fields = {"dataset_name": data, "max_steps": 3, "max_bad_share": 0.06, "cache_features": tmp_path / "features"}
+    trainer = stage1_pretrain.main(stage(**fields))
+    trainer.samples.enough = 1  # 2 beside 6 drawn ones would be too many
+    trainer.samples.check()
+    assert "samples: 6 drawn, 2 skipped (2 before training)" in capsys.readouterr().out
 
 
 def test_features_of_too_many_bad_pictures_stop_the_run(stage: Callable, tmp_path: Path) -> None:

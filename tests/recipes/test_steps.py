@@ -253,6 +253,20 @@ def test_a_decoder_that_looks_ahead_keeps_its_mask(trainer_of: Callable) -> None
     assert masks[0] is None and torch.equal(masks[1], batch["attention_mask"])
 
 
+def test_rows_that_end_in_a_picture_take_trls_step(trainer_of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their last column cannot be left out."""
+    trainer, asked = trainer_of(), []
+    compute = SFTTrainer.compute_loss
+    monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *args: asked.append(1) or compute(*args))
+    rows = [
+        {"text": text, "images": trainer.train_dataset[0]["images"]}
+        for text in ("<s>a picture <image>", "<s>a <image> b")
+    ]
+    trainer.data_collator.completion_only_loss = False
+    batch = trainer.data_collator(rows)
+    assert step(trainer, batch).isfinite() and asked
+
+
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 

@@ -268,6 +268,19 @@ def test_every_good_sample_once_over_two_processes(workers: int, tmp_path: Path,
     assert drawn == len(good) + sum(causes.values())
 
 
+def test_a_broken_sample_at_the_head_stops_nothing(tmp_path: Path) -> None:
+    samples = [("000000", {"jpg": jpeg(), "json": b"{no json"}), sample(1)]
+    first, second = one_pass(write_tar(tmp_path / "a.tar", samples))
+    assert first["cause"] == skipped.BROKEN_JSON and second["text"] == "number 1"
+
+
+def test_odd_names_and_endless_json_cost_nothing_else(tmp_path: Path) -> None:
+    samples = [sample(0), ("caf\udce9", sample(1)[1]), ("000002", {"jpg": jpeg(), "json": b"[" * 100_000}), sample(3)]
+    pairs = one_pass(write_tar(tmp_path / "a.tar", samples))
+    assert [pair["cause"] for pair in pairs] == [None, None, skipped.BROKEN_JSON, None]
+    assert numbers_of([pairs[0], pairs[1], pairs[3]]) == [0, 1, 3]
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +339,16 @@ MISTAKES = {
         one_sample(jpg=jpeg(), json=b'{"alt": "a", "url": "b"}'),
         {},
         ("'caption'", ["jpg", "json", "alt", "url"][2], "--text_column"),
+    ),
+    "one of the files": (
+        lambda folder: (write_tar(folder / "0.tar", [sample(0)]), folder / "{0..2}.tar")[1],
+        {},
+        ("2 of the tar files", "1.tar", "--dataset_name"),
+    ),
+    "a field for a picture": (
+        one_sample(jpg=jpeg(), json=b'{"caption": "a", "url": "b"}'),
+        {"image_column": "url"},
+        ("'url'", "jpg, json", "--image_column"),
     ),
     "no such image column": (one_sample(jpg=jpeg(), txt=b"a"), {"image_column": "heic"}, ("'heic'", "jpg, txt")),
 }
