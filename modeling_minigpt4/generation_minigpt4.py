@@ -29,8 +29,8 @@ class GrowingLayer(DynamicLayer):
             self._rooms: list[torch.Tensor | None] = [None, None]
             found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return found
-        self.keys = self._append(0, self.keys, key_states)
-        self.values = self._append(1, self.values, value_states)
+        self.keys = self._append(0, self.keys, key_states)  # type: ignore[has-type]
+        self.values = self._append(1, self.values, value_states)  # type: ignore[has-type]
         return self.keys, self.values
 
     # What comes out of these has no room, and the old one would only take memory.

@@ -258,10 +258,8 @@ def test_rows_that_end_in_a_picture_take_trls_step(trainer_of: Callable, monkeyp
     trainer, asked = trainer_of(), []
     compute = SFTTrainer.compute_loss
     monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *args: asked.append(1) or compute(*args))
-    rows = [
-        {"text": text, "images": trainer.train_dataset[0]["images"]}
-        for text in ("<s>a picture <image>", "<s>a <image> b")
-    ]
+    texts, images = ("<s>a long picture of <image>", "<s>a <image> b"), trainer.train_dataset[0]["images"]
+    rows = [{"text": text, "images": images} for text in texts]
     trainer.data_collator.completion_only_loss = False
     batch = trainer.data_collator(rows)
     assert step(trainer, batch).isfinite() and asked
