@@ -35,10 +35,12 @@ class BytePictures:
         return self.image_processor.fetch_images(images)
 
     def __call__(self, images: Sequence[Any], **options: Any) -> Any:
-        plain = self.image_processor(images, **{**options, "do_rescale": False, "do_normalize": False})
-        if all(np.asarray(pixels).dtype == np.uint8 for pixels in plain["pixel_values"]):
-            return plain
-        return self.image_processor(images, **options)
+        as_it_is = {"do_rescale": False, "do_normalize": False, "data_format": "channels_last"}
+        plain = self.image_processor(images, **{**options, **as_it_is, "return_tensors": None})["pixel_values"]
+        if any(pixels.dtype != np.uint8 for pixels in plain):
+            return self.image_processor(images, **options)
+        # Seen with channels first, as ever; moving them is left to the device.
+        return {"pixel_values": torch.from_numpy(np.stack(plain)).permute(0, 3, 1, 2)}
 
 
 def to_pixels(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

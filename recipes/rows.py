@@ -6,6 +6,7 @@ collator leaves it out and the trainer counts it (`skipped.py`).
 """
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -222,6 +223,8 @@ def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 4
 
 def _with_rows(pairs: Pairs, rows: Rows) -> Pairs:
     """Number the prompt of every pair, which costs no copy of the pictures, and make rows on access."""
+    # Rows are tokenized one by one, in workers that share the cores: threads for each would cost more than the tokens.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(pairs, IterableDataset):
         return pairs.map(rows, batched=True, batch_size=1, remove_columns=list(pairs.features))
     draw = random.Random(rows.seed)

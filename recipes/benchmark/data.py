@@ -27,7 +27,7 @@ from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import stage1_rows
 
 
-PICTURES, PER_TAR, BATCH_SIZE = 512, 128, 32
+PICTURES, PER_TAR, BATCH_SIZE = 1024, 128, 32
 DIFFERENT = 64  # pictures; the tars hold each of them several times
 WARM_UP = 4  # batches, until the worker has started and its buffers are full
 SIZE = (512, 384)  # width and height of a picture, as data sets of the web are often stored
