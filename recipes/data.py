@@ -134,7 +134,8 @@ def load_pairs(args: DataArguments, stage: int, seed: int = 42) -> Dataset | Ite
     if args.num_samples is not None and args.num_samples < 1:
         raise RecipeError(f"--num_samples is {args.num_samples}; it has to be 1 or more, or left out.")
     weights = check_weights(args)
-    sources = [open_source(name, args, stage) for name in args.dataset_name]
+    # Types are there to be mixed, and cost time for every sample.
+    sources = [open_source(name, args, stage, typed=len(args.dataset_name) > 1) for name in args.dataset_name]
     (first, *others) = sources
     if isinstance(first, Dataset) and not others and not args.streaming:
         return first
@@ -164,20 +165,25 @@ def mix(
     return mixed.shuffle(seed=seed, buffer_size=max(shuffle_buffer, 1))
 
 
-def open_source(name: str, args: DataArguments, stage: int) -> Dataset | IterableDataset:
+def open_source(name: str, args: DataArguments, stage: int, typed: bool = True) -> Dataset | IterableDataset:
     """
     Open one dataset, for one pass over it.
 
     Args:
         name: one of `args.dataset_name`.
         args, stage: see `load_pairs`.
+        typed: whether a stream of tars knows its features.
+
+    Returns:
+        A dataset with the columns `image` and `text`, or a stream with those of `PAIR`.
     """
     path = Path(name).expanduser()
     if name == TINY:
         return _tiny_pairs(stage, args.num_samples)
     if names_tars(name) or (path.is_dir() and any(path.glob("*.tar")) and not any(path.glob("metadata.*"))):
         pattern = name if "://" in name else str(path if names_tars(name) else path / "*.tar")
-        return _first(stream_tars(pattern, args.image_column, args.text_column, PAIR), args.num_samples)
+        columns = (args.image_column, args.text_column)
+        return _first(stream_tars(pattern, *columns, PAIR if typed else None), args.num_samples)
     if path.is_file():
         dataset, folder = _open_file(path), path.parent
     elif (path / "filter_cap.json").is_file():
@@ -188,7 +194,9 @@ def open_source(name: str, args: DataArguments, stage: int) -> Dataset | Iterabl
         raise RecipeError(f"{name} holds no samples; write one row per picture into it.")
     dataset = _first(_choose_columns(dataset, name, args), args.num_samples)
     folder = Path(args.image_folder or folder).absolute()
-    return _as_images(dataset, folder, args.max_bad_share) if isinstance(dataset, Dataset) else dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_as_pair, features=PAIR)
+    return _as_images(dataset, folder, args.max_bad_share)
 
 
 def _first(dataset: Any, count: int | None) -> Any:
@@ -204,12 +212,10 @@ def _first(dataset: Any, count: int | None) -> Any:
 
 def _as_stream(source: Dataset | IterableDataset) -> IterableDataset:
     """Pairs as one pass of a stream with the columns of `PAIR`."""
-    if isinstance(source, IterableDataset) and source.features == PAIR:
+    if isinstance(source, IterableDataset):
         return source
-    if isinstance(source, Dataset):
-        stored = source.cast_column("image", Image(decode=False))
-        source = stored.to_iterable_dataset(num_shards=min(SHARDS, len(stored)))
-    return source.map(_as_pair, features=PAIR)
+    stored = source.cast_column("image", Image(decode=False))
+    return stored.to_iterable_dataset(num_shards=min(SHARDS, len(stored))).map(_as_pair, features=PAIR)
 
 
 def _as_pair(row: Mapping[str, Any]) -> dict[str, Any]:

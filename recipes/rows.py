@@ -22,7 +22,7 @@ from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, protect_text
 from processing_minigpt4.image_processing_minigpt4 import open_image
 from processing_minigpt4.segments_minigpt4 import tokenize_pieces
 from recipes_minigpt4 import RecipeError, one_line
-from recipes_minigpt4.data import DataArguments
+from recipes_minigpt4.data import PAIR, DataArguments
 from recipes_minigpt4.skipped import NO_CAPTION, NO_PICTURE, BadSampleError, picture_error
 
 
@@ -226,7 +226,7 @@ def _with_rows(pairs: Pairs, rows: Rows) -> Pairs:
     # Rows are tokenized one by one, in workers that share the cores: threads for each would cost more than the tokens.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(pairs, IterableDataset):
-        return pairs.map(rows, batched=True, batch_size=1, remove_columns=list(pairs.features))
+        return pairs.map(rows.row, remove_columns=list(PAIR))
     draw = random.Random(rows.seed)
     prompts = [draw.randrange(len(rows.prompts)) for _ in range(len(pairs))]
     # `rows` decodes by itself, so that it can say which picture cannot be read.

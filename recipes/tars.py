@@ -89,7 +89,7 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + part + end for part in parts for end in rest]
 
 
-def stream_tars(pattern: str, image_column: str, text_column: str, features: Features) -> IterableDataset:
+def stream_tars(pattern: str, image_column: str, text_column: str, features: Features | None) -> IterableDataset:
     """
     One pass over the samples of tar files, which are its shards.
 
@@ -98,7 +98,7 @@ def stream_tars(pattern: str, image_column: str, text_column: str, features: Fea
         image_column: ending of a member; `image` is any picture.
         text_column: ending of a member or field of the .json; `caption` is the .txt where there is no such field.
         features: those of the columns `image` (`bytes` and `path`, not decoded), `text`, `name`, and `cause`, which
-            tells why there is neither picture nor text.
+            tells why there is neither picture nor text; None leaves the stream without types.
 
     Raises:
         RecipeError: if there is no such file, nothing in the first, or no such column in its first sample.
