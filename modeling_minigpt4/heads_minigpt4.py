@@ -102,7 +102,7 @@ def score_answers(
 class _FrozenHeadScores(torch.autograd.Function):
     """
     `score_answers` for a head that does not train: the gradient is computed together with the scores, in the place of
-    the logits, so that these are never there as a whole, nor wait for the backward pass beside all activations.
+    the logits, so that these are there once, up to `_AT_ONCE` of them, and do not wait for the backward pass.
     """
 
     @staticmethod

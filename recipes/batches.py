@@ -71,10 +71,11 @@ class StageCollator(DataCollatorForVisionLanguageModeling):
 
     @classmethod
     def like(cls, collator: DataCollatorForVisionLanguageModeling) -> "StageCollator":
-        """One with the settings of a collator of TRL's, whose pictures are bytes."""
+        """One with the settings of a collator of TRL's, whose pictures are bytes if they can be turned back."""
         settings = {field.name: getattr(collator, field.name) for field in fields(collator) if field.init}
         settings["processor"] = processor = copy.copy(collator.processor)
-        processor.image_processor = BytePictures(processor.image_processor)
+        if hasattr(processor.image_processor, "pixel_table"):
+            processor.image_processor = BytePictures(processor.image_processor)
         return cls(**settings)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

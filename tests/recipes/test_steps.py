@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import SFTTrainer
 
+from recipes_minigpt4.batches import BytePictures, StageCollator
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import Rows, stage1_rows, stage2_rows
 from recipes_minigpt4.scoring import looks_ahead
@@ -286,3 +287,15 @@ def test_arrays_of_floats_stay_floats(trainer_of: Callable) -> None:
     pixels = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))["pixel_values"].cpu()
     own = trainer.processing_class.image_processor([row["images"][0] for row in rows], return_tensors="pt")
     assert torch.equal(pixels, own["pixel_values"])
+
+
+def test_pictures_that_no_table_turns_back_stay_floats(compose: Callable) -> None:
+    """Another image processor than ours has no table, and its bytes would reach the model as they are."""
+    processor = compose()[1]
+    own = processor.image_processor
+    processor.image_processor = SimpleNamespace(fetch_images=own.fetch_images)
+    collator = StageCollator.like(StageCollator(processor, completion_only_loss=True))
+    assert collator.processor.image_processor is processor.image_processor
+    processor.image_processor = own
+    collator = StageCollator.like(StageCollator(processor, completion_only_loss=True))
+    assert isinstance(collator.processor.image_processor, BytePictures)
