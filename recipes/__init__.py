@@ -14,6 +14,10 @@ class RecipeError(ValueError):
     """A mistake in the command, the configuration or the data, told in one sentence with its remedy."""
 
 
+class PreemptedError(Exception):
+    """A run was told to end by SIGTERM, has saved a checkpoint, and can go on."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """Reads a command line; tells mistakes in one sentence."""
 
@@ -26,4 +30,4 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-__all__ = ["TINY", "CommandParser", "RecipeError", "one_line"]
+__all__ = ["TINY", "CommandParser", "PreemptedError", "RecipeError", "one_line"]

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from recipes_minigpt4 import RecipeError
+from recipes_minigpt4 import PreemptedError, RecipeError
 
 
 # Command → the module whose `main(arguments)` runs it, and a line of help.
@@ -20,11 +20,12 @@ COMMANDS = {
 }
 # What to do after an interruption.
 GO_ON = {
-    "stage1": "--resume_from_checkpoint latest goes on from the last checkpoint, if one was saved",
-    "stage2": "--resume_from_checkpoint latest goes on from the last checkpoint, if one was saved",
+    "stage1": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
+    "stage2": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
     "ablate": "the same command goes on where it was",
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and what it takes; those of the process if left out.
 
     Returns:
-        Exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C; both are told on standard error in a sentence.
+        Exit status: 0, 2 after a mistake of the user, 75 after SIGTERM with a checkpoint to go on from, 130 after
+        Ctrl-C; all are told on standard error in a sentence.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
@@ -58,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
     except RecipeError as error:
         return _refuse(command, str(error))
+    except PreemptedError as stopped:
+        _refuse(command, str(stopped))
+        return PREEMPTED
     except KeyboardInterrupt:
         _refuse(command, f"Interrupted; {GO_ON.get(command, 'run the command again')}.")
         return 130  # as shells have it

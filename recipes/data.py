@@ -1,8 +1,8 @@
 """Image–text pairs: where they come from, in one piece or as a stream.
 
 Whatever the source, pairs have the columns `image` and `text`, and no picture is decoded before somebody asks for it.
-A stream has no end: its sources are repeated, mixed by their weights and shuffled through a buffer. Its shards, the
-tar files for example, are what `datasets` and accelerate share out among processes and workers.
+A stream has no end: its sources are repeated, mixed by their weights and shuffled in blocks. Its shards, the tar files
+for example, are what `datasets` and accelerate share out among processes and workers.
 """
 
 import json
@@ -24,6 +24,7 @@ from datasets import (
 )
 
 from recipes_minigpt4 import TINY, RecipeError, one_line
+from recipes_minigpt4.streams import shuffle_blocks, shuffle_shards
 from recipes_minigpt4.tars import names_tars, stream_tars
 
 
@@ -58,7 +59,7 @@ class DataArguments:
     )
     shuffle_buffer: int = field(
         default=1000,  # released code, `wds.shuffle(1000)`
-        metadata={"help": "Samples of a stream, still as files, among which each worker draws the next one."},
+        metadata={"help": "Samples of a stream, still as files, that each worker reads at a time and shuffles."},
     )
     max_bad_share: float = field(
         default=0.1,
@@ -135,11 +136,12 @@ def load_pairs(args: DataArguments, stage: int, seed: int = 42) -> Dataset | Ite
         raise RecipeError(f"--num_samples is {args.num_samples}; it has to be 1 or more, or left out.")
     weights = check_weights(args)
     # Types are there to be mixed, and cost time for every sample.
-    sources = [open_source(name, args, stage, typed=len(args.dataset_name) > 1) for name in args.dataset_name]
+    typed = len(args.dataset_name) > 1
+    sources = [open_source(name, args, stage, typed, seed) for name in args.dataset_name]
     (first, *others) = sources
     if isinstance(first, Dataset) and not others and not args.streaming:
         return first
-    return mix([_as_stream(source) for source in sources], weights, args.shuffle_buffer, seed)
+    return mix([_as_stream(source, seed) for source in sources], weights, args.shuffle_buffer, seed)
 
 
 def check_weights(args: DataArguments) -> list[float] | None:
@@ -161,11 +163,12 @@ def mix(
     """Repeat streams without end, draw from them by their probabilities, and shuffle what is drawn."""
     endless = [stream.repeat(None) for stream in streams]
     mixed = endless[0] if len(endless) == 1 else interleave_datasets(endless, probabilities=probabilities, seed=seed)
-    # One sample in the buffer leaves the samples in their order and shuffles the shards only.
-    return mixed.shuffle(seed=seed, buffer_size=max(shuffle_buffer, 1))
+    return shuffle_blocks(mixed, shuffle_buffer, seed)
 
 
-def open_source(name: str, args: DataArguments, stage: int, typed: bool = True) -> Dataset | IterableDataset:
+def open_source(
+    name: str, args: DataArguments, stage: int, typed: bool = True, seed: int | None = None
+) -> Dataset | IterableDataset:
     """
     Open one dataset, for one pass over it.
 
@@ -173,6 +176,7 @@ def open_source(name: str, args: DataArguments, stage: int, typed: bool = True) 
         name: one of `args.dataset_name`.
         args, stage: see `load_pairs`.
         typed: whether a stream of tars knows its features.
+        seed: of the order of tars; None leaves them in theirs.
 
     Returns:
         A dataset with the columns `image` and `text`, or a stream with those of `PAIR`.
@@ -183,7 +187,7 @@ def open_source(name: str, args: DataArguments, stage: int, typed: bool = True) 
     if names_tars(name) or (path.is_dir() and any(path.glob("*.tar")) and not any(path.glob("metadata.*"))):
         pattern = name if "://" in name else str(path if names_tars(name) else path / "*.tar")
         columns = (args.image_column, args.text_column)
-        return _first(stream_tars(pattern, *columns, PAIR if typed else None), args.num_samples)
+        return _first(stream_tars(pattern, *columns, PAIR if typed else None, seed), args.num_samples)
     if path.is_file():
         dataset, folder = _open_file(path), path.parent
     elif (path / "filter_cap.json").is_file():
@@ -195,7 +199,7 @@ def open_source(name: str, args: DataArguments, stage: int, typed: bool = True) 
     dataset = _first(_choose_columns(dataset, name, args), args.num_samples)
     folder = Path(args.image_folder or folder).absolute()
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_as_pair, features=PAIR)
+        return (dataset if seed is None else shuffle_shards(dataset, seed)).map(_as_pair, features=PAIR)
     return _as_images(dataset, folder, args.max_bad_share)
 
 
@@ -210,11 +214,11 @@ def _first(dataset: Any, count: int | None) -> Any:
     )
 
 
-def _as_stream(source: Dataset | IterableDataset) -> IterableDataset:
+def _as_stream(source: Dataset | IterableDataset, seed: int) -> IterableDataset:
     """Pairs as one pass of a stream with the columns of `PAIR`."""
     if isinstance(source, IterableDataset):
         return source
-    stored = source.cast_column("image", Image(decode=False))
+    stored = source.cast_column("image", Image(decode=False)).shuffle(seed=seed)
     return stored.to_iterable_dataset(num_shards=min(SHARDS, len(stored))).map(_as_pair, features=PAIR)
 
 

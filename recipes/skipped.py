@@ -106,6 +106,16 @@ class SampleCounts:
             if len(named) < EXAMPLES and record["name"] not in named:
                 named.append(record["name"])
 
+    def state(self) -> dict[str, Any]:
+        """The counts as plain values, for a checkpoint."""
+        plain = {"drawn": self.drawn, "ahead": self.ahead, "causes": dict(self.causes)}
+        return {**plain, "examples": self.examples}
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where a checkpoint was, which knew what was left out before training as well."""
+        self.drawn, self.ahead, self.causes = state["drawn"], state["ahead"], Counter(state["causes"])
+        self.examples = {cause: list(names) for cause, names in state["examples"].items()}
+
     def over_all_processes(self, accelerator: Any) -> "SampleCounts":
         """The counts of all processes together; every process has to ask at the same time."""
         if accelerator.num_processes == 1:

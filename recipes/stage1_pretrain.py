@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
         processing_class=processor,
         dataset_name=data_args.title,
         max_bad_share=data_args.max_bad_share,
+        non_finite=training_args.non_finite,
         stage=1,
     )
     train_and_save(trainer)

@@ -12,6 +12,7 @@ import glob
 import itertools
 import json
 import os
+import random
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -89,7 +90,9 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + part + end for part in parts for end in rest]
 
 
-def stream_tars(pattern: str, image_column: str, text_column: str, features: Features | None) -> IterableDataset:
+def stream_tars(
+    pattern: str, image_column: str, text_column: str, features: Features | None, seed: int | None = None
+) -> IterableDataset:
     """
     One pass over the samples of tar files, which are its shards.
 
@@ -99,12 +102,15 @@ def stream_tars(pattern: str, image_column: str, text_column: str, features: Fea
         text_column: ending of a member or field of the .json; `caption` is the .txt where there is no such field.
         features: those of the columns `image` (`bytes` and `path`, not decoded), `text`, `name`, and `cause`, which
             tells why there is neither picture nor text; None leaves the stream without types.
+        seed: of the order of the tars; None leaves them in theirs.
 
     Raises:
         RecipeError: if there is no such file, nothing in the first, or no such column in its first sample.
     """
     tars = expand(pattern)
     check_columns(tars[0], image_column, text_column)
+    if seed is not None:
+        random.Random(seed).shuffle(tars)
     columns = {"image_column": image_column, "text_column": text_column}
     return IterableDataset.from_generator(samples_of, features=features, gen_kwargs={"tars": tars, **columns})
 

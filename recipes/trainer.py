@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -20,7 +22,10 @@ from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
 from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
+from recipes_minigpt4.checkpoints import STATE, UNFINISHED, latest_checkpoint, rotate, write_whole, written_beside
+from recipes_minigpt4.faults import STOP, FiniteSteps, FiniteStepsCallback
 from recipes_minigpt4.features import train_from_features
+from recipes_minigpt4.resuming import ProcessState, StreamEpochCallback
 from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
 from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback, undisturbed
@@ -69,17 +74,20 @@ class MiniGPT4Trainer(SFTTrainer):
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
     A step scores answers only and never waits for the device. Samples that cannot be used are skipped, counted and
-    reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is; the processor lies beside
-    them. Logs tell images per second, and the model card is this project's.
+    reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is, with the processor beside
+    it; they are whole or not there. A resumed run, also one on a stream, gives the weights of one that never stopped.
+    Logs tell images per second, and the model card is this project's.
 
     Args:
         dataset_name: what the model card calls the training data.
         stage: number of the stage, for the model card.
         max_bad_share: share of samples, 0 to 1, that may be skipped before the run stops.
+        non_finite: `"stop"` the run at a loss that is not finite, or `"skip"` the step (`FiniteSteps`).
         Everything else as for `SFTTrainer`.
 
     Raises:
-        RecipeError: for a stream without `max_steps`; while training, if more is skipped than `max_bad_share`.
+        RecipeError: for a stream without `max_steps`; while training, if more is skipped than `max_bad_share`, a loss
+            is not finite, or a checkpoint cannot be written.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class MiniGPT4Trainer(SFTTrainer):
         dataset_name: str | None = None,
         stage: int | None = None,
         max_bad_share: float = 0.1,
+        non_finite: str = STOP,
         **kwargs: Any,
     ) -> None:
         rows, settings = kwargs.get("train_dataset"), kwargs.get("args")
@@ -98,6 +107,10 @@ class MiniGPT4Trainer(SFTTrainer):
         self._images, self._clock = 0, time.perf_counter()
         enough = ENOUGH if isinstance(self.train_dataset, IterableDataset) else min(ENOUGH, len(self.train_dataset))
         self.samples = SampleCounts(max_bad_share, enough)
+        self.finite_steps = FiniteSteps(non_finite)
+        self.add_callback(FiniteStepsCallback(self))
+        self.process_state = ProcessState(self)
+        self._final_folder: Path | None = None  # of the checkpoint that is being written
         self._tokens = 0  # since the last log, of this process
         self._answers: torch.Tensor | None = None  # correct ones, their entropy and number since the last log
         collator = self.data_collator  # type: ignore[has-type]
@@ -107,6 +120,8 @@ class MiniGPT4Trainer(SFTTrainer):
         self._pixel_table = None if table is None else torch.from_numpy(table())
         with undisturbed(self.model):
             self._looks_ahead = looks_ahead(self.model.language_model)
+        if isinstance(self.train_dataset, IterableDataset):
+            self.add_callback(StreamEpochCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ImagesProgressCallback)
         if self.args.panel_steps:  # before numbers of features take the place of pictures
@@ -134,9 +149,39 @@ class MiniGPT4Trainer(SFTTrainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(latest_checkpoint(Path(self.args.output_dir)) or "") or True
+        if isinstance(resume_from_checkpoint, str):
+            self.process_state.load(resume_from_checkpoint)
         self._images, self._clock = 0, time.perf_counter()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # A stream's data loader knows its place, which transformers would look for by reading everything before it.
+
+    def get_train_dataloader(self) -> Any:
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        self.accelerator.dataloader_config.use_stateful_dataloader = is_stream
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)  # torchdata 0.11's own
+            loader = super().get_train_dataloader()
+        if is_stream:
+            self.process_state.find_place(loader)
+        return loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.process_state.restore_rng()
+        return batches
+
+    @property
+    def tokens_of_run(self) -> int:
+        """Tokens of all processes so far, as of the last log."""
+        return self._total_train_tokens
+
+    @tokens_of_run.setter
+    def tokens_of_run(self, count: int) -> None:
+        self._total_train_tokens = count
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         counts = inputs.pop(COUNTS, None)
@@ -196,7 +241,8 @@ class MiniGPT4Trainer(SFTTrainer):
         images = inputs.get("pixel_values", inputs.get("vision_features"))
         self._images += 0 if images is None else len(images)
         with self.model.last_layer.held():
-            return super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        return self.finite_steps.watch(loss)
 
     def leave_out(self, seconds: float) -> None:
         """Do not count time that was no training in images per second."""
@@ -210,6 +256,8 @@ class MiniGPT4Trainer(SFTTrainer):
             self._log_answers()
             self.samples.over_all_processes(self.accelerator).check()
         super().log(logs, start_time)
+        if "loss" in logs:
+            self.finite_steps.check(self)
 
     def _log_answers(self) -> None:
         """Hand over to TRL what it logs: entropy and accuracy of answers since the last log, and tokens of the run."""
@@ -223,6 +271,42 @@ class MiniGPT4Trainer(SFTTrainer):
         metrics["entropy"].append(entropy / max(count, 1))
         metrics["mean_token_accuracy"].append(correct / max(count, 1))
         metrics["num_tokens"] = [self._total_train_tokens]
+
+    # Checkpoints are written beside their place and put there when they are whole.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.finite_steps.check(self)
+        self.finite_steps.check_weights(self)
+        run_dir = self._get_output_dir(trial=trial)
+        final = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+        def write() -> None:
+            super(MiniGPT4Trainer, self)._save_checkpoint(model, trial)
+            # What is told of the best checkpoint is where it will be.
+            scratch, best = final.parent / UNFINISHED, self.state.best_model_checkpoint
+            if best is not None and Path(best).parent == scratch:
+                self.state.best_model_checkpoint = str(final.parent / Path(best).name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(scratch / final.name / STATE))
+
+        self._final_folder = final
+        try:
+            write_whole(self, final, write)
+        finally:
+            self._final_folder = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate(self, run_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._final_folder is not None:
+            return str(self._final_folder.parent / UNFINISHED)
+        return super()._get_output_dir(trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.process_state.save(output_dir)
 
     # An adapter of PEFT lies in a file of its own, of which transformers knows for models that PEFT has wrapped only.
 
@@ -242,14 +326,24 @@ class MiniGPT4Trainer(SFTTrainer):
             self.model.reload_adapter(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._final_folder is not None:
+            return  # when it is whole
         if self.model.has_adapter and self.is_world_process_zero():
             folder = os.path.join(checkpoint_folder, ADAPTER_FOLDER)
             shutil.copytree(folder, os.path.join(self.args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        self._write_card(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        if not self.args.should_save:
+            return super()._save(folder, state_dict=state_dict)
+        if self._final_folder is not None:  # the whole checkpoint is put in its place later
+            super()._save(folder, state_dict=state_dict)
+            return self._write_card(folder)
+        with written_beside(Path(folder)) as scratch:
+            super()._save(str(scratch), state_dict=state_dict)
+            self._write_card(str(scratch))
+        return None
 
     def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 import torch
 import yaml
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+from safetensors import SafetensorError
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from recipes_minigpt4 import TINY, RecipeError, one_line
+from recipes_minigpt4 import TINY, PreemptedError, RecipeError, one_line
+from recipes_minigpt4.checkpoints import FILES, STATE, how_to_go_on, latest_checkpoint, what_is_missing
 from recipes_minigpt4.configs import shipped_configs
+from recipes_minigpt4.faults import SKIP, STOP, PreemptionCallback, is_lost_process
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 
@@ -124,6 +125,13 @@ class StageArguments(SFTConfig):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite; looking for them waits for the GPU."}
     )
+    non_finite: str = field(
+        default=STOP,
+        metadata={
+            "help": "What a loss that is not finite does: stop ends the run, skip leaves its step out, for which it "
+            "looks before every step and so waits for the GPU."
+        },
+    )
     report_to: str = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, trackio, …"})
     panel_steps: int | None = field(
         default=None,
@@ -146,6 +154,8 @@ class StageArguments(SFTConfig):
             self.fp16 = gpu and not self.bf16
         if gpu and self.dataloader_pin_memory and self.accelerator_config is None:  # type: ignore[has-type]
             self.accelerator_config = {"non_blocking": True}  # the copy need not be waited for
+        if self.non_finite not in (STOP, SKIP):
+            raise RecipeError(f"non_finite is {self.non_finite!r}; it is stop or skip.")
         if self.panel_steps is not None and self.panel_steps < 1:
             raise RecipeError(f"panel_steps is a number of steps from 1 on, not {self.panel_steps}.")
         if self.panel_images and self.panel_steps is None:
@@ -344,19 +354,50 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     Train, or go on from a checkpoint, then save the adapter with its processor and card, and push them if asked to.
 
     Raises:
-        RecipeError: if there is no checkpoint to resume from, or no room for the pictures.
+        RecipeError: if there is no checkpoint to resume from, no room for the pictures or on the disk, a loss is not
+            finite, or another process is gone.
+        PreemptedError: after SIGTERM; a checkpoint is saved then.
     """
-    args = trainer.args
+    args, folder = trainer.args, Path(trainer.args.output_dir)
     check_max_length(trainer)
     if trainer.is_world_process_zero():
         print(describe_parameters(trainer.model))
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    preemption = PreemptionCallback()
+    trainer.add_callback(preemption)
+    try:
+        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise RecipeError(
+            f"Another process of this run is gone, and what it said tells why ({one_line(error)[:200]}); "
+            f"{how_to_go_on(folder)}."
+        ) from error
+    finally:
+        preemption.close()
+    report(trainer)
+    if preemption.preempted:
+        raise PreemptedError(f"Stopped by SIGTERM after step {trainer.state.global_step}; {how_to_go_on(folder)}.")
+    trainer.samples.over_all_processes(trainer.accelerator).check()  # what has come since the last log
+    trainer.finite_steps.check(trainer)
+    trainer.finite_steps.check_weights(trainer)
+    try:
+        trainer.save_model()  # which pushes too, if asked to
+        trainer.save_state()
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"Training is done, but the adapter could not be written to {folder} ({one_line(error)}); make room, then "
+            f"{how_to_go_on(folder)}."
+        ) from error
+
+
+def report(trainer: MiniGPT4Trainer) -> None:
+    """Tell what was skipped; all processes have to take part."""
     samples = trainer.samples.over_all_processes(trainer.accelerator)
     if trainer.is_world_process_zero():
         print(samples.report())
-    samples.check()  # what has come since the last log
-    trainer.save_model()  # which pushes too, if asked to
-    trainer.save_state()
+        if steps := trainer.finite_steps.report(trainer.state.global_step):
+            print(steps)
 
 
 def check_max_length(trainer: MiniGPT4Trainer) -> None:
@@ -373,14 +414,28 @@ def check_max_length(trainer: MiniGPT4Trainer) -> None:
 
 
 def find_checkpoint(args: StageArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the latest of the output folder."""
+    """
+    The checkpoint that `--resume_from_checkpoint` means.
+
+    A folder, or of the output folder the newest that is whole: `latest` has to find one, and `auto` starts from the
+    beginning where there is none, so that a scheduler can run the same command again and again.
+
+    Raises:
+        RecipeError: if there is none, or the folder is no whole one.
+    """
     wanted = str(args.resume_from_checkpoint or "").strip()
     if wanted.lower() in ("", "false", "none"):
         return None
-    latest = wanted.lower() in ("true", "latest")
-    if latest:
-        wanted = (os.path.isdir(args.output_dir) and get_last_checkpoint(args.output_dir)) or ""
-    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
-        where = f"in {args.output_dir}" if latest else f"at {wanted}"
-        raise RecipeError(f"There is no checkpoint to resume from {where}; leave --resume_from_checkpoint out.")
+    if wanted.lower() in ("true", "latest", "auto"):
+        latest = latest_checkpoint(Path(args.output_dir))
+        if latest is None and wanted.lower() != "auto":
+            raise RecipeError(
+                f"There is no checkpoint to resume from in {args.output_dir}; leave --resume_from_checkpoint out."
+            )
+        return None if latest is None else str(latest)
+    folder = Path(wanted)
+    if not (folder / STATE).is_file():
+        raise RecipeError(f"There is no checkpoint to resume from at {wanted}; leave --resume_from_checkpoint out.")
+    if (folder / FILES).is_file() and (reason := what_is_missing(folder)) is not None:
+        raise RecipeError(f"{wanted} is not a whole checkpoint, for {reason}; name another, or `latest`.")
     return wanted

@@ -59,7 +59,7 @@ def test_mistakes_become_one_line_and_status_2(monkeypatch: pytest.MonkeyPatch, 
     "command, told",
     [
         ("ablate", "the same command goes on"),
-        ("stage1", "--resume_from_checkpoint latest"),
+        ("stage1", "--resume_from_checkpoint auto"),
         ("demo", "run the command again"),
     ],
 )

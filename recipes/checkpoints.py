@@ -1,0 +1,176 @@
+"""Checkpoints that are whole or not there: written beside, listed with their sizes, and renamed at the end.
+
+A process can be killed, and a disk can fill up, at any moment of saving. So a checkpoint is written to the scratch
+folder `_unfinished` of the output folder; then `files.json`, the list of its files with their sizes, goes into it, all
+is flushed to the disk, and the folder gets its name, which is one step for the file system. What has no such list, or
+not the files that stand there, is not taken for a checkpoint.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_minigpt4.modeling_minigpt4 import IS_TRANSFORMERS_4
+from recipes_minigpt4 import RecipeError, one_line
+
+
+UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed
+FILES = "files.json"
+STATE = "trainer_state.json"
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_whole(trainer: Any, final: Path, write: Callable[[], None]) -> None:
+    """
+    Write a checkpoint, on all processes of a run at once.
+
+    Args:
+        trainer: the trainer, for its processes.
+        final: the checkpoint's folder; one that is there already is replaced.
+        write: writes the checkpoint to the folder of the same name in `UNFINISHED`, beside `final`.
+
+    Raises:
+        RecipeError: on all processes, if any of them could not write; nothing is left of the attempt then.
+    """
+    scratch = final.parent / UNFINISHED / final.name
+    is_first_of_node = trainer.args.local_process_index == 0
+    if is_first_of_node:
+        shutil.rmtree(scratch.parent, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    reason = None
+    try:
+        write()
+    except Exception as error:  # of a full disk, for example; safetensors, torch and Python each have their own
+        reason = one_line(error)
+    # Everyone hears of it, so that no process waits for one that has stopped.
+    _stop_if_any(reason, trainer, final)
+    try:
+        if trainer.args.should_save:
+            _put_in_place(scratch, final)
+    except OSError as error:
+        reason = one_line(error)
+    _stop_if_any(reason, trainer, final)
+    if is_first_of_node and scratch.is_dir():  # a node without a share in that disk keeps what its processes wrote
+        _put_in_place(scratch, final)
+
+
+def _stop_if_any(reason: str | None, trainer: Any, final: Path) -> None:
+    reasons = [each for each in gather_object([reason]) if each]
+    if not reasons:
+        return
+    if trainer.args.local_process_index == 0:
+        shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
+    raise RecipeError(
+        f"{final} could not be written ({reasons[0]}); make room or mend what is in the way, then "
+        f"{how_to_go_on(final.parent)}."
+    )
+
+
+def _put_in_place(scratch: Path, final: Path) -> None:
+    files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(scratch).as_posix(): path.stat().st_size for path in files}
+    (scratch / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    for path in (*files, scratch / FILES, scratch):
+        _flush(path)
+    former = scratch.parent / "former"
+    if final.exists():
+        os.replace(final, former)
+    os.replace(scratch, final)
+    _flush(final.parent)
+    shutil.rmtree(scratch.parent, ignore_errors=True)
+
+
+def rotate(trainer: Any, run_dir: str) -> None:
+    """Delete checkpoints that are more than `save_total_limit`, the oldest first, as transformers does."""
+    if IS_TRANSFORMERS_4:
+        trainer._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
+        return
+    from transformers.trainer_utils import rotate_checkpoints
+
+    args, best = trainer.args, trainer.state.best_model_checkpoint
+    rotate_checkpoints(run_dir, args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk keep a file or folder as it is now, so that a loss of power cannot part it from its name."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """
+    A scratch folder whose files replace those of `folder` at the end, each in one step.
+
+    After an error `folder` is as it was.
+    """
+    scratch = folder / UNFINISHED
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            target = folder / path.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _flush(path)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint of the recipes; None if it is one."""
+    try:
+        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"it has no {FILES}"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
+    return None
+
+
+def latest_checkpoint(output_dir: Path, tell: Callable[[str], Any] = print) -> Path | None:
+    """
+    The newest whole checkpoint of an output folder.
+
+    Args:
+        output_dir: folder of a run.
+        tell: is told of checkpoints that are passed over.
+    """
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [(int(match[1]), path) for path in output_dir.glob("*") if (match := pattern.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        if (reason := what_is_missing(path)) is None:
+            return path
+        tell(f"{path} is not a whole checkpoint, for {reason}; it is passed over")
+    return None
+
+
+def how_to_go_on(output_dir: Path) -> str:
+    """What to do after a run has stopped, as the end of a sentence."""
+    whole = latest_checkpoint(output_dir, tell=lambda _: None)
+    if whole is None:
+        return "start again, as no checkpoint was saved before"
+    return f"go on from {whole} with --resume_from_checkpoint latest"

@@ -1,0 +1,96 @@
+"""What each process of a run has to remember beside what transformers does: its place in a stream, and its counts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recipes_minigpt4 import RecipeError
+from recipes_minigpt4.streams import loader_state
+
+
+class StreamEpochCallback(TrainerCallback):
+    """Tells how much of a run is done as its epoch, also after a stream went on in its middle."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.epoch = state.global_step / state.max_steps
+
+
+class ProcessState:
+    """
+    The part of a checkpoint that belongs to one process, the file `process_N.pt`.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.loader: Any = None  # that of a stream
+        self._checkpoint: str | None = None
+        self._place: dict[str, Any] | None = None  # in the stream, until a loader is there
+        self._wants_rng = False
+
+    def _shape(self) -> dict[str, int]:
+        """What has to stay for a stream to be found again: it tells which process and worker reads what."""
+        args = self.trainer.args
+        return {
+            "processes": args.world_size,
+            "workers": args.dataloader_num_workers,
+            "batch size": args.per_device_train_batch_size,
+        }
+
+    def save(self, checkpoint: str) -> None:
+        """Write the file of this process."""
+        trainer = self.trainer
+        state = {
+            "samples": trainer.samples.state(),
+            "skipped_steps": trainer.finite_steps.skipped,
+            "tokens": trainer.tokens_of_run,
+            "stream": None if self.loader is None else loader_state(self.loader),
+            **self._shape(),
+        }
+        torch.save(state, Path(checkpoint) / f"process_{trainer.args.process_index}.pt")
+
+    def load(self, checkpoint: str) -> None:
+        """
+        Take up what this process knew at a checkpoint.
+
+        Raises:
+            RecipeError: if the stream cannot be found again with as many processes and workers as there are now.
+        """
+        trainer = self.trainer
+        own, first = (Path(checkpoint) / f"process_{index}.pt" for index in (trainer.args.process_index, 0))
+        if not first.is_file():
+            return  # saved by another trainer
+        state = torch.load(own if own.is_file() else first, weights_only=True)
+        if own.is_file():  # otherwise there were fewer processes, of which the first stands for all
+            trainer.samples.take_up(state["samples"])
+        trainer.finite_steps.skipped = state["skipped_steps"]
+        trainer.tokens_of_run = state["tokens"]
+        if state["stream"] is None or trainer.args.ignore_data_skip:
+            return
+        for name, now in self._shape().items():
+            if state[name] != now:
+                raise RecipeError(
+                    f"{checkpoint} was saved with {name} {state[name]} and cannot go on in its stream with {now}; "
+                    "resume as it was started, or begin the stream again with --ignore_data_skip true."
+                )
+        self._checkpoint, self._place = checkpoint, state["stream"]
+
+    def find_place(self, loader: Any) -> None:
+        """Set the data loader of a stream to where the checkpoint was, which spares reading all that came before."""
+        self.loader = loader
+        if self._place is not None:
+            loader.load_state_dict(self._place)
+            self.trainer.args.ignore_data_skip = True  # nothing is left to skip
+            self._place, self._wants_rng = None, True
+
+    def restore_rng(self) -> None:
+        """Set random numbers to those of the checkpoint after the first batch, as starting a loader draws some."""
+        if self._wants_rng:
+            self.trainer._load_rng_state(self._checkpoint)
+            self._wants_rng = False
