@@ -32,6 +32,7 @@ class ProcessState:
         self.loader: Any = None  # that of a stream
         self._checkpoint: str | None = None
         self._place: dict[str, Any] | None = None  # in the stream, until a loader is there
+        self._start: dict[str, Any] | None = None  # place at which the loader was started
         self._wants_rng = False
 
     def _shape(self) -> dict[str, int]:
@@ -50,7 +51,7 @@ class ProcessState:
             "samples": trainer.samples.state(),
             "skipped_steps": trainer.finite_steps.skipped,
             "tokens": trainer.tokens_of_run,
-            "stream": None if self.loader is None else loader_state(self.loader),
+            "stream": None if self.loader is None else loader_state(self.loader, self._start),
             **self._shape(),
         }
         torch.save(state, Path(checkpoint) / f"process_{trainer.args.process_index}.pt")
@@ -83,7 +84,7 @@ class ProcessState:
 
     def find_place(self, loader: Any) -> None:
         """Set the data loader of a stream to where the checkpoint was, which spares reading all that came before."""
-        self.loader = loader
+        self.loader, self._start = loader, self._place
         if self._place is not None:
             loader.load_state_dict(self._place)
             self.trainer.args.ignore_data_skip = True  # nothing is left to skip

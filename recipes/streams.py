@@ -5,6 +5,7 @@ workers with every batch. What neither keeps is the content of a shuffle buffer,
 instead: a block can be read again from where it starts.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -41,18 +42,23 @@ def _permute(block: dict[str, list[Any]], indices: list[int], seed: int) -> dict
     return {name: [values[at] for at in order] for name, values in block.items()}
 
 
-def loader_state(loader: Any) -> dict[str, Any]:
+def loader_state(loader: Any, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
     Where the samples are that come after the last batch that `loader` gave out.
 
     Args:
         loader: what accelerate makes of a data loader with `use_stateful_dataloader`.
+        start: the state that it was started with, if it was.
     """
     state: dict[str, Any] = loader.state_dict()
-    snapshot = state.get("_snapshot") or {}
-    # A worker that has given nothing yet reports a state from before it was told its share of the shards, which mixes
-    # of several sources must not be started with. Without one it starts as it did.
-    for name, worker in snapshot.get("_worker_snapshots", {}).items():
-        if int(name.rpartition("_")[2]) >= snapshot["_snapshot_step"]:
-            worker["dataset_state"] = None
+    if not (workers := state.get("_snapshot", {}).get("_worker_snapshots")):
+        return state
+    # A worker that has given nothing yet reports the state of a dataset that was not told its share or its start, so
+    # what it was started with stands in. They give batches in turn.
+    before = start["_snapshot"] if start else {"_snapshot_step": 0, "_last_yielded_worker_id": -1}
+    batches = state["_snapshot"]["_snapshot_step"] - before["_snapshot_step"]
+    for turn in range(batches, len(workers)):
+        name = f"worker_{(before['_last_yielded_worker_id'] + 1 + turn) % len(workers)}"
+        known = before.get("_worker_snapshots", {}).get(name)
+        workers[name] = {**workers[name], "dataset_state": None} if known is None else known
     return state

@@ -162,6 +162,12 @@ class StageArguments(SFTConfig):
             raise RecipeError("panel_images needs panel_steps, the steps between two looks at the pictures.")
         super().__post_init__()
 
+    @property
+    def device(self) -> torch.device:
+        """The device of this process; 4.57 could not resume on "cpu:0", as accelerate calls that of several ranks."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
 
 class StageParser(TrlParser):
     """`TrlParser` that finds shipped YAML files by name and tells mistakes in one sentence."""

@@ -1,9 +1,6 @@
 """Runs of two ranks that are killed, pre-empted or left alone, and losses that are not finite."""
 
-import itertools
-import os
 import random
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -172,7 +169,7 @@ def test_a_disk_that_is_full_for_one_rank_stops_all(stage: Callable, tmp_path: P
         assert f"go on from {tmp_path / 'run' / 'checkpoint-2'}" in running.output(rank)
 
 
-# ---- losses that are not finite ---------------------------------------------------------------------------------------
+# ---- losses that are not finite ------------------------------------------------------------------------------------
 
 
 def poison(patch: pytest.MonkeyPatch, steps: set[int], value: float = float("nan")) -> None:
