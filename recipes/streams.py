@@ -55,10 +55,11 @@ def loader_state(loader: Any, start: Mapping[str, Any] | None = None) -> dict[st
         return state
     # A worker that has given nothing yet reports the state of a dataset that was not told its share or its start, so
     # what it was started with stands in. They give batches in turn.
-    before = start["_snapshot"] if start else {"_snapshot_step": 0, "_last_yielded_worker_id": -1}
+    fresh = {"_snapshot_step": 0, "_last_yielded_worker_id": -1, "_worker_snapshots": {}}
+    before: dict[str, Any] = start["_snapshot"] if start else fresh
     batches = state["_snapshot"]["_snapshot_step"] - before["_snapshot_step"]
     for turn in range(batches, len(workers)):
         name = f"worker_{(before['_last_yielded_worker_id'] + 1 + turn) % len(workers)}"
-        known = before.get("_worker_snapshots", {}).get(name)
+        known = before["_worker_snapshots"].get(name)
         workers[name] = {**workers[name], "dataset_state": None} if known is None else known
     return state
