@@ -20,13 +20,16 @@ from recipes_minigpt4.checkpoints import how_to_go_on
 
 class PreemptionCallback(TrainerCallback):
     """
-    Ends training after the step in which SIGTERM arrives at any process, with a checkpoint.
+    Ends training after the step in which SIGTERM arrives at any process, with a checkpoint. Use it in a `with`.
 
     Processes hear the signal at different times, and have to save after the same step. So with every step they tell
-    each other, without waiting for the answer before the step after; the GPU is not asked anything.
+    each other, without waiting for the answer before the step after; the GPU is not asked anything. Workers of data
+    loaders, to which schedulers send the signal too, go on until their process ends them.
 
     Transformers has a callback of that purpose (`enable_jit_checkpoint`, 5.x), which lets every process decide alone.
     """
+
+    in_use = False  # whether processes that are forked now are workers of such a run
 
     def __init__(self) -> None:
         self.asked = False  # whether this process has got the signal
@@ -35,14 +38,24 @@ class PreemptionCallback(TrainerCallback):
         self._group: Any = None
         self._answer: tuple[Any, torch.Tensor] | None = None
 
+    def __enter__(self) -> "PreemptionCallback":
+        if threading.current_thread() is threading.main_thread():  # others may not
+            self._former = signal.signal(signal.SIGTERM, self._hear)
+            PreemptionCallback.in_use = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        PreemptionCallback.in_use = False
+        if self._former is not None:
+            signal.signal(signal.SIGTERM, self._former)
+            self._former = None
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if threading.current_thread() is threading.main_thread():  # others may not
-            self._former = signal.signal(signal.SIGTERM, self._hear)
         if args.world_size > 1 and distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")
 
@@ -74,11 +87,22 @@ class PreemptionCallback(TrainerCallback):
     ) -> None:
         self._former_answer()
 
-    def close(self) -> None:
-        """Let SIGTERM be what it was; until then it ends nothing, and what is being saved is saved."""
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)
-            self._former = None
+
+def _obey_parent_only() -> None:
+    """In a forked process of a run: end at a SIGTERM of the process it belongs to, and at no other."""
+    if PreemptionCallback.in_use and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in all threads that are started from here on
+        threading.Thread(target=_wait_for_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_end(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_obey_parent_only)
 
 
 # ---- losses that are not finite -------------------------------------------------------------------------------------

@@ -146,9 +146,34 @@ def samples_of(tars: list[str], image_column: str, text_column: str) -> Iterator
     for tar in tars:
         try:
             for members in groups_of(tar):
+                Outage.broken = 0
                 yield sample_of(tar, members, image_column, text_column)
         except BadSampleError as error:
+            Outage.count(tar, error)
             yield _broken(tar, error)
+
+
+class Outage:
+    """Archives in a row that this process could not read: so many that it is their source that is gone."""
+
+    ENOUGH = 5
+    broken = 0
+
+    @classmethod
+    def count(cls, tar: str, error: BadSampleError) -> None:
+        """
+        Count one.
+
+        Raises:
+            RecipeError: if it is one too many.
+        """
+        cls.broken += 1
+        if cls.broken == cls.ENOUGH:
+            cls.broken = 0
+            raise RecipeError(
+                f"{cls.ENOUGH} tar files in a row cannot be read, {tar} the last ({error.detail}); see whether their "
+                "source can be reached."
+            )
 
 
 def sample_of(tar: str, members: Mapping[str, bytes], image_column: str, text_column: str) -> dict[str, Any]:

@@ -368,10 +368,12 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     check_max_length(trainer)
     if trainer.is_world_process_zero():
         print(describe_parameters(trainer.model))
-    preemption = PreemptionCallback()
-    trainer.add_callback(preemption)
     try:
-        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        with PreemptionCallback() as preemption:
+            trainer.add_callback(preemption)
+            trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    except RecipeError as error:
+        raise RecipeError(own_words(error)) from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
@@ -379,8 +381,6 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
             f"Another process of this run is gone, and what it said tells why ({one_line(error)[:200]}); "
             f"{how_to_go_on(folder)}."
         ) from error
-    finally:
-        preemption.close()
     report(trainer)
     if preemption.preempted:
         raise PreemptedError(f"Stopped by SIGTERM after step {trainer.state.global_step}; {how_to_go_on(folder)}.")
@@ -395,6 +395,11 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
             f"Training is done, but the adapter could not be written to {folder} ({one_line(error)}); make room, then "
             f"{how_to_go_on(folder)}."
         ) from error
+
+
+def own_words(error: RecipeError) -> str:
+    """The sentence of an error, which comes from a worker of a data loader with that one's traceback around it."""
+    return str(error).rpartition(f"{RecipeError.__name__}: ")[2].strip()
 
 
 def report(trainer: MiniGPT4Trainer) -> None:

@@ -1,5 +1,6 @@
 """Runs of two ranks that are killed, pre-empted or left alone, and losses that are not finite."""
 
+import os
 import random
 import signal
 import time
@@ -283,3 +284,37 @@ def test_both_ranks_stop_at_what_is_not_finite_on_one(stage: Callable) -> None:
 def test_an_unknown_policy_is_refused(stage: Callable, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["stage1", *stage(non_finite="ignore")]) == 2
     assert "non_finite is 'ignore'; it is stop or skip." in capsys.readouterr().err
+
+
+# ---- data that is gone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_that_goes_away_ends_the_run(
+    workers: int, stage: Callable, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    save = MiniGPT4Trainer._save_checkpoint
+
+    def take_the_tars_away(trainer, *args) -> None:
+        save(trainer, *args)
+        if tars.exists():
+            tars.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(MiniGPT4Trainer, "_save_checkpoint", take_the_tars_away)
+    fields = {**SAVING, "max_steps": 4000, "dataset_name": tars, "shuffle_buffer": 5, "max_bad_share": 1}
+    assert cli.main(["stage1", *stage(**fields, dataloader_num_workers=workers)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "5 tar files in a row cannot be read" in said and "(not found); see whether their source" in said
+    assert said.startswith("minigpt4 stage1: 5 tar files")
+    assert steps_of(tmp_path / "run")
+
+
+def test_sigterm_to_all_processes_of_a_job_spares_the_workers(stage: Callable, tars: Path, tmp_path: Path) -> None:
+    """Schedulers signal everything that a job has started, workers of data loaders among it."""
+    fields = {**SAVING, "save_strategy": "no", "max_steps": 4000, "dataset_name": tars, "dataloader_num_workers": 2}
+    with ranks.start(["stage1", *stage(**fields)]) as running:
+        wait_for(lambda: running.output(0).count("'loss'") >= 3, running)
+        for pid in running.pids:
+            os.killpg(pid, signal.SIGTERM)
+        assert running.wait() == [cli.PREEMPTED] * 2, running.output()
+    assert len(steps_of(tmp_path / "run")) == 1
