@@ -185,6 +185,18 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["Blip2QFormerMultiHeadAttention", "Blip2QFormerLayer"]
 
+    def post_init(self) -> None:
+        """
+        Record the layers that this very model is made of, which `device_map` and FSDP handle as one.
+
+        4.57 leaves out those of the parts; 5.x also names layers that a part might have, over which FSDP stumbles.
+        """
+        super().post_init()
+        parts = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        self._no_split_modules = sorted(
+            _outermost(self, {name for one in parts for name in one._no_split_modules or ()})
+        )
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Float32Linear):
             module.reset_parameters()  # the original's initialization is nn.Linear's own
@@ -281,6 +293,15 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
             if (part := part_of(prefix + name)) is not None:
                 parts[part].append(parameter)
         return {part: tensors for part, tensors in parts.items() if tensors}
+
+
+def _outermost(module: nn.Module, names: set[str]) -> set[str]:
+    """Those classes among `names` that modules below this one have, unless they are inside another of them only."""
+    found: set[str] = set()
+    for child in module.children():
+        name = type(child).__name__
+        found |= {name} if name in names else _outermost(child, names)
+    return found
 
 
 def _keep_checkpointing(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -111,6 +111,7 @@ def start(
     ranks: int = 2,
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Ranks:
     """
     Start the ranks of a command, each as `torchrun` would.
@@ -120,6 +121,7 @@ def start(
         ranks: how many; one is a process group of one.
         environment: variables of all ranks, beside this process's own.
         folder: where their output is kept. Default: a new temporary folder.
+        before: a function of a module that every rank calls first.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -136,13 +138,15 @@ def start(
     for rank, log in enumerate(logs):
         log.write_bytes(b"")
         variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = context.Process(target=_run, args=([str(part) for part in arguments], variables, log))
+        process = context.Process(target=_run, args=([str(part) for part in arguments], variables, log, before))
         process.start()
         processes.append(process)
     return Ranks(processes, logs, store)
 
 
-def _run(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+def _run(
+    arguments: Sequence[str], environment: Mapping[str, str], log: Path, before: Callable[[], None] | None
+) -> None:
     """One rank, in its own process."""
     os.setsid()  # a group of its own, with the workers of its data loader
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -157,6 +161,8 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str], log: Path) ->
     from recipes_minigpt4 import cli
 
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     code = cli.main(arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
