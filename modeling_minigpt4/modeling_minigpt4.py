@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import can_return_tuple, logging
 
 from .backbones import HUB_OPTIONS, PARTS, BackbonesMixin, load_backbone_config, normalize_source, part_of
@@ -210,7 +211,7 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
     @classmethod
     def _skeleton(cls, config: MiniGPT4Config) -> "MiniGPT4ForConditionalGeneration":
         """The whole model without memory: names and shapes of every tensor."""
-        with torch.device("meta"):
+        with set_zero3_state(), torch.device("meta"):  # ZeRO-3 would fill and share out every model that is made
             return MiniGPT4ForConditionalGeneration(copy.deepcopy(config))
 
     @classmethod

@@ -32,6 +32,7 @@ from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
 from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.rows import Rows, name_of, rows_of, with_features
+from recipes_minigpt4.sharded import vision_side_on
 from recipes_minigpt4.skipped import BadSampleError, SampleCounts
 
 
@@ -170,7 +171,11 @@ def train_from_features(trainer: Any) -> None:
         if isinstance(digest, bytes) and digest not in known
     }
     ours = [key for key in missing if key[0] % trainer.args.world_size == trainer.args.process_index]
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with (
+        torch.no_grad(),
+        trainer.accelerator.autocast(),
+        vision_side_on(trainer.model.model, trainer.args.device),
+    ):
         unreadable = fill(cache, trainer, rows.select(sorted(missing[key] for key in ours)))
     unreadable = {key: record for found in gather_object([unreadable]) for key, record in found.items()}
     trainer.accelerator.wait_for_everyone()

@@ -6,19 +6,20 @@ The frozen weights, gigabytes that the backbones provide, stay where they are.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+import transformers.trainer
+from accelerate.utils import DeepSpeedSchedulerWrapper, save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, ADAPTER_WEIGHTS, PEFT_PREFIX
+from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from recipes_minigpt4 import RecipeError
 
 
@@ -88,11 +89,37 @@ def _zero3_gathered(tensors: list[torch.Tensor]) -> Iterator[None]:
 
 
 def save_optimizer(trainer: "MiniGPT4Trainer", folder: str) -> None:
-    """What transformers saves of an FSDP2 run beside the model, without the model: `gather` has written that."""
-    plugin = trainer.accelerator.state.fsdp_plugin
-    save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
-    if trainer.args.should_save:
+    """What transformers saves of such a run beside the adapter, but without all weights of the model."""
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.save_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
+    if trainer.args.should_save and not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):
         torch.save(trainer.lr_scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
+
+
+@contextmanager
+def trained_only(trainer: "MiniGPT4Trainer") -> Iterator[None]:
+    """
+    Do not miss frozen weights in DeepSpeed's own checkpoints, which `save_optimizer` keeps out of them.
+
+    transformers does not for models that PEFT has wrapped (4.57 to 5.23, `deepspeed_load_checkpoint`).
+    """
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    restore = transformers.trainer.deepspeed_load_checkpoint
+
+    def restore_trained(engine: Any, folder: str, **_: Any) -> None:
+        check_complete(trainer.model, read_checkpoint(trainer.model, folder), folder)
+        restore(engine, folder, load_module_strict=False)
+
+    transformers.trainer.deepspeed_load_checkpoint = restore_trained
+    try:
+        yield
+    finally:
+        transformers.trainer.deepspeed_load_checkpoint = restore
 
 
 def load(model: nn.Module, folder: "str | os.PathLike[str]") -> None:
@@ -105,17 +132,43 @@ def load(model: nn.Module, folder: "str | os.PathLike[str]") -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     tensors = read_checkpoint(model, folder)
+    check_complete(model, tensors, folder)
+    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def check_complete(model: nn.Module, tensors: Mapping[str, Any], folder: "str | os.PathLike[str]") -> None:
+    """Raise a `RecipeError` if anything that trains is not among the tensors of a checkpoint."""
     trained = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.requires_grad}
     if missing := sorted(trained - tensors.keys()):
         raise RecipeError(
             f"The checkpoint {folder} lacks {missing[0]}, which trains; resume with what trained when it was saved."
         )
-    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def read_checkpoint(model: Any, folder: "str | os.PathLike[str]") -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint under the model's own names, those of an adapter of PEFT included."""
     tensors: dict[str, torch.Tensor] = load_file(Path(folder, SAFE_WEIGHTS_NAME))
-    if not model.has_adapter:
-        return tensors
-    raise NotImplementedError(ADAPTER_FOLDER, ADAPTER_WEIGHTS, PEFT_PREFIX)
+    adapter = Path(folder, ADAPTER_FOLDER, ADAPTER_WEIGHTS)
+    if model.has_adapter and adapter.is_file():
+        names, stored = model.stored_names(), load_file(adapter)
+        tensors |= {names[key]: tensor for key, tensor in stored.items() if key in names}
+    return tensors
+
+
+@contextmanager
+def vision_side_on(model: Any, device: torch.device) -> Iterator[None]:
+    """Move the frozen vision side for a while: FSDP and DeepSpeed leave a model on the CPU until training begins."""
+    before = model.vision_model.device
+    try:
+        _move_vision_side(model, device)
+        yield
+    finally:
+        _move_vision_side(model, before)
+
+
+def _move_vision_side(model: Any, device: torch.device) -> None:
+    for part in (model.vision_model, model.qformer):
+        if part is not None and part.device != device:
+            part.to(device)
+    if model.query_tokens is not None:
+        model.query_tokens.data = model.query_tokens.data.to(device)

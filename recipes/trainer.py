@@ -137,7 +137,8 @@ class MiniGPT4Trainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._images, self._clock = 0, time.perf_counter()
-        return super().train(*args, **kwargs)
+        with sharded.trained_only(self):
+            return super().train(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         counts = inputs.pop(COUNTS, None)
@@ -271,7 +272,7 @@ class MiniGPT4Trainer(SFTTrainer):
             self._write_card(output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             sharded.save_optimizer(self, output_dir)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
