@@ -65,27 +65,28 @@ def gather(trainer: "MiniGPT4Trainer") -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in model._keys_to_ignore_on_save
     }
-    with _zero3_gathered(list(tensors.values())):
-        whole = {}
-        for name, tensor in tensors.items():
-            tensor = tensor.detach()
-            if hasattr(tensor, "full_tensor"):  # one at a time, so that no process holds more than one
-                tensor = tensor.to(trainer.args.device).full_tensor()
-            if saves:
-                whole[name] = tensor.to("cpu", copy=True)
+    whole = {}
+    for name, tensor in tensors.items():  # one at a time, so that no process holds more than one
+        gathered = _gather_deepspeed(tensor) if trainer.is_deepspeed_enabled else _gather_fsdp(tensor, trainer)
+        if saves:
+            whole[name] = gathered.to("cpu", copy=True)
     return whole
 
 
-@contextmanager
-def _zero3_gathered(tensors: list[torch.Tensor]) -> Iterator[None]:
-    """ZeRO-3 leaves nothing of a parameter in its place; put them back for a while."""
-    if not (partitioned := [tensor for tensor in tensors if hasattr(tensor, "ds_id")]):
-        yield
-        return
+def _gather_fsdp(tensor: torch.Tensor, trainer: "MiniGPT4Trainer") -> torch.Tensor:
+    tensor = tensor.detach()
+    # On the device, for the CPU may have no collectives.
+    return tensor.to(trainer.args.device).full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def _gather_deepspeed(tensor: torch.Tensor) -> torch.Tensor:
+    """What is optimized, in float32, rather than the copy in half precision that the model computes with."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
-        yield
+    if tensor.requires_grad and (exact := deepspeed.utils.safe_get_full_fp32_param(tensor)) is not None:
+        return exact.detach()
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=None, enabled=hasattr(tensor, "ds_id")):
+        return tensor.detach().clone()
 
 
 def save_optimizer(trainer: "MiniGPT4Trainer", folder: str) -> None:
