@@ -22,7 +22,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
-from .whole_minigpt4 import check_whole, unsharded_class
 
 
 logger = logging.get_logger(__name__)
@@ -547,15 +546,7 @@ class BackbonesMixin(PeftMixin):
             full: write every tensor, so that the folder needs no backbone (for vLLM and the like). An adapter stays
                 beside them and is not merged.
             push_to_hub: upload the folder too.
-
-        Raises:
-            ValueError: before anything is written, if a tensor is missing or not whole, as in one process of several
-                that share the weights (FSDP, ZeRO-3); hand over gathered ones as `state_dict`.
         """
-        self._choose_what_to_save(full)
-        options = {**dict(zip(("is_main_process", "state_dict"), args, strict=False)), **kwargs}
-        if options.get("is_main_process", True):
-            self._check_whole(options.get("state_dict"))
         backbones = self.config.backbones
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
         local = {
@@ -573,7 +564,7 @@ class BackbonesMixin(PeftMixin):
         try:
             self._choose_what_to_save(full)
             self.config.backbones = {} if full else _relative(backbones, save_directory)
-            with unsharded_class(self), self._adapter_aside(save_directory, args, kwargs) as (args, kwargs):
+            with self._adapter_aside(save_directory, args, kwargs) as (args, kwargs):
                 super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
             _remove_older(save_directory, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
         finally:
@@ -599,19 +590,6 @@ class BackbonesMixin(PeftMixin):
             and name not in trained
             and f"{prefix}{plain[name]}" not in self._own_tensors
         }
-
-    def _check_whole(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """Refuse to save what is no whole tensor of the shape that the configuration says."""
-        if getattr(self, "_tp_size", None) is not None or getattr(self.config, "distributed_config", None):
-            return  # transformers has split the tensors, and puts them together itself
-        own = self.state_dict(keep_vars=True)
-        needed = {name for name in own.keys() - self._keys_to_ignore_on_save if own[name].requires_grad}
-        given = own if tensors is None else tensors
-        given = {name: tensor for name, tensor in given.items() if name not in self._keys_to_ignore_on_save}
-        prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._skeleton(self.config).state_dict().items()}
-        plain = plain_names(self, given)  # type: ignore[arg-type]
-        check_whole(given, needed, {name: shapes.get(f"{prefix}{plain[name]}") for name in given})
 
 
 def _relative(backbones: Mapping[str, Any], folder: "str | os.PathLike[str]") -> dict[str, Any]:

@@ -165,6 +165,7 @@ def train_from_features(trainer: Any) -> None:
     cache = open_cache(trainer)
     digests = [digest for batch in _batches(trainer, rows, _digests_of, title="pictures") for digest in batch]
     known = cache.index()
+    trainer.accelerator.wait_for_everyone()  # before any process adds to it, so that all miss the same
     missing = {
         digest: row
         for row, digest in reversed(list(enumerate(digests)))

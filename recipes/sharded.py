@@ -1,8 +1,8 @@
 """
 Saving and resuming a model whose weights several processes share, by FSDP2 or DeepSpeed.
 
-Only what a checkpoint of this model holds is gathered and written: the projection and whatever else trains, whole, once.
-The frozen weights, gigabytes that the backbones provide, stay where they are.
+Only what a checkpoint of this model holds is gathered and written, whole and once: the projection and whatever else
+trains. The frozen weights, gigabytes that the backbones provide, stay where they are.
 """
 
 import os
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers.trainer
-from accelerate.utils import DeepSpeedSchedulerWrapper, save_fsdp_optimizer
+from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -76,7 +78,8 @@ def gather(trainer: "MiniGPT4Trainer") -> dict[str, torch.Tensor]:
 def _gather_fsdp(tensor: torch.Tensor, trainer: "MiniGPT4Trainer") -> torch.Tensor:
     tensor = tensor.detach()
     # On the device, for the CPU may have no collectives.
-    return tensor.to(trainer.args.device).full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    on_device: Any = tensor.to(trainer.args.device)
+    return on_device.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _gather_deepspeed(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,7 +137,7 @@ def load(model: nn.Module, folder: "str | os.PathLike[str]") -> None:
 
     tensors = read_checkpoint(model, folder)
     check_complete(model, tensors, folder)
-    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
+    set_model_state_dict(model, dict(tensors), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def check_complete(model: nn.Module, tensors: Mapping[str, Any], folder: "str | os.PathLike[str]") -> None:
