@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.utils import DeepSpeedPlugin
 from ranks import Ranks, start
 from safetensors import safe_open
 from test_accelerate_configs import prepare
@@ -37,7 +38,13 @@ def bfloat16_on_cpus() -> None:
 
 def tell_what_is_left() -> None:
     """Let every rank print what it has of the projection, and try to save it by itself."""
-    save = MiniGPT4Trainer.save_model
+    complete, save = DeepSpeedPlugin.__post_init__, MiniGPT4Trainer.save_model
+
+    def __post_init__(self: DeepSpeedPlugin) -> None:  # noqa: N807
+        complete(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small ones too
+
+    DeepSpeedPlugin.__post_init__ = __post_init__
 
     def save_model(self: MiniGPT4Trainer, *args: object, **kwargs: object) -> None:
         print("local:", tuple(self.model.model.language_projection.weight.shape))
