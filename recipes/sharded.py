@@ -54,6 +54,23 @@ def check_strategy(trainer: "MiniGPT4Trainer") -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=weights, reduce_dtype=torch.float32)
 
 
+def check_checkpoint(trainer: "MiniGPT4Trainer", folder: "str | os.PathLike[str]") -> None:
+    """
+    Refuse to resume a run in another way than it was saved, since optimizer state cannot be carried over.
+
+    Raises:
+        RecipeError: saying how the checkpoint was saved.
+    """
+    written = {"DeepSpeed": "global_step*", "FSDP": "optimizer[._][0b]*", "DDP or one process": "optimizer.pt"}
+    saved = [name for name, pattern in written.items() if any(Path(folder).glob(pattern))]
+    now = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "DDP or one process"
+    if saved and now not in saved:
+        raise RecipeError(
+            f"The checkpoint {folder} was saved under {saved[0]}, and its optimizer state cannot be used under {now}; "
+            f"resume as it was saved, or begin anew from its adapter with --model_name_or_path {folder}."
+        )
+
+
 def gather(trainer: "MiniGPT4Trainer") -> dict[str, torch.Tensor]:
     """
     The tensors of a checkpoint, whole and on the CPU, in the process that saves; nothing in the others.
@@ -67,12 +84,12 @@ def gather(trainer: "MiniGPT4Trainer") -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in model._keys_to_ignore_on_save
     }
-    whole = {}
-    for name, tensor in tensors.items():  # one at a time, so that no process holds more than one
+    whole: dict[int, torch.Tensor] = {}  # one for all names of a tied one
+    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():  # no process holds more than one
         gathered = _gather_deepspeed(tensor) if trainer.is_deepspeed_enabled else _gather_fsdp(tensor, trainer)
         if saves:
-            whole[name] = gathered.to("cpu", copy=True)
-    return whole
+            whole[id(tensor)] = gathered.to("cpu", copy=True)
+    return {name: whole[id(tensor)] for name, tensor in tensors.items()} if saves else {}
 
 
 def _gather_fsdp(tensor: torch.Tensor, trainer: "MiniGPT4Trainer") -> torch.Tensor:

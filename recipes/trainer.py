@@ -137,6 +137,8 @@ class MiniGPT4Trainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._images, self._clock = 0, time.perf_counter()
+        if isinstance(folder := kwargs.get("resume_from_checkpoint"), str):
+            sharded.check_checkpoint(self, folder)
         with sharded.trained_only(self):
             return super().train(*args, **kwargs)
 

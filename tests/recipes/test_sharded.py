@@ -50,6 +50,7 @@ def shard_on_cpus_and_tell() -> None:
         local = {name: tensor for name, tensor in self.model.named_parameters() if isinstance(tensor, DTensor)}
         print("sharded:", len(local), "of", len(list(self.model.parameters())))
         weight = local["model.language_projection.weight"]
+        print(self.accelerator.state.fsdp_plugin.mixed_precision_policy)
         print("local:", tuple(weight.to_local().shape), "whole:", tuple(weight.shape))
         try:
             self.model.save_pretrained(Path(self.args.output_dir, "by_hand"))
@@ -103,13 +104,11 @@ def train_whole(stage: Callable, uneven_pairs_file: Path, tmp_path: Path) -> Cal
     return train
 
 
-def tied_language_model(parts: dict[str, str], folder: Path) -> str:
-    """The language model of `parts` with one matrix for both ends of the vocabulary."""
+def other_language_model(parts: dict[str, str], folder: Path, **changes: object) -> str:
+    """A language model like that of `parts`, but for some fields of its configuration."""
     shutil.copytree(parts["language_model"], folder)
-    config = LlamaConfig.from_pretrained(folder)
-    config.tie_word_embeddings = True
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder, **changes)).save_pretrained(folder)
     return str(folder)
 
 
@@ -121,7 +120,6 @@ VARIANTS = {
     "with LoRA": {"peft_config": LORA},
     "language model trains": {"train_parts": "language_model"},
     "without Q-Former": {"qformer": None},
-    "without checkpointing": {"gradient_checkpointing": "false"},
 }
 FIRST_FSDP = {
     "FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD", "FSDP_SYNC_MODULE_STATES": "false",
@@ -144,14 +142,28 @@ def test_sharded_training_equals_that_of_one_process(
 def test_tied_embeddings_are_sharded_together(
     train_sharded: Callable, train_whole: Callable, parts: dict[str, str], tmp_path: Path
 ) -> None:
-    fields = {"language_model": tied_language_model(parts, tmp_path / "tied"), "train_parts": "language_model"}
+    tied = other_language_model(parts, tmp_path / "tied", tie_word_embeddings=True)
+    fields = {"language_model": tied, "train_parts": "language_model"}
     assert largest_deviation(train_whole(**fields), train_sharded(**fields)[0]) <= 1e-5
 
 
 @pytest.mark.slow
-def test_half_precision_adds_gradients_up_in_float32(train_sharded: Callable, train_whole: Callable) -> None:
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_layers_that_are_forgotten_after_their_forward(
+    checkpointing: str, train_sharded: Callable, train_whole: Callable, parts: dict[str, str], tmp_path: Path
+) -> None:
+    """Answers are scored by a backward pass of their own within the forward one, amid the layers' coming and going."""
+    deep = other_language_model(parts, tmp_path / "deep", num_hidden_layers=4)
+    fields = {"language_model": deep, "gradient_checkpointing": checkpointing}
+    assert largest_deviation(train_whole(**fields), train_sharded(**fields)[0]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_half_precision_is_for_weights_only(train_sharded: Callable, train_whole: Callable) -> None:
     whole = train_whole(bf16="true")
-    sharded, _ = train_sharded(bf16="true")
+    sharded, ranks = train_sharded(bf16="true", before=shard_on_cpus_and_tell)
+    policy = "param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None"
+    assert policy in ranks.output(0)
     assert largest_deviation(whole, sharded) <= 1e-3
     with safe_open(sharded / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
@@ -231,6 +243,20 @@ def test_a_checkpoint_without_what_trains_is_refused(train_sharded: Callable, tm
 def test_the_first_fsdp_is_refused(train_sharded: Callable) -> None:
     _, ranks = train_sharded(environment=FIRST_FSDP, code=2)
     assert "fsdp_version: 2" in ranks.output(0).splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_way_to_train_is_refused(
+    train_sharded: Callable, stage: Callable, tmp_path: Path, capsys
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    assert cli.main(["stage1", *stage(output="whole", **saving)]) == 0
+    _, ranks = train_sharded(code=2, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
+    told = ranks.output(1).splitlines()[-1]
+    assert "saved under DDP or one process" in told and "under FSDP" in told and "--model_name_or_path" in told
+    folder, _ = train_sharded("other", **saving)
+    assert cli.main(["stage1", *stage(output="whole", resume_from_checkpoint=folder / "checkpoint-2")]) == 2
+    assert "saved under FSDP" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.gpu
