@@ -578,8 +578,9 @@ class BackbonesMixin(PeftMixin):
         The Trainer looks at the same list when it resumes, and does not warn about what is left out on purpose.
         """
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        plain = plain_names(self, self.state_dict())  # type: ignore[arg-type]
+        tensors = self.state_dict(keep_vars=True)
+        trained = {name for name, tensor in tensors.items() if tensor.requires_grad}
+        plain = plain_names(self, tensors)  # type: ignore[arg-type]
         self._keys_to_ignore_on_save = {
             name
             for name in plain

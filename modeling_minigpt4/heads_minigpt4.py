@@ -124,7 +124,7 @@ class _FrozenHeadScores(torch.autograd.Function):
                 gradients += torch.autograd.grad(logits, states, gradient)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
-        log_probs, entropy, is_top1 = torch.cat(scores, dim=1)
+        log_probs, entropy, is_top1 = (row.clone() for row in torch.cat(scores, dim=1))  # no views, for FSDP's hooks
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
 

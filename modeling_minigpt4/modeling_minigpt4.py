@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import can_return_tuple, logging
 
 from .backbones import HUB_OPTIONS, PARTS, BackbonesMixin, load_backbone_config, normalize_source, part_of
@@ -45,6 +46,7 @@ from .generation_minigpt4 import (
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
 from .last_layer_minigpt4 import LastLayer
 from .peft_minigpt4 import set_adapter_mode, trains_itself
+from .whole_minigpt4 import WholeMixin
 
 
 logger = logging.get_logger(__name__)
@@ -172,7 +174,7 @@ def mask_image_labels(
     return args, kwargs
 
 
-class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
+class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, PreTrainedModel):
     config_class = MiniGPT4Config
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -184,6 +186,18 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["Blip2QFormerMultiHeadAttention", "Blip2QFormerLayer"]
+
+    def post_init(self) -> None:
+        """
+        Record the layers that this very model is made of, which `device_map` and FSDP handle as one.
+
+        4.57 leaves out those of the parts; 5.x also names layers that a part might have, over which FSDP stumbles.
+        """
+        super().post_init()
+        parts = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        self._no_split_modules = sorted(
+            _outermost(self, {name for one in parts for name in one._no_split_modules or ()})
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Float32Linear):
@@ -198,7 +212,7 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
     @classmethod
     def _skeleton(cls, config: MiniGPT4Config) -> "MiniGPT4ForConditionalGeneration":
         """The whole model without memory: names and shapes of every tensor."""
-        with torch.device("meta"):
+        with set_zero3_state(), torch.device("meta"):  # ZeRO-3 would fill and share out every model that is made
             return MiniGPT4ForConditionalGeneration(copy.deepcopy(config))
 
     @classmethod
@@ -281,6 +295,15 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
             if (part := part_of(prefix + name)) is not None:
                 parts[part].append(parameter)
         return {part: tensors for part, tensors in parts.items() if tensors}
+
+
+def _outermost(module: nn.Module, names: set[str]) -> set[str]:
+    """Those classes among `names` that modules below this one have, unless they are inside another of them only."""
+    found: set[str] = set()
+    for child in module.children():
+        name = type(child).__name__
+        found |= {name} if name in names else _outermost(child, names)
+    return found
 
 
 def _keep_checkpointing(module: nn.Module) -> None:

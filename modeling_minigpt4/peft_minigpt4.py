@@ -289,6 +289,15 @@ class PeftMixin:
         tensors = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
+    def stored_names(self) -> dict[str, str]:
+        """Names of the active adapter's tensors in PEFT's file → their names in the model."""
+        tensors = self.state_dict()
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        stored = import_peft("An adapter").get_peft_model_state_dict(
+            self, state_dict=tensors, adapter_name=self.active_adapters()[0], save_embedding_layers=False
+        )
+        return {PEFT_PREFIX + key: names[id(tensor)] for key, tensor in stored.items()}
+
     @contextmanager
     def _adapter_aside(
         self, folder: "str | os.PathLike[str]", args: tuple[Any, ...], kwargs: dict[str, Any]

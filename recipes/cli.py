@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="minigpt4",
         description="MiniGPT-4 with Hugging Face tools.",
-        epilog="`minigpt4 COMMAND --help` lists what a command takes.",
+        epilog="`minigpt4 COMMAND --help` lists what a command takes. `python -m recipes_minigpt4.accelerate` tells "
+        "where the configurations for several GPUs are.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():

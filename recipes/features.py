@@ -32,6 +32,7 @@ from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
 from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.rows import Rows, name_of, rows_of, with_features
+from recipes_minigpt4.sharded import vision_side_on
 from recipes_minigpt4.skipped import BadSampleError, SampleCounts
 
 
@@ -164,13 +165,18 @@ def train_from_features(trainer: Any) -> None:
     cache = open_cache(trainer)
     digests = [digest for batch in _batches(trainer, rows, _digests_of, title="pictures") for digest in batch]
     known = cache.index()
+    trainer.accelerator.wait_for_everyone()  # before any process adds to it, so that all miss the same
     missing = {
         digest: row
         for row, digest in reversed(list(enumerate(digests)))
         if isinstance(digest, bytes) and digest not in known
     }
     ours = [key for key in missing if key[0] % trainer.args.world_size == trainer.args.process_index]
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with (
+        torch.no_grad(),
+        trainer.accelerator.autocast(),
+        vision_side_on(trainer.model.model, trainer.args.device),
+    ):
         unreadable = fill(cache, trainer, rows.select(sorted(missing[key] for key in ours)))
     unreadable = {key: record for found in gather_object([unreadable]) for key, record in found.items()}
     trainer.accelerator.wait_for_everyone()

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
-from recipes_minigpt4 import RecipeError
+from recipes_minigpt4 import RecipeError, sharded
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.checkpoints import STATE, UNFINISHED, latest_checkpoint, rotate, write_whole, written_beside
@@ -103,6 +103,7 @@ class MiniGPT4Trainer(SFTTrainer):
         if isinstance(rows, IterableDataset) and settings is not None and settings.max_steps <= 0:
             raise RecipeError("A stream of samples has no end; say how long to train with --max_steps.")
         super().__init__(*args, **kwargs)
+        sharded.check_strategy(self)
         self.dataset_name, self.stage = dataset_name, stage
         self._images, self._clock = 0, time.perf_counter()
         enough = ENOUGH if isinstance(self.train_dataset, IterableDataset) else min(ENOUGH, len(self.train_dataset))
@@ -153,9 +154,11 @@ class MiniGPT4Trainer(SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(latest_checkpoint(Path(self.args.output_dir)) or "") or True
         if isinstance(resume_from_checkpoint, str):
+            sharded.check_checkpoint(self, resume_from_checkpoint)
             self.process_state.load(resume_from_checkpoint)
         self._images, self._clock = 0, time.perf_counter()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with sharded.trained_only(self):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # A stream's data loader knows its place, which transformers would look for by reading everything before it.
 
@@ -311,6 +314,9 @@ class MiniGPT4Trainer(SFTTrainer):
     # An adapter of PEFT lies in a file of its own, of which transformers knows for models that PEFT has wrapped only.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            sharded.load(self.model, resume_from_checkpoint)
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.model.has_adapter:
             self.model.reload_adapter(resume_from_checkpoint)
@@ -321,6 +327,9 @@ class MiniGPT4Trainer(SFTTrainer):
         super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            sharded.load(self.model, self.state.best_model_checkpoint)
+            return
         super()._load_best_model()
         if self.model.has_adapter:
             self.model.reload_adapter(self.state.best_model_checkpoint)
@@ -333,6 +342,17 @@ class MiniGPT4Trainer(SFTTrainer):
             shutil.copytree(folder, os.path.join(self.args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; all processes have to call it, and one writes."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        tensors = sharded.gather(self)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=tensors)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
         if not self.args.should_save:
@@ -344,6 +364,12 @@ class MiniGPT4Trainer(SFTTrainer):
             super()._save(str(scratch), state_dict=state_dict)
             self._write_card(str(scratch))
         return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            sharded.save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""

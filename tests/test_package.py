@@ -92,6 +92,7 @@ def test_wheel_holds_three_packages_and_their_data(wheel: Path) -> None:
     for expected in (
         "modeling_minigpt4/py.typed",
         "processing_minigpt4/chat_templates/vicuna_v0.jinja",
+        "recipes_minigpt4/accelerate/fsdp2.yaml",
         "recipes_minigpt4/configs/tiny_stage1.yaml",
         "recipes_minigpt4/configs/ablations/baseline.yaml",
         "recipes_minigpt4/MODEL_CARD.md",

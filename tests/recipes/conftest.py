@@ -129,6 +129,19 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Im
     return folder / "pairs.jsonl"
 
 
+@pytest.fixture(scope="session")
+def uneven_pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen pairs whose answers have from one word to sixteen, each another."""
+    folder = tmp_path_factory.mktemp("uneven_pairs")
+    lines = []
+    for number in range(16):
+        draw(COLOURS[number % 8]).rotate(90 * (number // 8)).save(folder / f"{number}.png")
+        caption = " ".join(COLOURS[(number + word) % 8] for word in range(number + 1))
+        lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "pairs.jsonl"
+
+
 @pytest.fixture
 def compose(parts: dict[str, str]) -> Callable:
     """Make model and processor from `parts`, as a user does; keyword arguments go to the model."""

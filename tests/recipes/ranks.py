@@ -111,7 +111,7 @@ def start(
     ranks: int = 2,
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
-    prepare: Callable[[int], object] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Ranks:
     """
     Start the ranks of a command, each as `torchrun` would.
@@ -121,7 +121,7 @@ def start(
         ranks: how many; one is a process group of one.
         environment: variables of all ranks, beside this process's own.
         folder: where their output is kept. Default: a new temporary folder.
-        prepare: is called with its number in every rank before the command, to break something there.
+        before: a function of a module that every rank calls first.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -138,14 +138,14 @@ def start(
     for rank, log in enumerate(logs):
         log.write_bytes(b"")
         variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = context.Process(target=_run, args=([str(part) for part in arguments], variables, log, prepare))
+        process = context.Process(target=_run, args=([str(part) for part in arguments], variables, log, before))
         process.start()
         processes.append(process)
     return Ranks(processes, logs, store)
 
 
 def _run(
-    arguments: Sequence[str], environment: Mapping[str, str], log: Path, prepare: Callable[[int], object] | None
+    arguments: Sequence[str], environment: Mapping[str, str], log: Path, before: Callable[[], None] | None
 ) -> None:
     """One rank, in its own process."""
     os.setsid()  # a group of its own, with the workers of its data loader
@@ -163,8 +163,8 @@ def _run(
     torch.set_num_threads(1)
     # Workers of data loaders are forked, as ever; what a forked server starts would not notice that a rank is killed.
     multiprocessing.set_start_method("fork", force=True)
-    if prepare is not None:
-        prepare(int(environment["RANK"]))
+    if before is not None:
+        before()
     code = cli.main(arguments)
     if dist.is_initialized():
         dist.destroy_process_group()

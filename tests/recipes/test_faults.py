@@ -146,14 +146,14 @@ def test_a_rank_that_dies_is_told_by_the_other(dead: int, stage: Callable, tmp_p
     assert f"go on from {newest} with --resume_from_checkpoint latest" in said
 
 
-def fill_the_disk_of_the_first_rank(rank: int) -> None:
+def fill_the_disk_of_the_first_rank() -> None:
     """From the second checkpoint on, the system refuses files of rank 0 that are longer than its log will be."""
     import resource
 
     save = MiniGPT4Trainer._save_checkpoint
 
     def limited(trainer, model, trial) -> None:
-        if rank == 0 and trainer.state.global_step > 2:
+        if os.environ["RANK"] == "0" and trainer.state.global_step > 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (35_000, resource.RLIM_INFINITY))
         save(trainer, model, trial)
 
@@ -162,7 +162,7 @@ def fill_the_disk_of_the_first_rank(rank: int) -> None:
 
 def test_a_disk_that_is_full_for_one_rank_stops_all(stage: Callable, tmp_path: Path) -> None:
     arguments = ["stage1", *stage(**SAVING, max_steps=40)]
-    with ranks.start(arguments, prepare=fill_the_disk_of_the_first_rank) as running:
+    with ranks.start(arguments, before=fill_the_disk_of_the_first_rank) as running:
         assert running.wait() == [2, 2]
     assert steps_of(tmp_path / "run") == [2]
     for rank in range(2):
@@ -262,21 +262,21 @@ def test_nothing_but_such_steps_ends_the_run(
     assert f"{faults.MOST_IN_A_ROW} steps in a row were not finite at or before step 21" in capsys.readouterr().err
 
 
-def poison_the_second_rank(rank: int) -> None:
-    if rank == 1:
+def poison_the_second_rank() -> None:
+    if os.environ["RANK"] == "1":
         poison(pytest.MonkeyPatch(), {3})
 
 
 def test_both_ranks_skip_what_is_not_finite_on_one(stage: Callable, tmp_path: Path) -> None:
     fields = {"max_steps": 6, "non_finite": "skip"}
-    with ranks.start(["stage1", *stage(**fields)], prepare=poison_the_second_rank) as running:
+    with ranks.start(["stage1", *stage(**fields)], before=poison_the_second_rank) as running:
         assert running.wait() == [0, 0], running.output()
     assert "steps: 1 of 6 skipped, as loss or gradient was not finite: 3" in running.output(0)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
 def test_both_ranks_stop_at_what_is_not_finite_on_one(stage: Callable) -> None:
-    with ranks.start(["stage1", *stage(max_steps=6)], prepare=poison_the_second_rank) as running:
+    with ranks.start(["stage1", *stage(max_steps=6)], before=poison_the_second_rank) as running:
         assert running.wait() == [2, 2]
     assert all("not finite" in running.output(rank) for rank in range(2))
 
