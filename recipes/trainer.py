@@ -1,10 +1,8 @@
 """The trainer of both stages: TRL's, with the original's optimizer and schedule, and steps that never wait."""
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,14 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
+from modeling_minigpt4.peft_minigpt4 import plain_names
 from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.features import train_from_features
 from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
+from recipes_minigpt4.trainer_pushes import PublishingMixin
 from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback, undisturbed
 
 
@@ -64,7 +63,7 @@ def original_lr(
 # ---- trainer --------------------------------------------------------------------------------------------------------
 
 
-class MiniGPT4Trainer(SFTTrainer):
+class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
@@ -73,7 +72,7 @@ class MiniGPT4Trainer(SFTTrainer):
     them. Logs tell images per second, and the model card is this project's.
 
     Args:
-        dataset_name: what the model card calls the training data.
+        dataset_name: names of the training data, for the model card.
         stage: number of the stage, for the model card.
         max_bad_share: share of samples, 0 to 1, that may be skipped before the run stops.
         Everything else as for `SFTTrainer`.
@@ -85,7 +84,7 @@ class MiniGPT4Trainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
-        dataset_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
         stage: int | None = None,
         max_bad_share: float = 0.1,
         **kwargs: Any,
@@ -241,15 +240,10 @@ class MiniGPT4Trainer(SFTTrainer):
         if self.model.has_adapter:
             self.model.reload_adapter(self.state.best_model_checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.model.has_adapter and self.is_world_process_zero():
-            folder = os.path.join(checkpoint_folder, ADAPTER_FOLDER)
-            shutil.copytree(folder, os.path.join(self.args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
-        self._write_card(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self._write_card(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""

@@ -139,6 +139,13 @@ class StageArguments(SFTConfig):
     license: str = field(default="other", metadata={"help": "Licence of the trained weights, for the model card."})
     language: str = field(default="en", metadata={"help": "Language of the training text, for the model card."})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, as in `training_args.bin`: everything but the token."""
+        return {
+            **self.__dict__,
+            **{name: None for name in ("hub_token", "push_to_hub_token") if name in self.__dict__},
+        }
+
     def __post_init__(self) -> None:
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
@@ -344,7 +351,7 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     Train, or go on from a checkpoint, then save the adapter with its processor and card, and push them if asked to.
 
     Raises:
-        RecipeError: if there is no checkpoint to resume from, or no room for the pictures.
+        RecipeError: if there is no checkpoint to resume from, no room for the pictures, or the push failed.
     """
     args = trainer.args
     check_max_length(trainer)
@@ -355,8 +362,8 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     if trainer.is_world_process_zero():
         print(samples.report())
     samples.check()  # what has come since the last log
-    trainer.save_model()  # which pushes too, if asked to
     trainer.save_state()
+    trainer.save_model()  # which pushes too, if asked to
 
 
 def check_max_length(trainer: MiniGPT4Trainer) -> None:

@@ -32,6 +32,7 @@ GITATTRIBUTES = "".join(
 )
 REPO_ID = r"(?P<id>[\w.-]+/[\w.-]+|[\w.-]+)"
 KINDS = {"models": "model", "datasets": "dataset"}
+TOKEN = "hf_" + "abcdefghijklmnop" * 2  # as long as real ones
 MULTIPART_FROM = 5 * 2**30  # bytes from which a file is put in parts
 
 
