@@ -251,6 +251,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which would hold back the second half of an answer
 
     def handle_one_request(self) -> None:
         with suppress(ConnectionError):  # a client that has gone
