@@ -12,13 +12,10 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and huggingface_hub are imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-import transformers
 from hub_server import TOKEN, HubServer
-from huggingface_hub.utils import _http
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -235,26 +232,11 @@ def picture() -> Callable[..., Image.Image]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """
-    A Hub on this machine, where `you` are logged in; `hub.pauses` are the seconds that were waited, in no time.
-
-    huggingface_hub reads the address and the mode when it is imported, so both are changed here where they are kept.
-    """
-    constants = huggingface_hub.constants
-    forget_connections = getattr(_http, "reset_sessions", None) or _http.close_session  # of 0.36 and later ones
+    """A Hub on this machine, where `you` are logged in; `hub.pauses` are the seconds that were waited, in no time."""
     with HubServer() as server:
         server.add_user("you", TOKEN)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
-        monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False, raising=False)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        server.connect(monkeypatch, TOKEN)
         server.pauses = []
         monkeypatch.setattr(time, "sleep", server.pauses.append)
-        forget_connections()
         yield server
-        forget_connections()
+        server.forget_connections()

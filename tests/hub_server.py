@@ -138,6 +138,7 @@ class HubServer:
         self.users: dict[str, dict[str, Any]] = {}  # by token
         self.faults: list[Fault] = []
         self.seen: list[Seen] = []
+        self.pauses: list[float] = []  # for a test that notes how long a client waits
         self.multipart_from = MULTIPART_FROM
         self.parts: dict[str, dict[int, bytes]] = {}
         self.lock = threading.RLock()
@@ -163,6 +164,36 @@ class HubServer:
         settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return settings | ({} if token is None else {"HF_TOKEN": token})
+
+    def connect(self, monkeypatch: Any, token: str) -> None:
+        """
+        Let this process take it for the Hub, with a token.
+
+        huggingface_hub reads address and mode when it is imported, so both are changed where they are kept.
+        """
+        import huggingface_hub
+        import transformers
+        from huggingface_hub import file_download
+
+        constants = huggingface_hub.constants
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.endpoint)
+        monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False, raising=False)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        self.forget_connections()
+
+    @staticmethod
+    def forget_connections() -> None:
+        """Those of this process, which are made for one mode."""
+        from huggingface_hub.utils import _http
+
+        (getattr(_http, "reset_sessions", None) or _http.close_session)()  # of 0.36 and of later ones
 
     def add_user(self, name: str, token: str, write: bool = True) -> None:
         """Somebody with a token."""
