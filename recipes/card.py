@@ -26,8 +26,15 @@ TRAINING_TAGS = ["adapter", "trl", "sft"]
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 DATA_FILES = {".csv", ".gz", ".json", ".jsonl", ".parquet", ".tar", ".tgz", ".tsv", ".zip"}
 
-# A path in a text, up to its last name: to the last slash of all, so that one with blanks leaves nothing behind.
-_PATH = re.compile(r"(?<![\w.~/\\:-])(?:[A-Za-z]:[\\/]|\w+://|\\\\|(?:~\w*|\.\.?)?[\\/])(?:.*[\\/])?", re.DOTALL)
+# A path in a text: one that starts like one, has two slashes, or ends like a file of data. All up to the last slash of
+# the text is taken, so that a name with blanks leaves nothing behind.
+_ENDING = "|".join(ending[1:] for ending in sorted(DATA_FILES))
+_PATH = re.compile(
+    r"(?<![\w.~/\\:-])(?:[A-Za-z]:[\\/]|\w+://|\\\\|(?:~\w*|\.\.?)?[\\/]"
+    rf"|[^\s\\/]+[\\/](?=\S*[\\/]|\S*\.(?:{_ENDING})\b))(?:.*[\\/])?",
+    re.DOTALL,
+)
+UNNAMED = "unnamed"
 
 # Settings of a run that a card tells, under these names.
 SETTINGS = {
@@ -48,7 +55,7 @@ def last_name(name: str) -> str:
     """The last part of a path, pattern or address, of this system or another; all that a card may show of it."""
     parts = [part for part in re.split(r"[/\\]", redact(name).removesuffix("?…")) if part.strip()]
     last = parts[-1] if parts else ""
-    return "unnamed" if not last.strip(".~ ") else _as_cell(last)
+    return UNNAMED if not last.strip(".~ ") else _as_cell(last)
 
 
 def is_local(name: str) -> bool:
@@ -133,7 +140,8 @@ def render_card(
     """
     if args is not None:
         language, license = args.language, args.license
-        title = title or os.path.abspath(args.output_dir)
+        here = last_name(args.output_dir) == UNNAMED  # as in `.`
+        title = title or (os.path.abspath(args.output_dir) if here else args.output_dir)
         repo_id = repo_id or args.hub_model_id
     repo_id = repo_id if repo_id and _REPOSITORY.fullmatch(repo_id) else None
     names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or [])

@@ -23,7 +23,7 @@ _LIKELY = re.compile(rf"{_TOKEN}|{_SLOPPY}|{_GRANT}")
 _USER = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a token is often in the place of the user
 # All that stands behind the path of an address: what is signed can have any name there.
 _QUERY = re.compile(
-    r"(?<![\w.+-])((?:https?|ftp|s3|gs|az|abfss?)://[^\s?#'\"<>]*)[?#][^\s'\"<>]*?(?=[).,;:\]]*(?:[\s'\"<>]|$))"
+    r"(?<![\w.+-])((?:https?|ftp|s3|gs|az|abfss?)://[^\s?#'\"<>]*)[?#](?!…)[^\s'\"<>]*?(?=[).,;:\]]*(?:[\s'\"<>]|$))"
 )
 _NAMES = re.compile(r"(?:TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
 
