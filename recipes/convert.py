@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         raise RecipeError(f"{one_line(error)}.") from error
     # Others see what lies in the folder itself by its place there, and not by the path on this machine.
     model.config.backbones = MiniGPT4Config.from_pretrained(args.output_dir).backbones
-    card = render_card(model, license=args.license, repo_id=args.push_to_hub, title=args.output_dir.name)
+    card = render_card(model, license=args.license, title=args.output_dir.name)
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
     print(summary(model, args.output_dir))
     if args.push_to_hub:

@@ -166,8 +166,9 @@ def passes(error: BaseException) -> bool:
     """Whether an error may be over in a while: a conflict, trouble of the Hub, or a connection that broke."""
     if status := status_of(error):
         return status in PASSING or status >= 500
-    lost = inspect.signature(http_backoff).parameters["retry_on_exceptions"].default  # what huggingface_hub retries
-    return any(isinstance(one, lost) for one in chain_of(error))
+    # What huggingface_hub itself tries again where it does, and what Xet's client raises.
+    lost = (*inspect.signature(http_backoff).parameters["retry_on_exceptions"].default, ConnectionError, TimeoutError)
+    return any(isinstance(one, lost) and not isinstance(one, OfflineModeIsEnabled) for one in chain_of(error))
 
 
 def status_of(error: BaseException) -> int | None:
@@ -209,7 +210,10 @@ def explain(error: BaseException) -> str:
     return f"the connection to the Hub broke ({one_line(root)})" if passes(error) else one_line(root)
 
 
-def could_not_push(error: BaseException, folder: object, repo_id: str, revision: str | None = None) -> str:
+def could_not_push(
+    error: BaseException, folder: object, repo_id: str, private: bool | None, revision: str | None
+) -> str:
     """One sentence for a push that failed: why, that nothing is lost, and how to go on."""
-    again = f"minigpt4 push {folder} {repo_id}" + (f" --revision {revision}" if revision else "")
+    options = " --private" * bool(private) + (f" --revision {revision}" if revision else "")
+    again = f"minigpt4 push {folder} {repo_id}{options}"
     return f"{folder} is whole but not on the Hub: {explain(error)}; then go on with `{again}`."

@@ -76,13 +76,13 @@ def push(
             f"{repo_id} is no name of a repository, such as you/your-adapter: {one_line(error)}."
         ) from error
     config = check_folder(folder)
-    write_card(folder, config, repo_id)
     inside = [source["subfolder"] for source in config.backbones.values() if _is_inside(source)]
     try:
         repo = make_repository(repo_id, private)
+        write_card(folder, config, repo.repo_id)  # which has the owner's name too
         upload(repo.repo_id, published_files(folder, inside), message, revision)
     except Exception as error:  # whatever huggingface_hub and the network say
-        raise RecipeError(could_not_push(error, folder, repo_id, revision)) from error
+        raise RecipeError(could_not_push(error, folder, repo_id, private, revision)) from error
     return how_to_load(config, repo.repo_id, str(repo), revision)
 
 

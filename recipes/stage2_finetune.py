@@ -23,7 +23,7 @@ from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model, train_and_save
 
 
-@dataclass
+@dataclass(repr=False)
 class Stage2Arguments(StageArguments):
     """The original's numbers for stage 2."""
 

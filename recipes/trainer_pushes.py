@@ -19,6 +19,7 @@ from recipes_minigpt4.publish import check_private, could_not_push, explain, pat
 
 logger = logging.getLogger(__name__)
 
+DRAFT = "_push-"  # begins the name of a folder with links to what is on its way
 SETTINGS_OF_RUN = "training_args.bin"  # a pickle, which nobody needs to resume
 
 
@@ -53,6 +54,9 @@ class PublishingMixin:
             RecipeError: if that cannot be done, before anything is trained.
         """
         make = super().init_hf_repo  # type: ignore[misc]
+        if self.is_world_process_zero():
+            for left in Path(self.args.output_dir).glob(f"{DRAFT}*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         try:
             patiently(partial(make, *args, **kwargs))
             if self.hub_model_id is not None and self.is_world_process_zero():
@@ -98,7 +102,7 @@ class PublishingMixin:
         try:
             return send()
         except Exception as error:
-            raise RecipeError(could_not_push(error, folder, repo_id, revision)) from error
+            raise RecipeError(could_not_push(error, folder, repo_id, self.args.hub_private_repo, revision)) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = HubStrategy(self.args.hub_strategy)
@@ -115,7 +119,7 @@ class PublishingMixin:
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else step
             files |= {f"{name}/{path}": file for path, file in _all_files(checkpoint_folder).items()}
-        draft = tempfile.TemporaryDirectory(prefix="_push-", dir=self.args.output_dir)
+        draft = tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.args.output_dir)
         linked = {name: _link(path, Path(draft.name, name)) for name, path in files.items()}
         message = f"Training in progress, step {self.state.global_step}"
         job = self._background().run_as_future(self._push_in_background, draft, linked, message)

@@ -146,6 +146,9 @@ class StageArguments(SFTConfig):
             **{name: None for name in ("hub_token", "push_to_hub_token") if name in self.__dict__},
         }
 
+    def __repr__(self) -> str:
+        return str(self)  # of transformers, which hides tokens; a dataclass's own would show them
+
     def __post_init__(self) -> None:
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]

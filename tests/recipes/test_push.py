@@ -54,7 +54,9 @@ def push(folder: Path, *options: str) -> int:
 # ---- what is sent ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_becomes_a_repository_in_one_commit(folder: Path, hub: HubServer, capsys) -> None:
+def test_a_folder_becomes_a_repository_in_one_commit(
+    folder: Path, hub: HubServer, capsys, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     assert push(folder) == 0
     told = capsys.readouterr().out
     assert f"Uploaded to {hub.endpoint}/{ID}\n" in told
@@ -63,6 +65,7 @@ def test_a_folder_becomes_a_repository_in_one_commit(folder: Path, hub: HubServe
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files.keys() >= LOADS | CODE
     assert hub.messages(ID) == ["Upload MiniGPT-4"]
+    assert not [name for name, content in files.items() if str(tmp_path_factory.getbasetemp()).encode() in content]
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == ["owner/eyes", "owner/words"]
     assert f'from_pretrained("{ID}")' in card.text and "# adapter\n" in card.text
@@ -120,7 +123,8 @@ def test_private_is_private(folder: Path, hub: HubServer, capsys) -> None:
     hub.repos["model", ID].private = False
     before = hub.head(ID)
     assert push(folder, "--private", "--commit-message", "again") == 2
-    assert "is there already and public" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is there already and public" in told and f"`minigpt4 push {folder} {ID} --private`" in told
     assert hub.head(ID) == before
 
 
@@ -152,7 +156,7 @@ def test_vision_side_of_the_folder_is_sent_too(compose: Callable, parts, tmp_pat
 
 def test_the_card_of_a_run_is_kept_and_named(folder: Path, hub: HubServer) -> None:
     (folder / "README.md").write_text('| loss | 0.5 |\nfrom_pretrained("your-name/your-adapter")\n')
-    assert push(folder) == 0
+    assert cli.main(["push", str(folder), "adapter"]) == 0  # whose owner is `you`
     assert hub.files(ID)["README.md"].decode() == f'| loss | 0.5 |\nfrom_pretrained("{ID}")\n'
 
 
