@@ -174,7 +174,8 @@ class MiniGPT4Config(PretrainedConfig):
         """All fields, without the places that the parts were once read from: `backbones` tells what others need."""
         fields: dict[str, Any] = super().to_dict()
         for part in self.sub_configs:
-            (fields.get(part) or {}).pop("_name_or_path", None)
+            if fields.get(part):
+                fields[part]["_name_or_path"] = ""
         return fields
 
     def _check(self) -> None:
