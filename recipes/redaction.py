@@ -30,7 +30,7 @@ _NAMES = re.compile(r"(?:TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
 
 def _of_this_process() -> list[str]:
     """Secrets of the environment, such as the value of HF_TOKEN."""
-    return [value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= 8]
+    return [value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= 12]
 
 
 def redact(text: str) -> str:

@@ -177,7 +177,8 @@ def test_of_a_name_that_nobody_else_can_use_only_the_last_part_is_shown(name: st
     """Wherever it comes from: data, several of them, a backbone, the run's folder, what it measured."""
     source = {**on_hub.config.backbones["vision"], "name_or_path": name}
     on_hub.config.backbones["vision"] = source
-    run = settings(output_dir=name, license=name, language=[name, "en"])
+    repo_id = None if re.fullmatch(r"\w+/[\w.]+", name) else name
+    run = settings(output_dir=name, hub_model_id=repo_id, license=name, language=[name, "en"])
     names = ["owner/pairs", name, "hf://datasets/owner/tars@v1/deep/*.tar", name, "tiny"]
     results = {"object F1": 0.5, name: 1, f"measured on {name}": f"1 of {name}", "images/s": "3/4"}
     text = render_card(on_hub, run, dataset_name=names, results=results, title=name)

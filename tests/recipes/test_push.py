@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
@@ -206,17 +206,19 @@ def test_a_lost_answer_makes_no_second_commit(folder: Path, hub: HubServer) -> N
 
 def test_a_commit_that_came_in_between_is_built_upon(folder: Path, hub: HubServer, monkeypatch) -> None:
     repo = hub.add_repo(ID, {"README.md": b"mine"})
-    hub.fail("POST", "/commit/", status=412)
-    slept = []
+    create_commit, came = HfApi.create_commit, []
 
-    def meanwhile(seconds: float) -> None:
-        slept.append(seconds)
-        files = repo.commits[hub.head(ID)]
-        repo.commit("main", {**files, "theirs.txt": files["README.md"]}, "theirs")
+    def too_late(self, *args, **kwargs):
+        if not came:
+            files = repo.commits[hub.head(ID)]
+            came.append(repo.commit("main", {**files, "model-1.safetensors": files["README.md"]}, "theirs"))
+        return create_commit(self, *args, **kwargs)
 
-    monkeypatch.setattr(publish.time, "sleep", meanwhile)
+    monkeypatch.setattr(HfApi, "create_commit", too_late)
     assert push(folder) == 0
-    assert slept and hub.files(ID).keys() >= LOADS | {"theirs.txt"}
+    assert [one.status for one in hub.requests("POST", "/commit/")] == [412, 200] and len(hub.pauses) == 1
+    assert hub.messages(ID)[-2:] == ["theirs", "Upload MiniGPT-4"]
+    assert "model-1.safetensors" not in hub.files(ID)  # which nobody knew of before
 
 
 @pytest.mark.parametrize(

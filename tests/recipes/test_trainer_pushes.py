@@ -117,6 +117,14 @@ def test_checkpoints_may_go_while_they_are_sent(pushing, hub: HubServer) -> None
     assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3)} <= hub.files(ID).keys()
 
 
+def test_a_slow_push_is_not_waited_for(pushing, hub: HubServer) -> None:
+    """Saves in the meantime are left to the next one, and the last waits its turn."""
+    hub.fail("POST", "/commit/", delay=1.5)
+    stage1_pretrain.main(pushing(max_steps=3, **{**EVERY_STEP, "hub_always_push": False}))
+    assert hub.messages(ID) == ["Training in progress, step 1", "Model save"]
+    assert "| steps | 3 |" in hub.files(ID)["README.md"].decode()
+
+
 def test_push_to_hub_of_the_trainer(stage, hub: HubServer, monkeypatch) -> None:
     """As in a script: after training, without the options."""
     trainer = stage1_pretrain.main(stage(max_steps=1))
