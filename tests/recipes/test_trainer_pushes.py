@@ -109,9 +109,8 @@ def test_checkpoints_to_go_on_from(pushing, stage, tmp_path: Path, hub: HubServe
 
 
 def test_checkpoints_may_go_while_they_are_sent(pushing, hub: HubServer) -> None:
-    """`save_total_limit` deletes a folder whose push is not over; the second waits for the first."""
-    hub.fail("POST", "/commit/", status=503)
-    hub.fail("PUT", ".", status=500)
+    """`save_total_limit` deletes the folders of pushes that have not even begun."""
+    hub.fail("GET", f"/api/models/{ID}", delay=1.5)
     stage1_pretrain.main(pushing(max_steps=3, save_total_limit=1, hub_strategy="all_checkpoints", **EVERY_STEP))
     assert hub.messages(ID)[:3] == [f"Training in progress, step {step}" for step in (1, 2, 3)]
     assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3)} <= hub.files(ID).keys()
