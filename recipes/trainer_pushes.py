@@ -111,22 +111,30 @@ class PublishingMixin:
         running = self.push_in_progress
         if running is not None and not running.is_done() and not self.args.hub_always_push:
             return
-        self._on_push_begin()
-        files = published_files(checkpoint_folder)
-        if (panel := Path(self.args.output_dir, "panel.html")).is_file():
-            files[panel.name] = panel
-        step = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else step
-            files |= {f"{name}/{path}": file for path, file in _all_files(checkpoint_folder).items()}
-        draft = tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.args.output_dir)
-        linked = {name: _link(path, Path(draft.name, name)) for name, path in files.items()}
         message = f"Training in progress, step {self.state.global_step}"
-        job = self._background().run_as_future(self._push_in_background, draft, linked, message)
+        try:
+            self._on_push_begin()
+            draft, files = self._link_files(checkpoint_folder, strategy)
+        except Exception as error:  # a full disk, or a callback's own trouble with the network
+            self._tell_failure(message, error)
+            return
+        job = self._background().run_as_future(self._push_in_background, draft, files, message)
         if running is None or running.is_done():
             self.push_in_progress = PushInProgress([job])
         else:
             running.jobs.append(job)
+
+    def _link_files(self, checkpoint_folder: str, strategy: HubStrategy) -> tuple[Any, dict[str, Path]]:
+        """A folder of links to what is pushed of a checkpoint, and its files: path in the repository → path here."""
+        files = published_files(checkpoint_folder)
+        if (panel := Path(self.args.output_dir, "panel.html")).is_file():
+            files[panel.name] = panel
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            step = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else step
+            files |= {f"{name}/{path}": file for path, file in _all_files(checkpoint_folder).items()}
+        draft = tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.args.output_dir)
+        return draft, {name: _link(path, Path(draft.name, name)) for name, path in files.items()}
 
     def _push_in_background(self, draft: Any, files: Mapping[str, Path], message: str) -> None:
         with draft:
@@ -134,13 +142,16 @@ class PublishingMixin:
                 upload(str(self.hub_model_id), files, message, self.args.hub_revision, self.args.hub_token)
                 self._told_of_failure = False
             except Exception as error:
-                if not self._told_of_failure:
-                    logger.warning(
-                        "%s is not on the Hub: %s. Training goes on; the next checkpoint is pushed again.",
-                        message.partition(", ")[2],
-                        explain(error),
-                    )
-                self._told_of_failure = True
+                self._tell_failure(message, error)
+
+    def _tell_failure(self, message: str, error: Exception) -> None:
+        """Say it in a line, and not again before a push has worked."""
+        if not self._told_of_failure:
+            step, why = message.rpartition(", ")[2], explain(error)
+            logger.warning(
+                "%s is not on the Hub: %s. Training goes on; the next checkpoint is pushed again.", step, why
+            )
+        self._told_of_failure = True
 
     def _background(self) -> HfApi:
         if self._uploads is None:

@@ -12,7 +12,7 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune, trainer_pushes
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 
@@ -147,6 +147,17 @@ def test_a_push_that_fails_costs_one_line(pushing, tmp_path: Path, hub: HubServe
     assert "\n" not in told and "Training goes on" in told
     assert hub.messages(ID) == ["Training in progress, step 3"]
     assert (tmp_path / "run" / "checkpoint-3" / "model.safetensors").is_file()
+
+
+def test_a_full_disk_costs_one_line(pushing, hub: HubServer, monkeypatch, caplog) -> None:
+    def full(*args, **kwargs) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_pushes.tempfile, "TemporaryDirectory", full)
+        stage1_pretrain.main(pushing(max_steps=2, **EVERY_STEP))
+    assert sum("step 1 is not on the Hub: [Errno 28] No space left" in text for text in caplog.messages) == 1
+    assert hub.messages(ID) == ["Model save"]
 
 
 def test_a_connection_that_breaks_is_made_again(pushing, hub: HubServer) -> None:
