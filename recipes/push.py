@@ -73,7 +73,7 @@ def push(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise RecipeError(
-            f"{repo_id} is no name of a repository, such as you/your-adapter: {one_line(error)}."
+            f"{repo_id!r} is no name of a repository, such as you/your-adapter: {one_line(error)}."
         ) from error
     config = check_folder(folder)
     inside = [source["subfolder"] for source in config.backbones.values() if _is_inside(source)]

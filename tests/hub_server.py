@@ -100,7 +100,7 @@ class Fault:
     message: str = "Something went wrong"
     drop_after: int | None = None  # bytes of the request, or of the answer if the request has no body
     lose_answer: bool = False
-    delay: float = 0.0
+    hold: threading.Event | None = None  # set when the answer may go on its way
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         place = urllib.parse.urlsplit(self.path)
         self.query = dict(urllib.parse.parse_qsl(place.query))
         fault = self.hub.fault(self.command, place.path)
-        if fault is not None and fault.delay:
-            threading.Event().wait(fault.delay)  # also where tests have no time to sleep
+        if fault is not None and fault.hold is not None:
+            fault.hold.wait(60)
         self.cut = None if fault is None else fault.drop_after
         body = b"".join(self.chunks())
         if self.cut is not None and "Content-Length" in self.headers:

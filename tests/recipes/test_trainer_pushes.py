@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,19 @@ EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True
 def pushing(stage: Callable) -> Callable[..., list[str]]:
     """Arguments of a stage that pushes."""
     return lambda **fields: stage(push_to_hub=True, **{"hub_model_id": ID, **fields})
+
+
+@pytest.fixture
+def end_of_training(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What is set when all steps are done, and the trainer begins to wait for pushes that are not."""
+    event, wait = threading.Event(), MiniGPT4Trainer._finish_current_push
+
+    def finish(trainer: MiniGPT4Trainer) -> None:
+        event.set()
+        wait(trainer)
+
+    monkeypatch.setattr(MiniGPT4Trainer, "_finish_current_push", finish)
+    return event
 
 
 def names_of(files: dict[str, bytes]) -> set[str]:
@@ -108,17 +122,17 @@ def test_checkpoints_to_go_on_from(pushing, stage, tmp_path: Path, hub: HubServe
     assert resumed.state.global_step == 3 and len(resumed.state.log_history) >= 4  # two of them of before
 
 
-def test_checkpoints_may_go_while_they_are_sent(pushing, hub: HubServer) -> None:
+def test_checkpoints_may_go_while_they_are_sent(pushing, hub: HubServer, end_of_training) -> None:
     """`save_total_limit` deletes the folders of pushes that have not even begun."""
-    hub.fail("GET", f"/api/models/{ID}", delay=1.5)
+    hub.fail("GET", f"/api/models/{ID}", hold=end_of_training)
     stage1_pretrain.main(pushing(max_steps=3, save_total_limit=1, hub_strategy="all_checkpoints", **EVERY_STEP))
     assert hub.messages(ID)[:3] == [f"Training in progress, step {step}" for step in (1, 2, 3)]
     assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3)} <= hub.files(ID).keys()
 
 
-def test_a_slow_push_is_not_waited_for(pushing, hub: HubServer) -> None:
+def test_a_slow_push_is_not_waited_for(pushing, hub: HubServer, end_of_training) -> None:
     """Saves in the meantime are left to the next one, and the last waits its turn."""
-    hub.fail("POST", "/commit/", delay=1.5)
+    hub.fail("POST", "/commit/", hold=end_of_training)
     stage1_pretrain.main(pushing(max_steps=3, **{**EVERY_STEP, "hub_always_push": False}))
     assert hub.messages(ID) == ["Training in progress, step 1", "Model save"]
     assert "| steps | 3 |" in hub.files(ID)["README.md"].decode()
