@@ -6,6 +6,7 @@ MiniGPT-4 (vision encoder, Q-Former or language model) and handed to transformer
 
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 from collections import Counter
@@ -384,6 +385,9 @@ def _target_dtype(config: PretrainedConfig, options: Mapping[str, Any]) -> torch
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
+# What the card says that transformers makes where a repository has none.
+GENERAL_CARD = "This model card has been automatically generated"
+
 # Names under which a saved folder is found with `trust_remote_code=True`.
 AUTO_MAP = {
     "AutoConfig": "configuration_minigpt4.MiniGPT4Config",
@@ -503,7 +507,7 @@ class BackbonesMixin(PeftMixin):
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         if config.tie_word_embeddings:
             shapes.pop("lm_head.weight", None)
-        merged = cls._new_projection(config) if checkpoint is None else _read_adapter(checkpoint, shapes, config)
+        merged = cls._new_projection(config) if checkpoint is None else read_adapter(checkpoint, shapes, config)
         own = frozenset(merged)
         for part, source in config.backbones.items():
             names = skeleton.lm_head_name, skeleton.decoder_name
@@ -571,6 +575,15 @@ class BackbonesMixin(PeftMixin):
             self.config.backbones = backbones
             self._choose_what_to_save()
 
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what `push_to_hub` has saved, with this project's card in the place of transformers' general one."""
+        card = Path(working_dir, "README.md")
+        general = card.is_file() and GENERAL_CARD in card.read_text(encoding="utf-8")
+        if general and importlib.util.find_spec("recipes_minigpt4"):  # not beside code that came with a checkpoint
+            cards = importlib.import_module("recipes_minigpt4.card")
+            card.write_text(cards.render_card(self, repo_id=repo_id), encoding="utf-8")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
     def _choose_what_to_save(self, full: bool = False) -> None:
         """
         Tell transformers which tensors to leave out of checkpoints: frozen ones that a backbone provides.
@@ -618,7 +631,7 @@ def _inside(path: Any, source: Mapping[str, Any], where: Mapping[str, Any]) -> d
     return normalize_source({**source, **own})
 
 
-def _read_adapter(
+def read_adapter(
     checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], config: Any
 ) -> dict[str, torch.Tensor]:
     """The checkpoint's own tensors, after checking that none is missing, unknown or of another shape."""

@@ -170,6 +170,14 @@ class MiniGPT4Config(PretrainedConfig):
             )
         return tokens // self.patch_merge_size
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, without the places that the parts were once read from: `backbones` tells what others need."""
+        fields: dict[str, Any] = super().to_dict()
+        for part in self.sub_configs:
+            if fields.get(part):
+                fields[part]["_name_or_path"] = ""
+        return fields
+
     def _check(self) -> None:
         """Raise a `ValueError` for values that no model could be built from."""
         vocab_size = self.text_config.vocab_size

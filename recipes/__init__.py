@@ -6,12 +6,17 @@ Importing this package is cheap; the stages need the extra `[train]`: `pip insta
 import argparse
 from typing import NoReturn
 
+from recipes_minigpt4.redaction import redact
+
 
 TINY = "tiny"  # the name of everything that belongs to the embedded world
 
 
 class RecipeError(ValueError):
-    """A mistake in the command, the configuration or the data, told in one sentence with its remedy."""
+    """A mistake in the command, the configuration or the data, told in one sentence with its remedy and no secret."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(redact(str(message)))
 
 
 class PreemptedError(Exception):
@@ -26,8 +31,8 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line and without a full stop."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    """What an error says, on one line, without secrets and without a full stop."""
+    return " ".join(redact(str(error)).split()).rstrip(".") or type(error).__name__
 
 
 __all__ = ["TINY", "CommandParser", "PreemptedError", "RecipeError", "one_line"]

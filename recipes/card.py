@@ -5,7 +5,7 @@ A card goes to people who do not have this machine: folders appear by their last
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -14,11 +14,27 @@ from huggingface_hub import ModelCard, ModelCardData
 from modeling_minigpt4.backbones import HERE
 from modeling_minigpt4.peft_minigpt4 import plain_names
 from recipes_minigpt4 import TINY
+from recipes_minigpt4.redaction import redact
 
 
 PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
 TAGS = ["minigpt-4", "image-text-to-text", "image-captioning"]
+NAMELESS = "your-name/your-adapter"  # in the template, where a card names its repository
 TRAINING_TAGS = ["adapter", "trl", "sft"]
+
+# What the Hub allows as `owner/name`, or as `name` of its oldest ones.
+_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+DATA_FILES = {".csv", ".gz", ".json", ".jsonl", ".parquet", ".tar", ".tgz", ".tsv", ".zip"}
+
+# A path in a text: one that starts like one, has two slashes, or ends like a file of data. All up to the last slash of
+# the text is taken, so that a name with blanks leaves nothing behind.
+_ENDING = "|".join(ending[1:] for ending in sorted(DATA_FILES))
+_PATH = re.compile(
+    r"(?<![\w.~/\\:-])(?:[A-Za-z]:[\\/]|\w+://|\\\\|(?:~\w*|\.\.?)?[\\/]"
+    rf"|[^\s\\/]+[\\/](?=\S*[\\/]|\S*\.(?:{_ENDING})\b))(?:.*[\\/])?",
+    re.DOTALL,
+)
+UNNAMED = "unnamed"
 
 # Settings of a run that a card tells, under these names.
 SETTINGS = {
@@ -35,23 +51,60 @@ def card_template() -> str:
     return resources.files(__package__).joinpath("MODEL_CARD.md").read_text(encoding="utf-8")
 
 
+def last_name(name: str) -> str:
+    """The last part of a path, pattern or address, of this system or another; all that a card may show of it."""
+    parts = [part for part in re.split(r"[/\\]", redact(name).removesuffix("?…")) if part.strip()]
+    last = parts[-1] if parts else ""
+    return UNNAMED if not last.strip(".~ ") else _as_cell(last)
+
+
 def is_local(name: str) -> bool:
-    """Whether a name is a path of this machine rather than a repository of the Hub, such as `owner/name`."""
+    """Whether a name is something of this machine or of the web rather than a repository, such as `owner/name`."""
     if name == HERE:
         return False
-    return os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name) or name.count("/") > 1
+    suffix = os.path.splitext(name)[1].lower()
+    return not _REPOSITORY.fullmatch(name) or suffix in DATA_FILES or os.path.exists(name)
+
+
+def hub_dataset(name: str) -> str | None:
+    """The dataset of the Hub that a name means, as in `owner/name` or `hf://datasets/owner/name/*.tar`; or None."""
+    inside = re.match(r"hf://datasets/([^/@]+/[^/@]+)(?:@[^/]+)?(?:/|$)", name)
+    name = inside[1] if inside else name
+    known = _REPOSITORY.fullmatch(name) and name not in (TINY, HERE) and (inside or not is_local(name))
+    return name if known else None
 
 
 def public_name(name: str, revision: str | None = None) -> str:
-    """A backbone or a dataset as a card may show it, in Markdown."""
-    if name == TINY:
-        return "generated scenes of coloured shapes (the embedded world of `minigpt4-transformers`)"
+    """A backbone as a card may show it, in Markdown."""
     if name == HERE:
         return "this repository"
     if is_local(name):
-        return f"a local folder or file ({os.path.basename(os.path.normpath(name))})"
-    at = f", revision `{revision}`" if revision else ""
+        return _unreachable(name)
+    at = f", revision `{_as_cell(revision)}`" if revision else ""
     return f"[{name}](https://huggingface.co/{name}){at}"
+
+
+def public_dataset(name: str) -> str:
+    """A dataset as a card may show it, in Markdown."""
+    if name == TINY:
+        return "generated scenes of coloured shapes (the embedded world of `minigpt4-transformers`)"
+    if (dataset := hub_dataset(name)) is not None:
+        return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+    return _unreachable(name)
+
+
+def _unreachable(name: str) -> str:
+    kind = "files of the web" if re.match(r"\w+://", name) else "a local folder or file"
+    return f"{kind} ({last_name(name)})"
+
+
+def public_text(value: Any) -> str:
+    """What somebody wrote, as a cell of a table without secrets; of a path in it only the last name is left."""
+    return _as_cell(_PATH.sub("", redact(_format(value))))
+
+
+def _as_cell(text: str) -> str:
+    return re.sub(r"[|`<>\[\]]", "", " ".join(text.split()))
 
 
 def render_card(
@@ -63,7 +116,7 @@ def render_card(
     title: str | None = None,
     steps: int | None = None,
     stage: int | None = None,
-    dataset_name: str | None = None,
+    dataset_name: str | Sequence[str] | None = None,
     repo_id: str | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> str:
@@ -78,7 +131,7 @@ def render_card(
         title: name of the model; the last part of `repo_id` if there is one.
         steps: optimizer steps that were taken.
         stage: 1 or 2, if it was one of the two.
-        dataset_name: what it was trained on; a path becomes its last name.
+        dataset_name: what it was trained on, one name or several; a path becomes its last name.
         repo_id: where it is published; that of the settings if left out.
         results: measure → value, the table of results.
 
@@ -87,14 +140,19 @@ def render_card(
     """
     if args is not None:
         language, license = args.language, args.license
-        title = title or os.path.basename(os.path.normpath(args.output_dir))
+        here = last_name(args.output_dir) == UNNAMED  # as in `.`
+        title = title or (os.path.abspath(args.output_dir) if here else args.output_dir)
         repo_id = repo_id or args.hub_model_id
-    sources = {part: source for part, source in model.config.backbones.items() if part in PARTS}
+    repo_id = repo_id if repo_id and _REPOSITORY.fullmatch(repo_id) else None
+    names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or [])
+    datasets = list(dict.fromkeys(found for name in names if (found := hub_dataset(name))))
+    sources = {part: model.config.backbones[part] for part in PARTS if part in model.config.backbones}
     public = {part: source for part, source in sources.items() if not is_local(source["name_or_path"])}
     base_models = [
         name for name in dict.fromkeys(source["name_or_path"] for source in public.values()) if name != HERE
     ]
-    on_hub = dataset_name and dataset_name != TINY and not is_local(dataset_name)
+    language = public_text(language) if isinstance(language, str) else [public_text(one) for one in language]
+    license = public_text(license)
     data = ModelCardData(
         language=language,
         license=license,
@@ -102,7 +160,7 @@ def render_card(
         pipeline_tag="image-text-to-text",
         base_model=base_models or None,
         base_model_relation="adapter" if base_models else None,
-        datasets=[dataset_name] if on_hub else None,
+        datasets=datasets or None,
         tags=TAGS if args is None else TAGS + TRAINING_TAGS,
     )
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -110,7 +168,7 @@ def render_card(
         data,
         template_str=card_template(),
         repo_id=repo_id,
-        title=(repo_id or title or "MiniGPT-4").split("/")[-1],
+        title=last_name(repo_id or title or "MiniGPT-4"),
         stage=stage,
         holds=_holds(sources),
         parts={
@@ -120,9 +178,9 @@ def render_card(
         local_parts=[PARTS[part] for part in sources if part not in public],
         trained=_trained_parts(model, trained),
         trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        training_data=public_name(dataset_name) if dataset_name else None,
+        training_data=", ".join(dict.fromkeys(map(public_dataset, names))) or None,
         settings=None if args is None else _settings(args, steps),
-        results={name: _format(value) for name, value in (results or {}).items()},
+        results={public_text(name): public_text(value) for name, value in (results or {}).items()},
     )
     # The template hides from its readers, in comments, what is to be filled in; empty ones are left of them.
     text = re.sub(r"<!--.*?-->", "", str(card), flags=re.DOTALL)

@@ -25,6 +25,7 @@ from recipes_minigpt4 import RecipeError, one_line
 UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed
 FILES = "files.json"
 STATE = "trainer_state.json"
+NOT_NEEDED = "training_args.bin"  # a pickle of the settings, which is not pushed
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def _stop_if_any(reason: str | None, trainer: Any, final: Path) -> None:
 
 
 def _put_in_place(scratch: Path, final: Path) -> None:
-    files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(scratch.rglob("*")) if path.is_file() and path.name != NOT_NEEDED]
     sizes = {path.relative_to(scratch).as_posix(): path.stat().st_size for path in files}
     (scratch / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     for path in (*files, scratch / FILES, scratch):

@@ -4,9 +4,11 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 
 from recipes_minigpt4 import PreemptedError, RecipeError
+from recipes_minigpt4.redaction import redact, redact_logs
 
 
 # Command → the module whose `main(arguments)` runs it, and a line of help.
@@ -15,6 +17,7 @@ COMMANDS = {
     "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on few long descriptions in the chat template"),
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.convert", "turn the original's files into a folder that from_pretrained loads"),
+    "push": ("recipes_minigpt4.push", "publish a saved model on the Hub, in one commit"),
     "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),
     "benchmark": ("recipes_minigpt4.benchmark", "measure speed and memory beside transformers' BLIP-2"),
 }
@@ -26,6 +29,7 @@ GO_ON = {
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+NO_TRAINING = ("convert", "push")  # commands that need none of these
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 2 after a mistake of the user, 75 after SIGTERM with a checkpoint to go on from, 130 after
-        Ctrl-C; all are told on standard error in a sentence.
+        Ctrl-C, all told on standard error in a sentence; 1 after anything else, with Python's traceback. Nothing that
+        is told or logged has a secret in it.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
@@ -50,13 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    needed = () if command == "convert" else TRAIN_MODULES
+    needed = () if command in NO_TRAINING else TRAIN_MODULES
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
         return _refuse(
             command,
             f"{' and '.join(missing)} not found: training needs the extra [train], so run "
             '`pip install "minigpt4-transformers[train]"`.',
         )
+    redact_logs()
     try:
         importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
     except RecipeError as error:
@@ -67,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _refuse(command, f"Interrupted; {GO_ON.get(command, 'run the command again')}.")
         return 130  # as shells have it
+    except Exception:
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        return 1  # as Python has it
     return 0
 
 

@@ -16,19 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-
 from modeling_minigpt4 import MiniGPT4Config
 from modeling_minigpt4.backbones import describe
 from modeling_minigpt4.convert_minigpt4_to_hf import (
     PRESETS,
-    SCRATCH,
     VISION_FOLDER,
     convert_original_checkpoint,
 )
 from recipes_minigpt4 import CommandParser, RecipeError, one_line
 from recipes_minigpt4.card import render_card
+from recipes_minigpt4.push import push
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -79,11 +76,11 @@ def main(arguments: Sequence[str]) -> None:
         raise RecipeError(f"{one_line(error)}.") from error
     # Others see what lies in the folder itself by its place there, and not by the path on this machine.
     model.config.backbones = MiniGPT4Config.from_pretrained(args.output_dir).backbones
-    card = render_card(model, license=args.license, repo_id=args.push_to_hub, title=args.output_dir.name)
+    card = render_card(model, license=args.license, title=args.output_dir.name)
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
     print(summary(model, args.output_dir))
     if args.push_to_hub:
-        print(f"Uploaded to {push(args.output_dir, args.push_to_hub, args.private)}")
+        print(push(args.output_dir, args.push_to_hub, args.private or None, message="Converted MiniGPT-4"))
 
 
 def read_sizes(path: str, output_dir: Path) -> MiniGPT4Config:
@@ -113,22 +110,3 @@ def summary(model: Any, folder: Path) -> str:
     lines = [f"{folder}: {size:,} bytes of weights; a projection of {projection:,} parameters."]
     lines += [f"{part:<15} from {describe(source)}" for part, source in model.config.backbones.items()]
     return "\n".join(lines)
-
-
-def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a folder in one commit; returns its address."""
-    api = HfApi()
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            ignore_patterns=[f"{SCRATCH}*"],
-            commit_message="Converted MiniGPT-4",
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise RecipeError(
-            f"{folder} is ready but could not be pushed to {repo_id} ({one_line(error)}); check network and login "
-            "(`hf auth login`), then upload the folder as it is."
-        ) from error
-    return str(repo)

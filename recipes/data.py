@@ -105,11 +105,6 @@ class DataArguments:
         if not 0 <= self.max_bad_share <= 1:
             raise RecipeError(f"max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1.")
 
-    @property
-    def title(self) -> str | None:
-        """The names of the datasets, for people."""
-        return ", ".join(self.dataset_name) if self.dataset_name else None
-
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import PIL.Image
 from accelerate.utils import gather_object
 
 from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.redaction import redact
 
 
 # Why a sample is skipped. Everything that Pillow says beside these is an "unreadable picture".
@@ -43,7 +44,7 @@ class BadSampleError(Exception):
 
     def record(self, name: str) -> dict[str, str]:
         """What travels with the batch, so that the main process can count it."""
-        return {"cause": self.cause, "name": f"{name} ({self.detail})" if self.detail else name}
+        return {"cause": self.cause, "name": redact(f"{name} ({self.detail})" if self.detail else name)}
 
 
 def picture_error(error: BaseException, content: bytes | None) -> BadSampleError:

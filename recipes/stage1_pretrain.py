@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
         args=training_args,
         train_dataset=rows,
         processing_class=processor,
-        dataset_name=data_args.title,
+        dataset_name=data_args.dataset_name,
         max_bad_share=data_args.max_bad_share,
         non_finite=training_args.non_finite,
         stage=1,

@@ -23,7 +23,7 @@ from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model, train_and_save
 
 
-@dataclass
+@dataclass(repr=False)
 class Stage2Arguments(StageArguments):
     """The original's numbers for stage 2."""
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
         args=training_args,
         train_dataset=rows,
         processing_class=processor,
-        dataset_name=data_args.title,
+        dataset_name=data_args.dataset_name,
         max_bad_share=data_args.max_bad_share,
         non_finite=training_args.non_finite,
         stage=2,

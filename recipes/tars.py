@@ -22,6 +22,7 @@ from datasets.data_files import resolve_pattern
 from datasets.utils.file_utils import ArchiveIterable
 
 from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.redaction import redact
 from recipes_minigpt4.skipped import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
 
 
@@ -144,13 +145,14 @@ def check_columns(tar: str, image_column: str, text_column: str) -> None:
 def samples_of(tars: list[str], image_column: str, text_column: str) -> Iterator[dict[str, Any]]:
     """The samples of archives, one after the other; what is wrong with one is told in its place."""
     for tar in tars:
+        shown = redact(tar)
         try:
             for members in groups_of(tar):
                 Outage.broken = 0
-                yield sample_of(tar, members, image_column, text_column)
+                yield sample_of(shown, members, image_column, text_column)
         except BadSampleError as error:
-            Outage.count(tar, error)
-            yield _broken(tar, error)
+            Outage.count(shown, error)
+            yield _broken(shown, error)
 
 
 class Outage:

@@ -1,11 +1,9 @@
 """The trainer of both stages: TRL's, with the original's optimizer and schedule, and steps that never wait."""
 
 import math
-import os
-import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, plain_names
+from modeling_minigpt4.peft_minigpt4 import plain_names
 from recipes_minigpt4 import RecipeError, sharded
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
@@ -28,6 +26,7 @@ from recipes_minigpt4.features import train_from_features
 from recipes_minigpt4.resuming import ProcessState, StreamEpochCallback
 from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
+from recipes_minigpt4.trainer_pushes import PublishingMixin
 from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback, undisturbed
 
 
@@ -69,7 +68,7 @@ def original_lr(
 # ---- trainer --------------------------------------------------------------------------------------------------------
 
 
-class MiniGPT4Trainer(SFTTrainer):
+class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
@@ -79,7 +78,7 @@ class MiniGPT4Trainer(SFTTrainer):
     Logs tell images per second, and the model card is this project's.
 
     Args:
-        dataset_name: what the model card calls the training data.
+        dataset_name: names of the training data, for the model card.
         stage: number of the stage, for the model card.
         max_bad_share: share of samples, 0 to 1, that may be skipped before the run stops.
         non_finite: `"stop"` the run at a loss that is not finite, or `"skip"` the step (`FiniteSteps`).
@@ -93,7 +92,7 @@ class MiniGPT4Trainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
-        dataset_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
         stage: int | None = None,
         max_bad_share: float = 0.1,
         non_finite: str = STOP,
@@ -337,9 +336,6 @@ class MiniGPT4Trainer(SFTTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._final_folder is not None:
             return  # when it is whole
-        if self.model.has_adapter and self.is_world_process_zero():
-            folder = os.path.join(checkpoint_folder, ADAPTER_FOLDER)
-            shutil.copytree(folder, os.path.join(self.args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -147,6 +147,16 @@ class StageArguments(SFTConfig):
     license: str = field(default="other", metadata={"help": "Licence of the trained weights, for the model card."})
     language: str = field(default="en", metadata={"help": "Language of the training text, for the model card."})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, as in `training_args.bin`: everything but the token."""
+        return {
+            **self.__dict__,
+            **{name: None for name in ("hub_token", "push_to_hub_token") if name in self.__dict__},
+        }
+
+    def __repr__(self) -> str:
+        return str(self)  # of transformers, which hides tokens; a dataclass's own would show them
+
     def __post_init__(self) -> None:
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
@@ -361,7 +371,7 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
 
     Raises:
         RecipeError: if there is no checkpoint to resume from, no room for the pictures or on the disk, a loss is not
-            finite, or another process is gone.
+            finite, another process is gone, or the push failed.
         PreemptedError: after SIGTERM; a checkpoint is saved then.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
@@ -388,13 +398,15 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     trainer.finite_steps.check(trainer)
     trainer.finite_steps.check_weights(trainer)
     try:
-        trainer.save_model()  # which pushes too, if asked to
+        trainer.save_model(_internal_call=True)  # otherwise it would push before all is saved
         trainer.save_state()
     except (OSError, SafetensorError) as error:
         raise RecipeError(
             f"Training is done, but the adapter could not be written to {folder} ({one_line(error)}); make room, then "
             f"{how_to_go_on(folder)}."
         ) from error
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def own_words(error: RecipeError) -> str:

@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from hub_server import TOKEN, HubServer
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -226,3 +228,15 @@ def picture() -> Callable[..., Image.Image]:
         return image
 
     return draw
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on this machine, where `you` are logged in; `hub.pauses` are the seconds that were waited, in no time."""
+    with HubServer() as server:
+        server.add_user("you", TOKEN)
+        server.connect(monkeypatch, TOKEN)
+        server.pauses = []
+        monkeypatch.setattr(time, "sleep", server.pauses.append)
+        yield server
+        server.forget_connections()

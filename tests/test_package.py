@@ -125,16 +125,20 @@ def test_recipes_say_which_extra_is_missing(site: Path, tmp_path: Path) -> None:
     assert "minigpt4-transformers[train]" in printed and printed.endswith("2\n")
 
 
-def test_conversion_needs_no_extra(site: Path, tmp_path: Path) -> None:
+def test_conversion_and_pushing_need_no_extra(site: Path, tmp_path: Path) -> None:
     script = """
     import sys
     from recipes_minigpt4.cli import main
     sys.stderr = sys.stdout
     files = ["--checkpoint", "none.pth", "--vit", "none.pth"]
     print(main(["convert", *files, "--language-model", "llama", "--output-dir", "out"]))
+    print(main(["push", "nowhere", "you/adapter"]))
     """
     printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchvision"))
-    assert printed == "minigpt4 convert: There is no file none.pth; download it, or correct the path.\n2\n"
+    assert printed == (
+        "minigpt4 convert: There is no file none.pth; download it, or correct the path.\n2\n"
+        "minigpt4 push: There is no folder nowhere; name what training or save_pretrained wrote.\n2\n"
+    )
 
 
 def test_checkpoint_of_the_wheel_loads_without_the_package(site: Path, tmp_path: Path) -> None:

@@ -146,3 +146,12 @@ def test_an_encoder_of_unknown_width_is_refused_with_a_remedy() -> None:
     vision = transformers.PretrainedConfig()
     with pytest.raises(ValueError, match=r"neither `hidden_size` nor `hidden_sizes`.* set `hidden_size`"):
         MiniGPT4Config(vision_config=vision)
+
+
+def test_where_parts_were_read_from_is_not_written(tmp_path) -> None:
+    """A path of this machine in the language model's configuration would be published with ours."""
+    LlamaConfig(vocab_size=50).save_pretrained(tmp_path / "llama")
+    config = MiniGPT4Config(text_config=AutoConfig.from_pretrained(tmp_path / "llama"))
+    config.save_pretrained(tmp_path / "ours")
+    assert str(tmp_path) not in (tmp_path / "ours" / "config.json").read_text()
+    assert MiniGPT4Config.from_pretrained(tmp_path / "ours").text_config.vocab_size == 50

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from original_files import Files, logits, save_llama
 from transformers import pipeline
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import cli, convert
+from recipes_minigpt4 import cli
 
 
 @pytest.fixture
@@ -56,44 +57,29 @@ def test_vision_backbone_makes_a_small_folder(command, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "small" / "config.json").read_text())["backbones"]["vision"]["fingerprint"]
 
 
-class Hub:
-    """What is uploaded, in the place of the Hub."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.calls = error, []
-
-    def create_repo(self, repo_id: str, **options):
-        if self.error is not None:
-            raise self.error
-        self.calls.append((repo_id, options))
-        return type("Url", (str,), {"repo_id": f"me/{repo_id}"})(f"https://hub/me/{repo_id}")
-
-    def upload_folder(self, **options) -> None:
-        self.calls.append(options)
-
-
-def test_the_folder_is_pushed_with_its_card(command, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_folder_is_pushed_with_its_card(command, tmp_path: Path, hub: HubServer, capsys) -> None:
     arguments, files = command
-    hub = Hub()
-    monkeypatch.setattr(convert, "HfApi", lambda: hub)
     given = [*arguments, *from_files(files, tmp_path), "--push-to-hub", "eyes", "--private", "--license", "mit"]
     assert cli.main(given) == 0
-    (name, options), upload = hub.calls
-    assert (name, options["private"], upload["repo_id"]) == ("eyes", True, "me/eyes")
-    assert {"config.json", "model.safetensors", "README.md", "processor_config.json", "vision"} <= {
-        path.name for path in Path(upload["folder_path"]).iterdir()
-    }
-    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
-    assert "Uploaded to https://hub/me/eyes" in capsys.readouterr().out
+    repo = hub.repos["model", "you/eyes"]
+    assert repo.private and hub.messages("you/eyes") == ["Converted MiniGPT-4"]
+    sent = hub.files("you/eyes")
+    assert sent.keys() >= {"config.json", "model.safetensors", "README.md", "processor_config.json"}
+    assert {"vision/config.json", "vision/model.safetensors"} <= sent.keys()
+    assert "license: mit" in sent["README.md"].decode()
+    told = capsys.readouterr().out
+    assert f"Uploaded to {hub.endpoint}/you/eyes" in told
+    assert 'from_pretrained("you/eyes", backbones={"language_model": ...})' in told
 
 
-def test_a_failed_push_leaves_the_folder_and_says_so(command, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_failed_push_leaves_the_folder_and_says_so(command, tmp_path: Path, hub: HubServer, capsys) -> None:
     arguments, files = command
-    monkeypatch.setattr(convert, "HfApi", lambda: Hub(OSError("no network")))
+    hub.fail("POST", "/commit/", status=503, times=100)
     assert cli.main([*arguments, *from_files(files, tmp_path), "--push-to-hub", "eyes"]) == 2
     told = capsys.readouterr().err
-    assert "is ready but could not be pushed to eyes (no network)" in told
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert f"{tmp_path / 'out'} is whole but not on the Hub: the Hub is overloaded or out of order (503)" in told
+    assert f"`minigpt4 push {tmp_path / 'out'} eyes`" in told
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not hub.files("you/eyes")
 
 
 def test_mistakes_are_told_in_one_line(command, tmp_path: Path, capsys) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hub_server import TOKEN
 from huggingface_hub import ModelCard, ModelCardData
 
 from recipes_minigpt4 import card as cards
@@ -137,6 +138,79 @@ def test_local_backbones_are_told_without_their_path(compose: Callable, parts: d
         assert secret not in text
     data = ModelCard(text).data.to_dict()
     assert "base_model" not in data and "datasets" not in data
+
+
+# Names and the part of them that a card may show; everything else in them has one of `HIDDEN` in it.
+HIDDEN = ("secret", "hidden", "Users", "server")
+NASTY = {
+    "/secret/hidden/pairs.jsonl": "pairs.jsonl",
+    "/secret/hidden/x/": "x",
+    "/secret/with blank, comma/x y.tar": "x y.tar",
+    "/secret/näme|`pipe/[x](y).csv": "x(y).csv",
+    "~/secret/hidden/x": "x",
+    "~secret/x": "x",
+    "./secret/x.csv": "x.csv",
+    "../../secret/hidden/x": "x",
+    "secret/hidden/deep/x": "x",
+    "secret/pairs.parquet": "pairs.parquet",
+    "secret.d/{00000..00009}.tar": "{00000..00009}.tar",
+    "/secret/{a,b}/x-{1,2}.tar": "x-{1,2}.tar",
+    "/secret/**/hidden/x-?.tar": "x-?.tar",
+    "C:\\Users\\me\\x.parquet": "x.parquet",
+    "C:/Users/me/x.parquet": "x.parquet",
+    "\\\\server\\hidden\\x.tar": "x.tar",
+    "https://me:secret@hidden.host:8080/deep/x.tar?token=secret2&X-Amz-Signature=secret3": "x.tar",
+    "https://hidden.host/{00..09}.tar#secret": "{00..09}.tar",
+    "s3://secret-bucket/hidden/x.tar": "x.tar",
+    "gs://secret:hidden@bucket/x.tar": "x.tar",
+    "file:///secret/hidden/x.tar": "x.tar",
+    "hf://buckets/secret/hidden/x.tar": "x.tar",
+    "pipe:curl -s https://hidden.host/secret/x.tar": "x.tar",
+    "/": "unnamed",
+    "..": "unnamed",
+    "~": "unnamed",
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_of_a_name_that_nobody_else_can_use_only_the_last_part_is_shown(name: str, on_hub) -> None:
+    """Wherever it comes from: data, several of them, a backbone, the run's folder, what it measured."""
+    source = {**on_hub.config.backbones["vision"], "name_or_path": name}
+    on_hub.config.backbones["vision"] = source
+    repo_id = None if re.fullmatch(r"\w+/[\w.]+", name) else name
+    run = settings(output_dir=name, hub_model_id=repo_id, license=name, language=[name, "en"])
+    names = ["owner/pairs", name, "hf://datasets/owner/tars@v1/deep/*.tar", name, "tiny"]
+    results = {"object F1": 0.5, name: 1, f"measured on {name}": f"1 of {name}", "images/s": "3/4"}
+    text = render_card(on_hub, run, dataset_name=names, results=results, title=name)
+    assert not [word for word in HIDDEN if word in text] and "/deep" not in text
+    shown = NASTY[name]
+    data = next(line for line in text.splitlines() if line.startswith("| data |"))
+    assert data.count(f" ({shown})") == 1  # named twice, told once
+    assert "[owner/pairs](https://huggingface.co/datasets/owner/pairs)" in data
+    assert "[owner/tars](https://huggingface.co/datasets/owner/tars)" in data
+    metadata = ModelCard(text).data.to_dict()
+    assert metadata["datasets"] == ["owner/pairs", "owner/tars"]
+    assert metadata["base_model"] == ["owner/eyes", "owner/words"]  # the Q-Former's is still there
+    assert "| images/s | 3/4 |" in text and "| object F1 | 0.5 |" in text
+    assert f"| vision encoder | {'files of the web' if '://' in name and name[:4] != 'pipe' else 'a local'}" in text
+    only = render_card(on_hub, run, dataset_name=name)
+    assert not [word for word in HIDDEN if word in only] and "datasets" not in ModelCard(only).data.to_dict()
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.count("|") == 3, line
+
+
+def test_a_relative_folder_that_exists_is_local(on_hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret" / "pairs").mkdir(parents=True)
+    assert "[secret/pairs]" in render_card(on_hub, settings(), dataset_name="secret/pairs")
+    monkeypatch.chdir(tmp_path)
+    text = render_card(on_hub, settings(output_dir="."), dataset_name="secret/pairs")
+    assert "secret" not in text and "(pairs)" in text and f"# {tmp_path.name}\n" in text
+
+
+def test_tokens_are_no_part_of_a_card(on_hub) -> None:
+    run = settings(license=TOKEN, hub_model_id=f"https://me:{TOKEN}@huggingface.co/you/x")
+    text = render_card(on_hub, run, title=TOKEN, dataset_name=[f"/x/{TOKEN}"], results={TOKEN: TOKEN})
+    assert TOKEN not in text and "hf_…" in text
 
 
 @pytest.mark.parametrize(

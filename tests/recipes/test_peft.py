@@ -154,20 +154,6 @@ def test_best_checkpoint_brings_its_adapter_back(stage: Callable, pairs_file: Pa
     assert not same_tensors(tmp_path / "run", tmp_path / "run" / "checkpoint-3")
 
 
-def test_pushes_on_the_way_carry_the_adapter(stage: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pushed = []
-
-    def push(self, folder: str) -> None:
-        pushed.append(sorted(path.name for path in Path(self.args.output_dir, "peft").iterdir()))
-
-    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
-    fields = {"save_strategy": "steps", "save_steps": 1, "hub_model_id": "somebody/adapter", "max_steps": 1}
-    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda *args, **kwargs: None)
-    monkeypatch.setattr(transformers.Trainer, "push_to_hub", lambda *args, **kwargs: None)
-    stage1_pretrain.main(stage(**fields, push_to_hub=True, peft_config=json.dumps(LORA)))
-    assert pushed == [["adapter_config.json", "adapter_model.safetensors"]]
-
-
 def test_card_tells_an_adapter_from_a_trained_language_model(stage: Callable, tmp_path: Path) -> None:
     stage1_pretrain.main(stage(peft_config=json.dumps(LORA), max_steps=1))
     card = (tmp_path / "run" / "README.md").read_text()

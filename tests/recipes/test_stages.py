@@ -1,4 +1,4 @@
-"""Both stages from the command line: what trains, what is saved, resuming, pushing, and mistakes."""
+"""Both stages from the command line: what trains, what is saved, resuming, and mistakes."""
 
 import json
 import re
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import RepoUrl
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationConfig
 
@@ -239,57 +238,6 @@ def test_modules_are_commands_of_their_own(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "nowhere.yaml" in done.stderr.strip().splitlines()[-1]
-
-
-class Hub:
-    """What would go to the Hub: repositories and the files of each upload."""
-
-    def __init__(self) -> None:
-        self.created: list[str] = []
-        self.uploads: list[dict[str, bytes]] = []
-        self.owner = ""
-
-    def create_repo(self, repo_id: str, **kwargs):
-        self.created.append(repo_id)
-        return RepoUrl(f"https://huggingface.co/{self.owner}{repo_id}")
-
-    def upload_folder(self, *, folder_path: str, ignore_patterns=(), **kwargs) -> None:
-        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
-        skipped = tuple(str(pattern).split("*")[0] for pattern in ignore_patterns or () if pattern)
-        names = {str(path.relative_to(folder_path)): path for path in files}
-        self.uploads.append({name: path.read_bytes() for name, path in names.items() if not name.startswith(skipped)})
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    import transformers.trainer
-
-    hub = Hub()
-    if hasattr(transformers.trainer, "hf_api"):
-        monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: hub)
-    else:
-        monkeypatch.setattr(transformers.trainer, "create_repo", hub.create_repo)
-        monkeypatch.setattr(transformers.trainer, "upload_folder", hub.upload_folder)
-    return hub
-
-
-def test_push_uploads_the_adapter_with_its_card(run, stage, tmp_path, hub: Hub, parts) -> None:
-    run("stage1", stage(max_steps=1, push_to_hub=True, hub_model_id="somebody/adapter", hub_strategy="end"))
-    assert set(hub.created) == {"somebody/adapter"}
-    (files,) = hub.uploads
-    assert files.keys() >= {"model.safetensors", "config.json", "README.md", "tokenizer.json", *CODE}
-    assert len(files["model.safetensors"]) < 4000
-    card = files["README.md"].decode()
-    assert "# adapter" in card and '"somebody/adapter"' in card
-    for secret in (str(tmp_path), *parts.values(), str(Path.home())):
-        assert secret not in card
-
-
-def test_push_without_an_id_takes_the_folder_s_name(run, stage, hub: Hub) -> None:
-    hub.owner = "somebody/"
-    run("stage1", stage(max_steps=1, push_to_hub=True, hub_strategy="end"))
-    assert hub.created == ["run"]
-    assert '"somebody/run"' in hub.uploads[-1]["README.md"].decode()
 
 
 # ---- configurations -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from accelerate.data_loader import prepare_data_loader
 from damaged import CAPTIONS, PICTURES, jpeg, sample, write_tar
 from datasets import Dataset, Features, Image, Value
-from hub_stub import serve_dataset
+from hub_server import HubServer
 from torch.utils.data import DataLoader
 
 from recipes_minigpt4 import RecipeError, cli, skipped, stage1_pretrain
@@ -122,8 +122,10 @@ name = "hf://datasets/someone/pictures/tars/*.tar"
 for pair in open_source(name, DataArguments(dataset_name=name), stage=1):
     print(pair["text"])
 """
-    with serve_dataset("someone/pictures", tars.parent) as address:
-        settings = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    with HubServer() as hub:
+        files = {f"tars/{path.name}": path.read_bytes() for path in tars.iterdir()}
+        hub.add_repo("someone/pictures", files, kind="dataset")
+        settings = {**os.environ, **hub.environment(tmp_path / "home")}
         done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[:-1] == [f"number {number}" for number in range(COUNT)]

@@ -1,0 +1,79 @@
+"""Secrets in texts: tokens, passwords in addresses, and signed links never reach a log, a card or an error.
+
+The one place that knows what a secret looks like. Importing it is cheap.
+"""
+
+import logging
+import os
+import re
+
+
+# Tokens by their shape: Hugging Face, GitHub, GitLab, OpenAI, Amazon, and JSON web tokens.
+_TOKEN = r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|AKIA|ASIA)[\w-]{16,}|\beyJ[\w-]{10,}\.[\w-]+\.[\w-]+"
+# `user:password@` of an address; the second also has a slash in the password, and is no port.
+_PASSWORD = r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+@"
+_SLOPPY = r"(?<=://)[^\s/@:'\"]*:(?!\d+/)[^\s@'\"]+@"
+# Headers and parameters that grant access, whatever their value looks like.
+_GRANT = (
+    r"(?i:\bbearer\s+[^\s'\"]{6,}|(?<![\w-])(?:x-amz-(?:signature|security-token|credential)|signature|sig|"
+    r"(?:hub_|access_|auth_|api_)?token|api[_-]?key|password|secret)=[^\s&,;'\")]+)"
+)
+_CERTAIN = re.compile(rf"{_TOKEN}|{_PASSWORD}")
+_LIKELY = re.compile(rf"{_TOKEN}|{_SLOPPY}|{_GRANT}")
+_USER = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a token is often in the place of the user
+# All that stands behind the path of an address: what is signed can have any name there.
+_QUERY = re.compile(
+    r"(?<![\w.+-])((?:https?|ftp|s3|gs|az|abfss?)://[^\s?#'\"<>]*)[?#](?!…)[^\s'\"<>]*?(?=[).,;:\]]*(?:[\s'\"<>]|$))"
+)
+_NAMES = re.compile(r"(?:TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
+
+
+def _of_this_process() -> list[str]:
+    """Secrets of the environment, such as the value of HF_TOKEN."""
+    return [value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= 12]
+
+
+def redact(text: str) -> str:
+    """
+    A text without secrets: `…` in the place of tokens, of passwords, and of all that follows an address's path.
+
+    Args:
+        text: any text, such as an error's or the address of a dataset.
+    """
+    for value in _of_this_process():
+        text = text.replace(value, "…")
+    text = _QUERY.sub(r"\1?…", text)
+    return _USER.sub("", _LIKELY.sub(_shortened, text))
+
+
+def _shortened(match: re.Match[str]) -> str:
+    found = match[0]
+    if found.endswith("@"):  # the user's name is nobody's business either
+        return ""
+    head = re.match(r"(?i)bearer\s+|[\w-]+=|hf_", found)
+    return f"{head[0] if head else ''}…"
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text that is to be published holds a token or a password beyond doubt."""
+    return bool(_CERTAIN.search(text)) or any(value in text for value in _of_this_process())
+
+
+def redact_logs() -> None:
+    """Let no record of Python's logging carry a secret from now on, whichever library writes it."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    def redacted(*args: object, **kwargs: object) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        try:
+            text = record.getMessage()
+        except Exception:  # a wrong format, which logging reports itself
+            return record
+        if (cleaned := redact(text)) != text:
+            record.msg, record.args = cleaned, ()
+        return record
+
+    redacted.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacted)
