@@ -244,8 +244,13 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
                 `"language_model"`. What trains is saved with the checkpoint.
 
         Raises:
-            ValueError: for a part that does not exist.
+            ValueError: for a part that does not exist, or a language model that is quantized.
         """
+        if "language_model" in train and self.is_language_model_quantized:
+            raise ValueError(
+                "A quantized language model cannot train; load it unquantized, or leave it frozen and give it an "
+                "adapter of PEFT."
+            )
         parts = self._parts()
         if unknown := set(train) - set(parts):
             raise ValueError(f"No such part to train: {', '.join(sorted(unknown))}; choose among {', '.join(parts)}.")
@@ -260,6 +265,8 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
 
     def train(self, mode: bool = True) -> "MiniGPT4PreTrainedModel":
         """Set training mode, except for the parts of which nothing trains."""
+        if mode:
+            self.check_gradients_pass()
         super().train(mode)
         base = self._base()
         for module in (base.vision_model, base.qformer, base.language_model):
