@@ -435,7 +435,7 @@ class BackbonesMixin(PeftMixin, QuantizationMixin):
 
         Takes every option of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
         `quantization_config`, `attn_implementation`, … Of an adapter-only checkpoint all but the projection is frozen.
-        Quantized are the linear layers of the language model's decoder alone, without those that the config leaves out.
+        Quantized are linear layers of the language model's decoder alone, less those that the config leaves out.
 
         Args:
             pretrained_model_name_or_path: repository or folder of the checkpoint.
@@ -556,6 +556,9 @@ class BackbonesMixin(PeftMixin, QuantizationMixin):
             full: write every tensor, so that the folder needs no backbone (for vLLM and the like). An adapter stays
                 beside them and is not merged.
             push_to_hub: upload the folder too.
+
+        Raises:
+            ValueError: if a quantized language model would have to be written.
         """
         backbones = self.config.backbones
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}

@@ -106,12 +106,11 @@ class QuantizationMixin:
     get_decoder: Any
     get_input_embeddings: Any
     named_parameters: Any
-    has_adapter: bool
     _own_tensors: frozenset[str]
     _gradients_pass: bool
 
     @classmethod
-    def from_pretrained(cls, path: Any, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """transformers' own, with `quantization_config` kept to the linear layers of the decoder."""
         load = super().from_pretrained  # type: ignore[misc]
         if kwargs.get("load_in_8bit") or kwargs.get("load_in_4bit"):
@@ -120,13 +119,13 @@ class QuantizationMixin:
                 "`quantization_config`."
             )
         if (quantization_config := kwargs.get("quantization_config")) is None:
-            loaded = load(path, *model_args, **kwargs)
+            loaded = load(pretrained_model_name_or_path, *model_args, **kwargs)
         else:
             kwargs["quantization_config"] = keep_to_decoder(quantization_config)
             if IS_TRANSFORMERS_4 and kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
                 kwargs["dtype"] = torch.get_default_dtype()  # bitsandbytes' is float16, for the vision side too
-            with _without_files(path):
-                loaded = load(path, *model_args, **kwargs)
+            with _without_files(pretrained_model_name_or_path):
+                loaded = load(pretrained_model_name_or_path, *model_args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._after_quantization()
         return loaded
 
@@ -197,38 +196,27 @@ class QuantizationMixin:
 
     def save_pretrained(self, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
         """
-        transformers' own, without a word of quantization if the language model lies elsewhere.
+        transformers' own, without a word of quantization, which is for whoever loads the checkpoint to decide.
 
         Raises:
-            ValueError: if the quantized language model cannot be part of the checkpoint.
+            ValueError: if the quantized language model would be part of the checkpoint.
         """
-        save = super().save_pretrained  # type: ignore[misc]
-        if not self.is_language_model_quantized:
-            save(save_directory, *args, **kwargs)
-        elif "language_model" not in self.config.backbones:
-            if self.has_adapter:
-                raise ValueError(
-                    "A full checkpoint cannot hold a quantized language model beside its adapter; save without "
-                    "`full`, load that without `quantization_config`, and save it with `full=True`."
-                )
-            save(save_directory, *args, **kwargs)
-        else:
-            self.check_language_model_is_elsewhere()
-            with _without(TRACES, self, self.config, *map(self.config.__dict__.get, self.config.sub_configs)):
-                save(save_directory, *args, **kwargs)
+        self.check_language_model_is_elsewhere()
+        with _without(TRACES, self, self.config, *map(self.config.__dict__.get, self.config.sub_configs)):
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def check_language_model_is_elsewhere(self) -> None:
         """
-        Refuse a quantized language model whose own weights belong into the checkpoint, because they were trained.
+        Refuse a quantized language model that no backbone provides, or that was trained: it would have to be saved.
 
         Raises:
             ValueError: saying so.
         """
-        decoder = "language_model."
-        if self.is_language_model_quantized and any(decoder in name for name in self._own_tensors):
+        own = any("language_model." in name for name in self._own_tensors)
+        if self.is_language_model_quantized and (own or "language_model" not in self.config.backbones):
             raise ValueError(
-                "The language model of this checkpoint was trained, and quantized weights cannot take its place; load "
-                "it without `quantization_config` to train or save it."
+                "A checkpoint cannot hold a quantized language model; load this one without quantization to save or "
+                "train what has the language model in it, and quantize that when it is loaded."
             )
 
 

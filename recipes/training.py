@@ -79,8 +79,8 @@ class ModelArguments:
     quantization: str | None = field(
         default=None,
         metadata={
-            "help": "Load the frozen language model in fewer bits, and nothing else: bnb-int8, bnb-nf4 or torchao-int8. "
-            "What is saved does not depend on it. Default: none."
+            "help": "Load the frozen language model, and nothing else, in fewer bits: bnb-int8, bnb-nf4 or "
+            "torchao-int8. What is saved does not depend on it. Default: none."
         },
     )
     attn_implementation: str | None = field(
