@@ -266,7 +266,7 @@ class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
     def train(self, mode: bool = True) -> "MiniGPT4PreTrainedModel":
         """Set training mode, except for the parts of which nothing trains."""
         if mode:
-            self.check_gradients_pass()
+            self.prepare_quantized_training()
         super().train(mode)
         base = self._base()
         for module in (base.vision_model, base.qformer, base.language_model):

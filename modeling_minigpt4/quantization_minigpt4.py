@@ -153,6 +153,7 @@ class QuantizationMixin:
         for mark in MARKS:
             if self.__dict__.pop(mark, False):
                 setattr(decoder, mark, True)
+        self._keep_from_ddp()
         if (last_layer := getattr(self, "last_layer", None)) is not None:
             last_layer.attach(decoder)  # bitsandbytes puts layers of its own in the place of others
 
@@ -172,9 +173,15 @@ class QuantizationMixin:
             for mark in marks:
                 self.__dict__.pop(mark, None)
 
-    def check_gradients_pass(self) -> None:
+    def _keep_from_ddp(self) -> None:
+        """Let DistributedDataParallel leave quantized weights alone: they are frozen, and torchao's cannot be sent."""
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, tensor in self.named_parameters() if not is_exact(tensor)
+        ]
+
+    def prepare_quantized_training(self) -> None:
         """
-        Refuse to train through layers that let no gradient pass.
+        Get ready to train through quantized layers, and refuse to where they let no gradient pass.
 
         Some kernels of torchao are for inference only. Gradients would go around their layers, on the residual path,
         and be wrong without a word.
@@ -182,7 +189,10 @@ class QuantizationMixin:
         Raises:
             ValueError: naming the first such layer.
         """
-        if not self.is_language_model_quantized or getattr(self, "_gradients_pass", False):
+        if not self.is_language_model_quantized:
+            return
+        self._keep_from_ddp()  # under the names of today: an adapter changes them
+        if getattr(self, "_gradients_pass", False):
             return
         decoder = self.get_decoder()
         for name, layer in quantized_layers(decoder):

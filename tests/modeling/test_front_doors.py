@@ -34,6 +34,7 @@ MODEL_CODE = {
     "heads_minigpt4.py",
     "last_layer_minigpt4.py",
     "peft_minigpt4.py",
+    "quantization_minigpt4.py",
 }
 NEW_TOKENS = 6
 
