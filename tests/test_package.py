@@ -109,7 +109,7 @@ def test_core_imports_without_any_extra(site: Path, tmp_path: Path) -> None:
     print(modeling_minigpt4.__file__)
     assert not any(name.startswith("recipes_minigpt4") for name in sys.modules)
     """
-    where = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchvision"))
+    where = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchao", "torchvision"))
     assert where.startswith(str(site))
 
 
@@ -132,7 +132,7 @@ def test_conversion_needs_no_extra(site: Path, tmp_path: Path) -> None:
     files = ["--checkpoint", "none.pth", "--vit", "none.pth"]
     print(main(["convert", *files, "--language-model", "llama", "--output-dir", "out"]))
     """
-    printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchvision"))
+    printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchao", "torchvision"))
     assert printed == "minigpt4 convert: There is no file none.pth; download it, or correct the path.\n2\n"
 
 

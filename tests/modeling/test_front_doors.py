@@ -70,6 +70,8 @@ EXPECTED = (
     "Device set to use cpu",  # 4.57, every pipeline
     "The input data was not formatted as a chat",  # every pipeline, for images + text
     "refers to folders of this machine",  # on saving
+    "torchao/_C_",  # torchao, which transformers imports, about its kernels for GPUs
+    "torch/utils/_pytree.py",  # and torch about torchao
 )
 
 
