@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
-from .quantization_minigpt4 import QuantizationMixin, stored_quantization
+from .quantization_minigpt4 import stored_quantization
 
 
 logger = logging.get_logger(__name__)
@@ -401,7 +401,7 @@ AUTO_MAP = {
 }
 
 
-class BackbonesMixin(PeftMixin, QuantizationMixin):
+class BackbonesMixin(PeftMixin):
     """
     Checkpoints that hold only what no backbone provides: a few MB instead of 30 GB.
 

@@ -45,6 +45,7 @@ from .generation_minigpt4 import (
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
 from .last_layer_minigpt4 import LastLayer
 from .peft_minigpt4 import set_adapter_mode, trains_itself
+from .quantization_minigpt4 import QuantizationMixin
 
 
 logger = logging.get_logger(__name__)
@@ -172,7 +173,7 @@ def mask_image_labels(
     return args, kwargs
 
 
-class MiniGPT4PreTrainedModel(BackbonesMixin, PreTrainedModel):
+class MiniGPT4PreTrainedModel(BackbonesMixin, QuantizationMixin, PreTrainedModel):
     config_class = MiniGPT4Config
     base_model_prefix = "model"
     input_modalities = ("image", "text")
