@@ -41,6 +41,10 @@ MARKS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 # And what it leaves in the model and its configurations, the last of which in 4.57.
 TRACES = ("hf_quantizer", "quantization_config", "_pre_quantization_dtype")
 
+# On some processors, bitsandbytes packs 4-bit weights at the first forward pass without gradients, such as a reply in
+# the middle of training, for a kernel without a backward pass. There is no way back without loss.
+PACKING = "support_avx512bf16_for_cpu"
+
 
 def stored_quantization(config: PretrainedConfig) -> str | None:
     """Name of the method that the weights of a repository are stored in, or None if they are ordinary ones."""
@@ -196,11 +200,19 @@ class QuantizationMixin:
             return
         decoder = self.get_decoder()
         for name, layer in quantized_layers(decoder):
+            if hasattr(layer, PACKING):
+                setattr(layer, PACKING, False)
+            weight: Any = layer._parameters["weight"]
             if not _lets_gradients_pass(layer, decoder.dtype):
+                packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+                remedy = (
+                    "load it anew, as it was packed for inference"
+                    if packed
+                    else "use bitsandbytes or torchao's Int8WeightOnlyConfig"
+                )
                 raise ValueError(
                     f"Nothing trains through this quantization: {name} of the language model "
-                    f"({type(layer._parameters['weight']).__name__}) lets no gradient pass to the projection; use "
-                    "bitsandbytes, or torchao's Int8WeightOnlyConfig."
+                    f"({type(weight).__name__}) lets no gradient pass to the projection; {remedy}."
                 )
         self._gradients_pass = True
 
