@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
+from .quantization_minigpt4 import stored_quantization
 
 
 logger = logging.get_logger(__name__)
@@ -102,6 +103,7 @@ def load_backbone_config(
 
     Raises:
         OSError: if there is no such repository or folder.
+        ValueError: if its weights are stored quantized.
     """
     options = _fetch_options(source, hub_options)
     try:
@@ -110,6 +112,11 @@ def load_backbone_config(
         config = AutoConfig.from_pretrained(source["name_or_path"], **options)
     except (OSError, ValueError) as error:
         raise OSError(_not_found(part, source)) from error
+    if (method := stored_quantization(config)) is not None:
+        raise ValueError(
+            f"The {part} backbone {describe(source)} holds weights that are quantized already ({method}); name the "
+            "repository that they were made from, and pass `quantization_config` to quantize the language model."
+        )
     revision = extract_commit_hash(config_file, None)
     return config, {**source, "revision": revision or source.get("revision")}
 
@@ -432,6 +439,7 @@ class BackbonesMixin(PeftMixin):
 
         Takes every option of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
         `quantization_config`, `attn_implementation`, … Of an adapter-only checkpoint all but the projection is frozen.
+        Quantized are linear layers of the language model's decoder alone, less those that the config leaves out.
 
         Args:
             pretrained_model_name_or_path: repository or folder of the checkpoint.
@@ -449,9 +457,10 @@ class BackbonesMixin(PeftMixin):
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
             path = pretrained_model_name_or_path if config is None else config
             # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
-            dtypes: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+            ours = ("dtype", "torch_dtype", "quantization_config")
+            loading: dict[str, Any] = {name: kwargs.pop(name) for name in ours if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-            kwargs = {**kwargs, **where, **dtypes}
+            kwargs = {**kwargs, **where, **loading}
         if pretrained_model_name_or_path is None or not config.backbones:
             loaded = load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
@@ -459,6 +468,7 @@ class BackbonesMixin(PeftMixin):
         for name in where:
             kwargs.pop(name)
         config = copy.deepcopy(config)
+        config.__dict__.pop("quantization_config", None)  # that of a model which was loaded: backbones are whole
         for part, source in config.backbones.items():
             if source["name_or_path"] == HERE:
                 config.backbones[part] = _inside(pretrained_model_name_or_path, source, where)
@@ -550,6 +560,9 @@ class BackbonesMixin(PeftMixin):
             full: write every tensor, so that the folder needs no backbone (for vLLM and the like). An adapter stays
                 beside them and is not merged.
             push_to_hub: upload the folder too.
+
+        Raises:
+            ValueError: if a quantized language model would have to be written.
         """
         backbones = self.config.backbones
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
@@ -24,14 +25,20 @@ class LastLayer:
         self.positions: Any = None
         self._held = False
         self._rows: torch.Size | None = None
+        self._hooks: list[RemovableHandle] = []
+        self.attach(decoder)
+
+    def attach(self, decoder: PreTrainedModel) -> None:
+        """Look up the parts anew, after others were put in their places."""
+        for hook in self._hooks:
+            hook.remove()
         layers = getattr(decoder, "layers", getattr(decoder, "h", None))
         self.layer: Any = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
         attention, feed_forward = getattr(self.layer, "self_attn", None), getattr(self.layer, "mlp", None)
         parts = (getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), feed_forward)
         self.parts = [part for part in parts if isinstance(part, nn.Module)]
-        for part in self.parts:
-            part.register_forward_pre_hook(self._gather)
-            part.register_forward_hook(self._scatter)
+        self._hooks = [part.register_forward_pre_hook(self._gather) for part in self.parts]
+        self._hooks += [part.register_forward_hook(self._scatter) for part in self.parts]
 
     @contextmanager
     def only_at(self, positions: torch.Tensor | None) -> Iterator[None]:

@@ -46,6 +46,7 @@ from .generation_minigpt4 import (
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
 from .last_layer_minigpt4 import LastLayer
 from .peft_minigpt4 import set_adapter_mode, trains_itself
+from .quantization_minigpt4 import QuantizationMixin
 from .whole_minigpt4 import WholeMixin
 
 
@@ -174,7 +175,7 @@ def mask_image_labels(
     return args, kwargs
 
 
-class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, PreTrainedModel):
+class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, QuantizationMixin, PreTrainedModel):
     config_class = MiniGPT4Config
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -258,8 +259,13 @@ class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, PreTrainedModel):
                 `"language_model"`. What trains is saved with the checkpoint.
 
         Raises:
-            ValueError: for a part that does not exist.
+            ValueError: for a part that does not exist, or a language model that is quantized.
         """
+        if "language_model" in train and self.is_language_model_quantized:
+            raise ValueError(
+                "A quantized language model cannot train; load it unquantized, or leave it frozen and give it an "
+                "adapter of PEFT."
+            )
         parts = self._parts()
         if unknown := set(train) - set(parts):
             raise ValueError(f"No such part to train: {', '.join(sorted(unknown))}; choose among {', '.join(parts)}.")
@@ -274,6 +280,8 @@ class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, PreTrainedModel):
 
     def train(self, mode: bool = True) -> "MiniGPT4PreTrainedModel":
         """Set training mode, except for the parts of which nothing trains."""
+        if mode:
+            self.prepare_quantized_training()
         super().train(mode)
         base = self._base()
         for module in (base.vision_model, base.qformer, base.language_model):

@@ -171,6 +171,7 @@ class PeftMixin:
     training: bool
     freeze_backbones: Any
     _choose_what_to_save: Any
+    _marked: Any
     _keys_to_ignore_on_save: Any
     _hf_peft_config_loaded: bool
 
@@ -199,7 +200,8 @@ class PeftMixin:
         config, had_one = keep_to_language_model(adapter_config), self.has_adapter
         trained = [parameter for _, parameter in self._outside_language_model() if parameter.requires_grad]
         try:
-            super().add_adapter(config, adapter_name)  # type: ignore[misc]
+            with self._marked():
+                super().add_adapter(config, adapter_name)  # type: ignore[misc]
         except Exception as error:
             self._hf_peft_config_loaded = had_one
             if "target" not in str(error) or not isinstance(error, ValueError):
@@ -245,7 +247,8 @@ class PeftMixin:
         config, tensors = _read_adapter_files(peft, path, hub_options, subfolder)
         _leave_projection_out(config)
         config.inference_mode = False
-        peft.inject_adapter_in_model(config, self)
+        with self._marked():
+            peft.inject_adapter_in_model(config, self)
         self._hf_peft_config_loaded = True
         self._after_injection("default")
         self._fill_adapter(tensors, path)

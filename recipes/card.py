@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_minigpt4.backbones import HERE
 from modeling_minigpt4.peft_minigpt4 import plain_names
+from modeling_minigpt4.quantization_minigpt4 import stored_quantization
 from recipes_minigpt4 import TINY
 from recipes_minigpt4.redaction import redact
 
@@ -179,7 +180,7 @@ def render_card(
         trained=_trained_parts(model, trained),
         trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         training_data=", ".join(dict.fromkeys(map(public_dataset, names))) or None,
-        settings=None if args is None else _settings(args, steps),
+        settings=None if args is None else _settings(model, args, steps),
         results={public_text(name): public_text(value) for name, value in (results or {}).items()},
     )
     # The template hides from its readers, in comments, what is to be filled in; empty ones are left of them.
@@ -204,11 +205,14 @@ def _trained_parts(model: Any, names: list[str]) -> list[str]:
     return sorted(parts)
 
 
-def _settings(args: Any, steps: int | None) -> dict[str, str]:
+def _settings(model: Any, args: Any, steps: int | None) -> dict[str, str]:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"steps": f"{steps:,}"} if steps else {}
     settings["batch size"] = str(batch)
     settings.update({text: _format(getattr(args, name)) for name, text in SETTINGS.items() if hasattr(args, name)})
+    if model.is_language_model_quantized:
+        bits = 4 if getattr(model.language_model, "is_loaded_in_4bit", False) else 8
+        settings["language model in training"] = f"{bits} bits ({stored_quantization(model.config)})"
     settings["precision"] = "bfloat16 mixed" if args.bf16 else "float16 mixed" if args.fp16 else "float32"
     return settings
 

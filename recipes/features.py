@@ -40,8 +40,16 @@ DIGEST_BYTES = 16
 SHARD_BYTES = 1 << 28  # held in memory until it is written
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VISION_SIDE = ("vision", "qformer")
-# What a configuration tells beside the computation: where it came from and which release wrote it.
-INCIDENTAL = ("_name_or_path", "name_or_path", "transformers_version", "processor_class", "auto_map")
+# What a configuration tells beside the computation: where it came from, which release wrote it, and what 4.57 notes
+# in every part when the language model is quantized.
+INCIDENTAL = (
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "processor_class",
+    "auto_map",
+    "_pre_quantization_dtype",
+)
 
 
 class FeatureCache:

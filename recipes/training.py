@@ -15,10 +15,12 @@ from transformers import set_seed
 from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4 import TINY, PreemptedError, RecipeError, one_line
 from recipes_minigpt4.checkpoints import FILES, STATE, how_to_go_on, latest_checkpoint, what_is_missing
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.faults import SKIP, STOP, PreemptionCallback, is_lost_process
+from recipes_minigpt4.quantization import quantization_config
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 
@@ -73,6 +75,13 @@ class ModelArguments:
         metadata={
             "help": "Type of the frozen weights: float32, bfloat16 or float16. `auto` is that of mixed precision, "
             "which without a GPU is float32. The projection stays in float32."
+        },
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Load the frozen language model, and nothing else, in fewer bits: bnb-int8, bnb-nf4 or "
+            "torchao-int8. What is saved does not depend on it. Default: none."
         },
     )
     attn_implementation: str | None = field(
@@ -251,6 +260,8 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
     options: dict[str, Any] = {"dtype": _dtype(args, training)}
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
+    if args.quantization is not None:
+        options["quantization_config"] = quantization_config(args.quantization, options["dtype"])
     parts = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
     parts = {part: _resolve(part, source) for part, source in parts.items() if source}
     template = {} if args.chat_template is None else {"chat_template": args.chat_template}
@@ -279,6 +290,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
                 "No model: name --vision, --language_model and perhaps --qformer, or an adapter with "
                 "--model_name_or_path."
             )
+        model.check_language_model_is_elsewhere()
         model.freeze_backbones(train=args.train_parts)
         if args.peft_config:
             add_adapter(model, args)
@@ -352,7 +364,7 @@ def describe_parameters(model: MiniGPT4ForConditionalGeneration) -> str:
     for name, parameter in model.named_parameters():
         part = name.removeprefix("model.").split(".")[0]
         key = (parameter.requires_grad, part)
-        counts[key] = counts.get(key, 0) + parameter.numel()
+        counts[key] = counts.get(key, 0) + number_of_values(parameter)
     lines = [
         f"{'trains' if trains else 'frozen'}  {part:<20} {count:>14,} parameters"
         for (trains, part), count in sorted(counts.items(), reverse=True)

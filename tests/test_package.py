@@ -110,7 +110,7 @@ def test_core_imports_without_any_extra(site: Path, tmp_path: Path) -> None:
     print(modeling_minigpt4.__file__)
     assert not any(name.startswith("recipes_minigpt4") for name in sys.modules)
     """
-    where = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchvision"))
+    where = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchao", "torchvision"))
     assert where.startswith(str(site))
 
 
@@ -134,7 +134,7 @@ def test_conversion_and_pushing_need_no_extra(site: Path, tmp_path: Path) -> Non
     print(main(["convert", *files, "--language-model", "llama", "--output-dir", "out"]))
     print(main(["push", "nowhere", "you/adapter"]))
     """
-    printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchvision"))
+    printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchao", "torchvision"))
     assert printed == (
         "minigpt4 convert: There is no file none.pth; download it, or correct the path.\n2\n"
         "minigpt4 push: There is no folder nowhere; name what training or save_pretrained wrote.\n2\n"

@@ -252,7 +252,8 @@ def test_a_process_without_the_package(tmp_path, make_model, name):
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    of_torchao = ("torchao/_C_", "torch/utils/_pytree.py")  # its kernels for GPUs, and torch about it
+    assert [line for line in done.stderr.splitlines() if not any(known in line for known in of_torchao)] == []
     made = json.loads(done.stdout)
     assert "install" in (error := made.pop("error")) and one_sentence(error)
     assert made == outputs(processor)
