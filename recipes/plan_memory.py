@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -294,7 +295,10 @@ def _forward_and_backward(
     """A batch as `MiniGPT4Trainer.training_step` takes it: what is named here lives as long as there."""
     with model.last_layer.held():
         loss = _loss(model, batch, step, watch)
-        loss.backward()
+        # What `loss.backward()` comes to; modes see that call, and are off in what it does.
+        Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
 
 
 def _loss(
