@@ -876,9 +876,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         hub = {name: kwargs.get(name) for name in HUB_OPTIONS}
         config = compose_config(vision, language_model, qformer, hub, **options)
         model: MiniGPT4ForConditionalGeneration = cls._compose(config, hub, **kwargs)
-        model.generation_config = compose_generation_config(
-            config.backbones["language_model"], config, separator, hub
-        )
+        model.generation_config = compose_generation_config(config.backbones["language_model"], config, separator, hub)
         return model
 
 

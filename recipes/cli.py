@@ -13,6 +13,7 @@ from recipes_minigpt4 import RecipeError
 COMMANDS = {
     "stage1": ("recipes_minigpt4.stage1_pretrain", "train the projection on many image–caption pairs"),
     "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on few long descriptions in the chat template"),
+    "plan": ("recipes_minigpt4.plan", "tell parameters, memory per GPU, steps and data of a run before it starts"),
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.convert", "turn the original's files into a folder that from_pretrained loads"),
     "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),

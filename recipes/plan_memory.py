@@ -1,7 +1,7 @@
 """Memory of a training step, found by taking the step with tensors that have a shape and no data.
 
-torch's fake tensors run the model's own code, forward and backward, in milliseconds and without memory. What is counted
-is the storage of every tensor that an operation makes, from then until nothing refers to it: what autograd keeps for the
+torch's fake tensors run the model's own code, forward and backward, in seconds and without memory. What is counted is
+the storage of every tensor that an operation makes, from then until nothing refers to it: what autograd keeps for the
 backward pass, what checkpointing keeps instead, and what is there for a moment only. So nothing is said here about
 attention or norms: whatever model is composed, its own operations say it.
 
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from recipes_minigpt4 import one_line
 from recipes_minigpt4.batches import to_pixels
 from recipes_minigpt4.scoring import rows_are_not_packed, without_last_column
 
@@ -70,11 +71,13 @@ class Trace:
         passes: when there are most of them during forward and backward passes.
         update: when there are most of them while the optimizer works.
         most: the most of every kind by itself, whenever that is.
+        failure: why the passes could not be followed, or nothing.
     """
 
     passes: Counter[str] = field(default_factory=Counter)
     update: Counter[str] = field(default_factory=Counter)
     most: Counter[str] = field(default_factory=Counter)
+    failure: str = ""
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
@@ -176,6 +179,18 @@ def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def needs_values(make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> str:
+    """Why an optimizer cannot step without data, or nothing."""
+    try:
+        with FakeTensorMode():
+            parameter = nn.Parameter(torch.empty(2, 2))
+            parameter.grad = torch.empty(2, 2)
+            make_optimizer([parameter]).step()
+    except Exception as error:  # whatever it says
+        return one_line(error)
+    return ""
+
+
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +231,12 @@ def trace_step(
         watch.restart()
         watch.most = Counter(watch.now)
         _prepare_model(model, step)
-        with watch.counting(ACTIVATIONS), rows_are_not_packed():
-            for batch in batches[:2]:  # gradients are there from the second on; the others are like it
-                _forward_and_backward(model, batch, step, watch)
+        try:
+            with watch.counting(ACTIVATIONS), rows_are_not_packed():
+                for batch in batches[:2]:  # gradients are there from the second on; the others are like it
+                    _forward_and_backward(model, batch, step, watch)
+        except Exception as error:  # whatever operations say that need values, such as the routers of some experts
+            return Trace(watch.now, watch.now, watch.now, failure=one_line(error))
         passes = watch.restart()
         with watch.counting(OPTIMIZER):
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -238,7 +256,7 @@ def _materialize(model: nn.Module) -> None:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                tensors[name] = made[tensor]
+                tensors[name] = made[tensor]  # type: ignore[assignment]
 
 
 def _count_inside(watch: StorageWatch, module: nn.Module) -> None:
@@ -268,24 +286,27 @@ def _batch(model: MiniGPT4ForConditionalGeneration, step: Step) -> dict[str, tor
     config = model.config
     pictures = step.rows * config.num_image_tokens
     batch = {
-        name: torch.empty(step.rows, step.length, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")
+        name: torch.empty(step.rows, step.length, dtype=torch.long)
+        for name in ("input_ids", "attention_mask", "labels")
     }
     batch["image_positions"] = torch.empty(pictures, dtype=torch.long)
     batch["label_positions"] = torch.empty(step.rows * step.answer, dtype=torch.long)
     if step.features is None:
         batch["pixel_values"] = torch.empty(step.rows, 3, *config.image_size, dtype=torch.uint8)
     else:
-        projection = model.model.language_projection
-        first = projection[0] if isinstance(projection, nn.Sequential) else projection
-        shape = (step.rows, config.num_image_tokens, first.in_features)
-        batch["vision_features"] = torch.empty(shape, dtype=step.features)
+        channels = next(model.model.language_projection.parameters()).shape[1]
+        batch["vision_features"] = torch.empty(step.rows, config.num_image_tokens, channels, dtype=step.features)
     return batch
 
 
 def _prepare_model(model: MiniGPT4ForConditionalGeneration, step: Step) -> None:
+    """Checkpointing as the Trainer switches it on, under its name of either release."""
     if step.checkpointing is not None:
         # TRL's choice where nothing is said; that of transformers 4.57 would be the other.
-        model.gradient_checkpointing_enable({"use_reentrant": False, **step.checkpointing})
+        options = {"use_reentrant": False, **step.checkpointing}
+        every = {name: options.pop(name) for name in ("every_n_layers",) if name in options}
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({name: value for name, value in options.items() if name not in ("offload", "selective")}, **every)
     model.train()
 
 

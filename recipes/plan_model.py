@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
-from modeling_minigpt4.backbones import normalize_source, part_of
+from modeling_minigpt4.backbones import part_of
 from modeling_minigpt4.modeling_minigpt4 import compose_config
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, find_peft_folder, plain_names
 from recipes_minigpt4 import RecipeError, one_line
@@ -68,8 +68,8 @@ def _saved_config(path: str) -> tuple[MiniGPT4Config, Any]:
     fields, _ = MiniGPT4Config.get_config_dict(base)
     if fields.get("model_type") != MiniGPT4Config.model_type:
         raise RecipeError(
-            f"{base} is a model of the type {fields.get('model_type')!r} and not one of this package; a language model "
-            "alone is named with --language_model."
+            f"{base} is a model of the type {fields.get('model_type')!r} and not one of this package; a language "
+            "model alone is named with --language_model."
         )
     config = MiniGPT4Config.from_pretrained(base)
     subfolder = config.__dict__.pop("language_model_adapter", None)
@@ -118,7 +118,13 @@ class Part:
 
 
 def list_parts(model: MiniGPT4ForConditionalGeneration, quantization: str | None = None) -> list[Part]:
-    """Parameters by part, in the order of the model; tied ones count once. `quantization` is what will be done to it."""
+    """
+    Parameters by part, in the order of the model; tied ones count once.
+
+    Args:
+        model: as `build_skeleton` makes it.
+        quantization: what will be done to it.
+    """
     parts: dict[tuple[str, bool, str], Part] = {}
     plain = plain_names(model, [name for name, _ in model.named_parameters()])
     quantized = {id(layer.weight): layer for layer in quantizable_layers(model, quantization)}
@@ -184,9 +190,9 @@ class Scheme:
         return codes, scales
 
 
-# Read in bitsandbytes 0.50.2 (`functional.py`, `autograd/_functions.py`) and torchao 0.18.0 (`quantize_/workflows`), with
-# the options of `QUANTIZATIONS`: nf4 in blocks of 64 with scales that are quantized again in blocks of 256, torchao's
-# defaults. bitsandbytes' int8 keeps the input of every layer; autograd keeps what torchao's int8 has multiplied by.
+# Read in bitsandbytes 0.50.2 (`functional.py`, `autograd/_functions.py`) and torchao 0.18.0 (`quantize_/workflows`):
+# nf4 in blocks of 64 with scales that are quantized again in blocks of 256, and torchao's defaults. bitsandbytes' int8
+# keeps the input of every layer; autograd keeps what torchao's int8 has multiplied by.
 SCHEMES = {
     "bnb-int8": Scheme(bits=8, group=None, scale=4, backward="input", conv1d=True),
     # Tables of float32: 16 values of a code, 256 of a quantized scale, and the mean of the scales.
@@ -219,7 +225,7 @@ def quantizable_layers(model: MiniGPT4ForConditionalGeneration, quantization: st
 
 
 def quantize_skeleton(model: MiniGPT4ForConditionalGeneration, quantization: str | None) -> None:
-    """Give the decoder's linear layers weights of the right number of bytes, and a forward that keeps what theirs does."""
+    """Give the decoder's linear layers codes for weights, and a forward that keeps what that of their kind keeps."""
     for layer in list(quantizable_layers(model, quantization)):
         scheme = SCHEMES[quantization or ""]
         codes, scales = scheme.sizes(layer.weight)
