@@ -1,6 +1,5 @@
 """What a run reads and how many steps it takes, told without opening a picture: counts, bytes, lengths of rows."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet  # type: ignore[import-untyped]
 from accelerate.data_loader import BatchSamplerShard
-from datasets import load_dataset_builder
+from datasets import DatasetDict, load_dataset_builder, load_from_disk
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from modeling_minigpt4 import MiniGPT4Config
@@ -88,7 +87,7 @@ def _measure(name: str, args: DataArguments, stage: int) -> Source:
             rows = _read_annotations(path / "filter_cap.json")
             return Source(name, len(rows), _bytes((path / "image").glob("*")))
         if path.is_dir():
-            return _measure_folder(name, path)
+            return _measure_folder(name, path, args)
     except RecipeError:
         raise
     except (OSError, ValueError) as error:
@@ -131,15 +130,15 @@ def _measure_file(name: str, path: Path) -> Source:
     return Source(name, max(lines - header, 0), path.stat().st_size, note=note)
 
 
-def _measure_folder(name: str, path: Path) -> Source:
+def _measure_folder(name: str, path: Path, args: DataArguments) -> Source:
     """A folder with `metadata.jsonl` or `metadata.csv`, or one that `datasets` has saved."""
     if (table := next(iter(sorted(path.glob("metadata.*"))), None)) is not None and table.suffix in FILE_TYPES:
-        rows = _measure_file(name, table)
-        return Source(name, rows.samples, _bytes(path.rglob("*")))
-    if (info := path / "dataset_info.json").is_file():
-        splits = json.loads(info.read_text(encoding="utf-8")).get("splits") or {}
-        count = sum(split["num_examples"] for split in splits.values()) if len(splits) == 1 else None
-        return Source(name, count, _bytes(path.rglob("*.arrow")))
+        table_size = _measure_file(name, table)
+        return Source(name, table_size.samples, _bytes(path.rglob("*")))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))  # which maps files and reads nothing
+        rows = saved.get(args.dataset_split) if isinstance(saved, DatasetDict) else saved
+        return Source(name, None if rows is None else len(rows), _bytes(path.rglob("*.arrow")))
     return Source(name, None, _bytes(path.rglob("*")))
 
 

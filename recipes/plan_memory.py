@@ -236,7 +236,8 @@ def trace_step(
                 for batch in batches[:2]:  # gradients are there from the second on; the others are like it
                     _forward_and_backward(model, batch, step, watch)
         except Exception as error:  # whatever operations say that need values, such as the routers of some experts
-            return Trace(watch.now, watch.now, watch.now, failure=one_line(error))
+            known = Counter({kind: watch.now[kind] for kind in (WEIGHTS, OPTIMIZER, BATCH)})
+            return Trace(known, known, known, failure=one_line(error))
         passes = watch.restart()
         with watch.counting(OPTIMIZER):
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -333,11 +334,11 @@ def _loss(
     if step.autocast is not None:
         precision = torch.autocast("cpu", step.autocast)
     labels, places = inputs.pop("labels"), inputs.pop("label_positions")
+    del inputs["attention_mask"]  # rows of the same length need none, as transformers finds out by their values
     if step.whole_rows:
         with precision:
             return model(**inputs, labels=labels, use_cache=False).loss
     answers = labels.flatten().index_select(0, places)
-    del inputs["attention_mask"]
     inputs["input_ids"] = inputs["input_ids"][:, :-1]
     inputs["image_positions"] = without_last_column(inputs["image_positions"], step.length)
     before = without_last_column(places - 1, step.length)

@@ -202,8 +202,8 @@ def hold(model: nn.Module, parallelism: Parallelism, param_dtype: torch.dtype | 
 
 def gathered_by_fsdp2(model: nn.Module, parallelism: Parallelism, param_dtype: torch.dtype | None) -> int:
     """
-    Bytes of whole weights at a time: the biggest layer, the next one that is fetched meanwhile, and what is not given
-    back between forward and backward pass: the root's own weights and the head (accelerate, `fsdp2_prepare_model`).
+    Bytes of whole weights at a time: the biggest layer with the buffer of its gathering, and what is not given back
+    between forward and backward pass: the root's own weights and the head (accelerate, `fsdp2_prepare_model`).
     """
     settings = parallelism.settings
     classes = settings.get("transformer_layer_cls_to_wrap")
@@ -218,7 +218,9 @@ def gathered_by_fsdp2(model: nn.Module, parallelism: Parallelism, param_dtype: t
         plugin.set_auto_wrap_policy(model)
         wraps = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
     except ValueError as error:
-        raise RecipeError(f"FSDP cannot wrap this model: {one_line(error)}.") from error
+        raise RecipeError(
+            f"FSDP cannot wrap this model ({one_line(error)}); name its layers in fsdp_transformer_layer_cls_to_wrap."
+        ) from error
     taken: set[int] = set()
 
     def unit(module: nn.Module) -> int:
@@ -229,12 +231,13 @@ def gathered_by_fsdp2(model: nn.Module, parallelism: Parallelism, param_dtype: t
 
     layers = [unit(module) for module in reversed(list(model.modules())[1:]) if wraps(module)]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if embeddings.weight is not head.weight:
-        layers.append(unit(embeddings))
-    stays = unit(head) + unit(model)
+    first = 0 if embeddings.weight is head.weight else unit(embeddings)
+    last, root = unit(head), unit(model)
     if not plugin.reshard_after_forward:
-        return stays + sum(layers)
-    return stays + sum(sorted(layers)[-2:])
+        return root + first + last + sum(layers)
+    # What is being gathered is there twice, as the buffer that it is copied out of goes last. The head stays whole
+    # from its use to the backward pass; before its use there is the embedding.
+    return root + max(2 * first, 2 * last, last + 2 * max(layers, default=0))
 
 
 def _gathered_bytes(parameter: torch.Tensor, dtype: torch.dtype | None) -> int:
