@@ -253,7 +253,7 @@ class _Quantized(torch.autograd.Function):
         ctx.shape = shape
         if not keeps_input:
             return F.linear(inputs, inputs.new_empty(shape))  # weights from their codes, for this product only
-        ctx.save_for_backward(inputs)
+        ctx.inputs = inputs  # as bitsandbytes does; what is not saved by autograd is out of reach of checkpointing
         half = inputs.to(torch.float16)
         codes = half.to(torch.int8)
         sums = codes.new_empty((*inputs.shape[:-1], shape[0]), dtype=torch.int32)
