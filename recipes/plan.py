@@ -19,6 +19,7 @@ from transformers import Trainer
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.data import DataArguments
+from recipes_minigpt4.features import STORED
 from recipes_minigpt4.plan_data import (
     RowLength,
     Schedule,
@@ -189,7 +190,7 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     model_args, data_args, training, plan_args, stage = parse(arguments)
     parallelism = read_parallelism(plan_args.accelerate_config, plan_args.num_processes)
     if parallelism.on_cpu and not training.use_cpu:
-        training.use_cpu, training.bf16, training.fp16 = True, False, False
+        return make_plan([*arguments, "--use_cpu", "true"])
     sources = measure_sources(data_args, stage)
     schedule = plan_schedule(training, sources, parallelism.processes)
 
@@ -233,8 +234,10 @@ def plan_step(training: StageArguments, args: ModelArguments, row: RowLength, pa
         checkpointing = checkpointing or {}
     features = None
     if training.cache_features:
-        name = training.cache_features_dtype
-        features = _dtype(args, training) if name is None else getattr(torch, name, torch.float32)
+        name = training.cache_features_dtype or str(_dtype(args, training)).removeprefix("torch.")
+        if name not in STORED:
+            raise RecipeError(f"cache_features_dtype is {name!r}; use {', '.join(STORED)}.")
+        features = STORED[name]
     return Step(
         rows=training.per_device_train_batch_size,
         length=length,

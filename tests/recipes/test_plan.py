@@ -517,6 +517,13 @@ def test_files_of_accelerate_are_understood(
     assert shared.schedule.global_batch == shared.parallelism.processes * 4
 
 
+def test_a_run_on_several_processors_is_planned_for_them(accelerate_file: Callable, case: Callable) -> None:
+    _, arguments = case("stage 1", "tiny", use_cpu=False)
+    file = accelerate_file(distributed_type="MULTI_CPU", use_cpu=True)
+    plan = make_plan([*arguments, "--stage", "1", "--accelerate_config", file])
+    assert not plan.on_gpu and plan.precision is None and plan.parallelism.title == "DDP, 4 processes"
+
+
 def test_what_zero_shares_and_buffers_follows_its_file(
     accelerate_file: Callable, case: Callable, tmp_path: Path
 ) -> None:
@@ -538,6 +545,18 @@ def test_what_zero_shares_and_buffers_follows_its_file(
 
 
 # ---- quantization ---------------------------------------------------------------------------------------------------
+
+
+def test_a_quantization_makes_weights_smaller(case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, arguments = case("stage 1", "tiny", use_cpu=False)
+    plain = make_plan([*arguments, "--stage", "1"])
+    if "quantization" in ModelArguments.__dataclass_fields__:
+        arguments = [*arguments, "--quantization", "bnb-nf4"]
+    else:
+        monkeypatch.setattr(ModelArguments, "quantization", "bnb-nf4", raising=False)
+    small = make_plan([*arguments, "--stage", "1"])
+    assert told(small, "weights") < told(plain, "weights")
+    assert {part.name for part in small.parts if part.dtype == "bnb-nf4"} == {"language model"}
 
 
 def linear(inputs: int, outputs: int) -> torch.nn.Linear:
