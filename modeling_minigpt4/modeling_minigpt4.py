@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -905,31 +905,49 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         fields = set(inspect.signature(MiniGPT4Config).parameters) - {"kwargs", "backbones"}
         options = {name: kwargs.pop(name) for name in fields & set(kwargs)}
         hub = {name: kwargs.get(name) for name in HUB_OPTIONS}
-        sources = {"vision": vision, "qformer": qformer, "language_model": language_model}
-        sources = {part: normalize_source(source) for part, source in sources.items() if source is not None}
-        found: dict[str, PretrainedConfig] = {}
-        for part in sources:
-            found[part], sources[part] = load_backbone_config(part, sources[part], hub)
-
-        options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
-        options.setdefault("text_config", found["language_model"].get_text_config())
-        if "qformer" not in found:
-            options.setdefault("qformer_config", None)
-            options.setdefault("vision_feature_select_strategy", _select_strategy(options["vision_config"]))
-        elif not hasattr(found["qformer"], "qformer_config"):
-            raise ValueError(
-                f"{sources['qformer']['name_or_path']} is a {found['qformer'].model_type!r} model without a Q-Former; "
-                "name a BLIP-2 repository, or leave `qformer` out."
-            )
-        else:
-            options.setdefault("qformer_config", found["qformer"].qformer_config)
-            options.setdefault("num_query_tokens", found["qformer"].num_query_tokens)
-        # What "auto" stands for, today's default: the language model's own, not that of the projection (float32).
-        options.setdefault("dtype", found["language_model"].get_text_config().dtype or found["language_model"].dtype)
-        config = MiniGPT4Config(**options, backbones=sources)
+        config = compose_config(vision, language_model, qformer, hub, **options)
         model: MiniGPT4ForConditionalGeneration = cls._compose(config, hub, **kwargs)
-        model.generation_config = compose_generation_config(sources["language_model"], config, separator, hub)
+        model.generation_config = compose_generation_config(config.backbones["language_model"], config, separator, hub)
         return model
+
+
+def compose_config(
+    vision: Any, language_model: Any, qformer: Any, hub_options: Mapping[str, Any], **options: Any
+) -> MiniGPT4Config:
+    """
+    The configuration of a model joined from backbones, of which only the configurations are read.
+
+    Args:
+        vision, language_model, qformer: see [`MiniGPT4ForConditionalGeneration.from_backbones`].
+        hub_options: how files are fetched.
+        **options: fields of [`MiniGPT4Config`] that are not the backbones'.
+
+    Raises:
+        OSError: if a repository or folder cannot be opened.
+        ValueError: if the parts do not fit together.
+    """
+    sources = {"vision": vision, "qformer": qformer, "language_model": language_model}
+    sources = {part: normalize_source(source) for part, source in sources.items() if source is not None}
+    found: dict[str, PretrainedConfig] = {}
+    for part in sources:
+        found[part], sources[part] = load_backbone_config(part, sources[part], hub_options)
+
+    options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
+    options.setdefault("text_config", found["language_model"].get_text_config())
+    if "qformer" not in found:
+        options.setdefault("qformer_config", None)
+        options.setdefault("vision_feature_select_strategy", _select_strategy(options["vision_config"]))
+    elif not hasattr(found["qformer"], "qformer_config"):
+        raise ValueError(
+            f"{sources['qformer']['name_or_path']} is a {found['qformer'].model_type!r} model without a Q-Former; "
+            "name a BLIP-2 repository, or leave `qformer` out."
+        )
+    else:
+        options.setdefault("qformer_config", found["qformer"].qformer_config)
+        options.setdefault("num_query_tokens", found["qformer"].num_query_tokens)
+    # What "auto" stands for, today's default: the language model's own, not that of the projection (float32).
+    options.setdefault("dtype", found["language_model"].get_text_config().dtype or found["language_model"].dtype)
+    return MiniGPT4Config(**options, backbones=sources)
 
 
 def _select_strategy(vision_config: PretrainedConfig) -> str:

@@ -1,0 +1,281 @@
+"""What a training run will take, told before anything is loaded: parameters, memory per GPU, steps, time and data.
+
+    minigpt4 plan --config stage1_vicuna_7b --num_processes 4 --hours 10
+    minigpt4 plan --config stage2_vicuna_7b --accelerate_config fsdp2.yaml --per_device_train_batch_size 4
+
+Takes what `minigpt4 stage1` and `stage2` take. Of models and repositories only the configurations are read; memory is
+that of a step with tensors that have no data (`plan_memory.py`), every row as long as it can be.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import Trainer
+
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.data import DataArguments
+from recipes_minigpt4.features import STORED
+from recipes_minigpt4.plan_data import (
+    RowLength,
+    Schedule,
+    Source,
+    longest_row,
+    measure_sources,
+    plan_schedule,
+)
+from recipes_minigpt4.plan_memory import OPTIMIZER, Step, needs_values, trace_step
+from recipes_minigpt4.plan_model import (
+    Part,
+    build_skeleton,
+    check_quantization,
+    list_parts,
+    quantize_skeleton,
+)
+from recipes_minigpt4.plan_parallel import Parallelism, hold, memory_per_process, read_parallelism
+from recipes_minigpt4.plan_report import format_plan
+from recipes_minigpt4.stage2_finetune import Stage2Arguments
+from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, _dtype, find_config
+
+
+# Fields by which a configuration shows that it is for stage 2.
+OF_STAGE_2 = ("model_name_or_path", "instruction_template")
+
+
+@dataclass
+class PlanArguments:
+    """What only a plan takes."""
+
+    stage: int | None = field(
+        default=None,
+        metadata={
+            "help": "1 or 2. Default: 2 if model_name_or_path or instruction_template is there, otherwise 1.",
+        },
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "File of accelerate's that the run will be launched with: DDP, FSDP2 or DeepSpeed."},
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "GPUs of all machines. Default: those of accelerate_config, or 1."}
+    )
+    hours: float | None = field(default=None, metadata={"help": "Time that the run may take."})
+
+
+@dataclass
+class Plan:
+    """
+    All that is told.
+
+    Args:
+        stage: 1 or 2.
+        on_gpu: whether the run is on GPUs.
+        precision: of mixed precision, or None.
+        parallelism: who holds what.
+        parts: parameters.
+        memory: name, bytes at the peak, and bytes at most, of every part.
+        checkpoint_bytes: of weights and of optimizer state in a checkpoint.
+        row: the longest one.
+        training: the settings.
+        schedule: how long the run is.
+        sources: the data.
+        hours: wanted, or None.
+        notes: what was assumed.
+    """
+
+    stage: int
+    on_gpu: bool
+    precision: torch.dtype | None
+    parallelism: Parallelism
+    parts: list[Part]
+    memory: list[tuple[str, int, int]]
+    checkpoint_bytes: tuple[int, int]
+    row: RowLength
+    training: StageArguments
+    schedule: Schedule
+    sources: list[Source]
+    hours: float | None
+    notes: list[str]
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a process needs at once."""
+        return sum(size for _, size, _ in self.memory)
+
+
+def main(arguments: Sequence[str]) -> Plan:
+    """
+    Print a plan; a model that does not fit anywhere is a fact, no failure.
+
+    Raises:
+        RecipeError: for arguments that make no sense, and for what the stage itself would refuse.
+    """
+    plan = make_plan(arguments)
+    print(format_plan(plan), flush=True)
+    return plan
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+class _Planned:
+    """
+    Settings of a stage for a machine with GPUs, made on any: what this machine lacks is not asked for.
+
+    Mixed precision is what the stage chooses on a GPU that knows bfloat16.
+    """
+
+    def __post_init__(self: Any) -> None:
+        if self.deepspeed or self.fsdp:
+            raise RecipeError(
+                "A plan reads how work is shared from a file of accelerate's; give it with --accelerate_config, "
+                "without --deepspeed and --fsdp."
+            )
+        wanted = {name: getattr(self, name) for name in ("bf16", "fp16", "tf32")}
+        self.bf16, self.fp16, self.tf32 = False, False, None
+        super().__post_init__()  # type: ignore[misc]
+        if wanted["bf16"] is None:
+            wanted["bf16"] = not (self.use_cpu or wanted["fp16"])
+        for name, value in wanted.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class PlannedStage1(_Planned, StageArguments):
+    """Settings of stage 1."""
+
+
+@dataclass
+class PlannedStage2(_Planned, Stage2Arguments):
+    """Settings of stage 2."""
+
+
+def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, StageArguments, PlanArguments, int]:
+    """Read the arguments of a stage and those of the plan; returns the number of the stage as well."""
+    stage = tell_stage(arguments)
+    kinds = (ModelArguments, DataArguments, PlannedStage1 if stage == 1 else PlannedStage2, PlanArguments)
+    model, data, training, plan = StageParser("plan", kinds).parse(arguments)
+    if plan.hours is not None and not 0 < plan.hours < float("inf"):
+        raise RecipeError(f"--hours is {plan.hours:g}; it has to be a time above 0.")
+    return model, data, training, plan, stage
+
+
+def tell_stage(arguments: Sequence[str]) -> int:
+    """The stage that arguments are for: what `--stage` says, or what is in them and their YAML file."""
+    given = [part for text in arguments for part in (text.split("=", 1) if text.startswith("--") else [text])]
+    if "--stage" in given:
+        value = "".join(given[given.index("--stage") + 1 :][:1])
+        if value not in ("1", "2"):
+            raise RecipeError(f"--stage is {value or 'empty'}; there are 1 and 2.")
+        return int(value)
+    names = {text.removeprefix("--") for text in given if text.startswith("--")}
+    if "--config" in given[:-1]:
+        try:
+            fields = yaml.safe_load(find_config(given[given.index("--config") + 1]).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"The configuration is no YAML: {one_line(error)}.") from error
+        names |= set(fields) if isinstance(fields, dict) else set()
+    return 2 if names & set(OF_STAGE_2) else 1
+
+
+# ---- plan -----------------------------------------------------------------------------------------------------------
+
+
+def make_plan(arguments: Sequence[str]) -> Plan:
+    """Everything that `main` prints; see there."""
+    model_args, data_args, training, plan_args, stage = parse(arguments)
+    parallelism = read_parallelism(plan_args.accelerate_config, plan_args.num_processes)
+    if parallelism.on_cpu and not training.use_cpu:
+        return make_plan([*arguments, "--use_cpu", "true"])
+    sources = measure_sources(data_args, stage)
+    schedule = plan_schedule(training, sources, parallelism.processes)
+
+    quantization = getattr(model_args, "quantization", None)
+    model = build_skeleton(model_args, training)
+    check_quantization(quantization, model)
+    parts = list_parts(model, quantization)
+    row = longest_row(model_args, data_args, model.config, stage)
+    notes = [row.assumption] if row.assumption else []
+    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    if parallelism.kind == "fsdp2" and precision is not None:
+        _upcast(model)
+    saved = _bytes_of_checkpoint(model)
+    quantize_skeleton(model, quantization)
+    holding = hold(model, parallelism, precision)
+    step = plan_step(training, model_args, row, parallelism)
+    if step.whole_rows:
+        notes.append("a step of TRL's own, which scores every token; its metrics are not counted")
+    trace = trace_step(model, step, _optimizer(training, model, notes))
+    if trace.failure:
+        notes.append(
+            f"activations and logits are NOT counted, as the model cannot run without values ({trace.failure})"
+        )
+    memory = memory_per_process(holding, trace, parallelism, step.gpu)
+    return Plan(
+        stage, step.gpu, precision, parallelism, parts, memory, (saved, trace.passes[OPTIMIZER]), row, training,
+        schedule, sources, plan_args.hours, notes,
+    )  # fmt: skip
+
+
+def plan_step(training: StageArguments, args: ModelArguments, row: RowLength, parallelism: Parallelism) -> Step:
+    """The step that one process takes."""
+    length, multiple = row.total, training.pad_to_multiple_of
+    if multiple:
+        length = -(-length // multiple) * multiple
+    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    if parallelism.kind.startswith("zero"):
+        autocast = None  # DeepSpeed computes in the dtype of the weights (accelerate, `native_amp`)
+    checkpointing = dict(training.gradient_checkpointing_kwargs or {}) if training.gradient_checkpointing else None
+    if parallelism.is_on("activation_checkpointing"):
+        checkpointing = checkpointing or {}
+    features = None
+    if training.cache_features:
+        name = training.cache_features_dtype or str(_dtype(args, training)).removeprefix("torch.")
+        if name not in STORED:
+            raise RecipeError(f"cache_features_dtype is {name!r}; use {', '.join(STORED)}.")
+        features = STORED[name]
+    return Step(
+        rows=training.per_device_train_batch_size,
+        length=length,
+        answer=row.answer,
+        accumulation=training.gradient_accumulation_steps,
+        autocast=autocast,
+        checkpointing=checkpointing,
+        features=features,
+        gpu=not training.use_cpu,
+        whole_rows=training.loss_type != "nll" or bool(training.label_smoothing_factor),
+    )
+
+
+def _upcast(model: nn.Module) -> None:
+    """What trains is float32 under FSDP2 and mixed precision (accelerate, `fsdp2_prepare_model`)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _bytes_of_checkpoint(model: MiniGPT4ForConditionalGeneration) -> int:
+    """Bytes of the weights that `save_pretrained` writes."""
+    model._choose_what_to_save()
+    tensors = {id(tensor): tensor for name, tensor in model.state_dict(keep_vars=True).items()
+               if name not in model._keys_to_ignore_on_save}  # fmt: skip
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _optimizer(
+    training: StageArguments, model: MiniGPT4ForConditionalGeneration, notes: list[str]
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """What makes the optimizer of the settings, or AdamW where that one needs values or a package."""
+
+    def chosen(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
+        return kind(parameters, **options)
+
+    if reason := needs_values(chosen):
+        notes.append(f"the state of AdamW, as that of {training.optim} is not known here ({reason[:80]})")
+        return lambda parameters: torch.optim.AdamW(parameters, fused=True)
+    return chosen
