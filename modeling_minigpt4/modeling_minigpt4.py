@@ -292,6 +292,21 @@ class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, QuantizationMixin, Pre
                     _keep_checkpointing(module)
         return self
 
+    def enable_input_require_grads(self) -> None:
+        """
+        Start gradients at the embeddings, but not at those of frozen pictures.
+
+        transformers 5 asks for it with gradient checkpointing, and of all models inside: the frozen vision side would
+        be kept for a backward pass that changes nothing.
+        """
+        super().enable_input_require_grads()
+        base = self._base()
+        frozen = [part for part in (base.vision_model, base.qformer) if part is not None and not trains_itself(part)]
+        theirs = {number for part in frozen for module in part.modules() for number in module._forward_hooks}
+        for hook in getattr(self, "_require_grads_hooks", ()):  # 4.57 has one, at the language model
+            if hook.id in theirs:
+                hook.remove()
+
     def _base(self) -> "MiniGPT4Model":
         return self if isinstance(self, MiniGPT4Model) else self.model
 

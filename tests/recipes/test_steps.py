@@ -199,8 +199,12 @@ def test_only_answers_reach_the_head_and_the_end_of_the_last_layer(stage: int, t
     assert shapes == {"layer": every, "keys": every} | dict.fromkeys(["queries", "output", "mlp", "head"], answers)
 
 
-def test_the_frozen_vision_side_has_no_graph(trainer_of: Callable) -> None:
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["none", "not reentrant", "reentrant"])
+def test_the_frozen_vision_side_has_no_graph(checkpointing: bool | None, trainer_of: Callable) -> None:
     trainer, outputs = trainer_of(), []
+    if checkpointing is not None:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        trainer.model.train()
     base = trainer.model.model
     for part in (base.vision_model, base.qformer):
         part.register_forward_hook(lambda module, args, output: outputs.append(output.last_hidden_state))
