@@ -42,7 +42,7 @@ MARKS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 TRACES = ("hf_quantizer", "quantization_config", "_pre_quantization_dtype")
 
 # On some processors, bitsandbytes packs 4-bit weights at the first forward pass without gradients, such as a reply in
-# the middle of training, for a kernel without a backward pass. There is no way back without loss.
+# the middle of training, for a kernel without a backward pass. There is no way back without loss, so it is not done.
 PACKING = "support_avx512bf16_for_cpu"
 
 
@@ -157,6 +157,9 @@ class QuantizationMixin:
         for mark in MARKS:
             if self.__dict__.pop(mark, False):
                 setattr(decoder, mark, True)
+        for _, layer in quantized_layers(decoder):
+            if hasattr(layer, PACKING):
+                setattr(layer, PACKING, False)
         self._keep_from_ddp()
         if (last_layer := getattr(self, "last_layer", None)) is not None:
             last_layer.attach(decoder)  # bitsandbytes puts layers of its own in the place of others
@@ -200,19 +203,11 @@ class QuantizationMixin:
             return
         decoder = self.get_decoder()
         for name, layer in quantized_layers(decoder):
-            if hasattr(layer, PACKING):
-                setattr(layer, PACKING, False)
-            weight: Any = layer._parameters["weight"]
             if not _lets_gradients_pass(layer, decoder.dtype):
-                packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
-                remedy = (
-                    "load it anew, as it was packed for inference"
-                    if packed
-                    else "use bitsandbytes or torchao's Int8WeightOnlyConfig"
-                )
                 raise ValueError(
                     f"Nothing trains through this quantization: {name} of the language model "
-                    f"({type(weight).__name__}) lets no gradient pass to the projection; {remedy}."
+                    f"({type(layer._parameters['weight']).__name__}) lets no gradient pass to the projection; use "
+                    "bitsandbytes, or torchao's Int8WeightOnlyConfig."
                 )
         self._gradients_pass = True
 

@@ -18,6 +18,7 @@ from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -31,14 +32,19 @@ if TYPE_CHECKING:
 
 def check_strategy(trainer: "MiniGPT4Trainer") -> None:
     """
-    Keep FSDP2's sums as exact as those of DDP, and refuse what cannot be saved.
+    Keep FSDP2's sums as exact as those of DDP, and refuse what does not work.
 
     Mixed precision of accelerate would add gradients up and return scores in half precision; the weights alone are to
     be (accelerate 1.15, `FullyShardedDataParallelPlugin.set_mixed_precision`).
 
     Raises:
-        RecipeError: for the first FSDP.
+        RecipeError: for the first FSDP, and for features that no process has the weights to compute.
     """
+    if trainer.args.cache_features and is_deepspeed_zero3_enabled():
+        raise RecipeError(
+            "Under ZeRO-3 no process has the whole vision side to compute features with; leave --cache_features out, "
+            "or share the weights by FSDP2."
+        )
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
@@ -93,10 +99,10 @@ def gather(trainer: "MiniGPT4Trainer") -> dict[str, torch.Tensor]:
 
 
 def _gather_fsdp(tensor: torch.Tensor, trainer: "MiniGPT4Trainer") -> torch.Tensor:
-    tensor = tensor.detach()
-    # On the device, for the CPU may have no collectives.
-    on_device: Any = tensor.to(trainer.args.device)
-    return on_device.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    part: Any = tensor.detach().to(trainer.args.device)  # for the CPU may have no collectives
+    return part.full_tensor()
 
 
 def _gather_deepspeed(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,9 +129,9 @@ def save_optimizer(trainer: "MiniGPT4Trainer", folder: str) -> None:
 @contextmanager
 def trained_only(trainer: "MiniGPT4Trainer") -> Iterator[None]:
     """
-    Do not miss frozen weights in DeepSpeed's own checkpoints, which `save_optimizer` keeps out of them.
+    Let DeepSpeed's own checkpoints be resumed without frozen weights, which `save_optimizer` keeps out of them.
 
-    transformers does not for models that PEFT has wrapped (4.57 to 5.23, `deepspeed_load_checkpoint`).
+    transformers asks for all weights, unless PEFT has wrapped the model (4.57 to 5.23, `deepspeed_load_checkpoint`).
     """
     if not trainer.is_deepspeed_enabled:
         yield

@@ -264,24 +264,17 @@ def test_gradient_of_the_projection_is_that_through_the_rounded_weights(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_replies_on_the_way_leave_gradients_as_they_are(method: str, adapter, make_inputs) -> None:
+    """On some processors, bitsandbytes packs weights for inference, where nothing can be learned from them."""
     found = []
     for replies in (False, True):
-        model = load(adapter, method).train()
-        if replies:
-            model.generate(**make_inputs(model, ROWS), max_new_tokens=2, separator="")
+        model = load(adapter, method)
+        for _ in range(2):  # before training and in between
+            if replies:
+                model.generate(**make_inputs(model, ROWS), max_new_tokens=2, separator="")
+            model.train()
         found.append(gradient(model, make_inputs(model, ROWS, padding_side="right"), "sdpa", False))
     assert found[0].abs().max() > 0
     assert torch.equal(*found)
-
-
-def test_weights_that_were_packed_for_inference_are_no_way_to_train(adapter, make_inputs) -> None:
-    model = load(adapter, "bnb-nf4")
-    with torch.no_grad():
-        model(**make_inputs(model, ROWS))
-    if not getattr(model.get_decoder().layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False):
-        pytest.skip("bitsandbytes packs weights where a processor multiplies bfloat16 with AVX-512")
-    with pytest.raises(ValueError, match=r"lets no gradient pass .* load it anew, as it was packed for inference"):
-        model.train()
 
 
 @pytest.mark.parametrize("method", METHODS)

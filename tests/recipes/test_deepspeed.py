@@ -71,11 +71,13 @@ def train(
     environment = prepare(f"deepspeed_zero{zero_stage}")[1]
     mine = {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
 
-    def run(output: str = "sharded", before: Callable[[], None] | None = None, **fields) -> tuple[Path, Ranks]:
+    def run(
+        output: str = "sharded", before: Callable[[], None] | None = None, code: int = 0, **fields
+    ) -> tuple[Path, Ranks]:
         fields = {"dataset_name": uneven_pairs_file, **SETTINGS, "use_cpu": "false", "ddp_backend": "gloo", **fields}
         arguments = ["stage1", *stage(output=output, **fields)]
         with start(arguments, environment={**mine, **ON_CPUS}, before=before) as ranks:
-            assert ranks.wait(400) == [0, 0], ranks.output()
+            assert ranks.wait(400) == [code] * 2, ranks.output()
         return tmp_path / output, ranks
 
     return run
@@ -111,6 +113,12 @@ def test_it_goes_on_where_it_was(train: Callable, tmp_path: Path) -> None:
     assert [entry["step"] for entry in logs(resumed)] == [1, 2, 3, 4]
     assert largest_deviation(straight, resumed) <= 1e-7
     assert largest_deviation(straight, checkpoint) > 1e-4
+
+
+@pytest.mark.parametrize("zero_stage", [3])
+def test_features_need_a_whole_vision_side(zero_stage: int, train: Callable, tmp_path: Path) -> None:
+    _, ranks = train(code=2, cache_features=tmp_path / "features")
+    assert "--cache_features" in ranks.output(0).splitlines()[-1]
 
 
 def test_half_precision_is_not_saved(train: Callable) -> None:
