@@ -23,7 +23,6 @@ KNOWN = (
 )
 # Of ZeRO, where its configuration is silent (DeepSpeed 0.19.8, `runtime/zero/config.py`): numbers of parameters.
 ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_param_persistence_threshold": 100_000,
 }
@@ -260,7 +259,7 @@ def _hold_zero(
     # What transformers writes in the place of "auto" (`integrations/deepspeed.py`).
     auto = {"reduce_bucket_size": width * width, "stage3_param_persistence_threshold": 10 * width}
     numbers = {}
-    for name, default in ZERO_DEFAULTS.items():
+    for name, default in {"reduce_bucket_size": count, **ZERO_DEFAULTS}.items():  # the first is the recipes' own
         value = parallelism.settings.get(name, default)
         numbers[name] = auto.get(name, default) if value == "auto" else int(float(value))
     overlap = str(parallelism.settings.get("overlap_comm")).lower() == "true"

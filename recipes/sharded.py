@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from recipes_minigpt4 import RecipeError
+from recipes_minigpt4.faults import SKIP
 
 
 if TYPE_CHECKING:
@@ -32,19 +33,27 @@ if TYPE_CHECKING:
 
 def check_strategy(trainer: "MiniGPT4Trainer") -> None:
     """
-    Keep FSDP2's sums as exact as those of DDP, and refuse what does not work.
+    Keep FSDP2's sums as exact as those of DDP and DeepSpeed's memory to what trains, and refuse what does not work.
 
     Mixed precision of accelerate would add gradients up and return scores in half precision; the weights alone are to
     be (accelerate 1.15, `FullyShardedDataParallelPlugin.set_mixed_precision`).
 
     Raises:
-        RecipeError: for the first FSDP, and for features that no process has the weights to compute.
+        RecipeError: for the first FSDP, for features that no process has the weights to compute, and for steps that
+            DeepSpeed cannot leave out.
     """
     if trainer.args.cache_features and is_deepspeed_zero3_enabled():
         raise RecipeError(
             "Under ZeRO-3 no process has the whole vision side to compute features with; leave --cache_features out, "
             "or share the weights by FSDP2."
         )
+    if trainer.is_deepspeed_enabled:
+        # DeepSpeed makes its bucket for gradients at full size, which by default is 2 GB for a projection of 13 MB.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        zero.setdefault("reduce_bucket_size", trained)
+        if trainer.finite_steps.policy == SKIP:
+            raise RecipeError("DeepSpeed takes its steps by itself; leave --non_finite skip out.")
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin

@@ -102,12 +102,12 @@ class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
         if isinstance(rows, IterableDataset) and settings is not None and settings.max_steps <= 0:
             raise RecipeError("A stream of samples has no end; say how long to train with --max_steps.")
         super().__init__(*args, **kwargs)
-        sharded.check_strategy(self)
         self.dataset_name, self.stage = dataset_name, stage
         self._images, self._clock = 0, time.perf_counter()
         enough = ENOUGH if isinstance(self.train_dataset, IterableDataset) else min(ENOUGH, len(self.train_dataset))
         self.samples = SampleCounts(max_bad_share, enough)
         self.finite_steps = FiniteSteps(non_finite)
+        sharded.check_strategy(self)
         self.add_callback(FiniteStepsCallback(self))
         self.process_state = ProcessState(self)
         self._final_folder: Path | None = None  # of the checkpoint that is being written

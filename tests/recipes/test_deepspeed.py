@@ -13,6 +13,7 @@ import pytest
 from accelerate.utils import DeepSpeedPlugin
 from ranks import Ranks, start
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_accelerate_configs import prepare
 from test_ranks import SETTINGS, largest_deviation, logs
 
@@ -47,6 +48,8 @@ def tell_what_is_left() -> None:
     DeepSpeedPlugin.__post_init__ = __post_init__
 
     def save_model(self: MiniGPT4Trainer, *args: object, **kwargs: object) -> None:
+        optimizer = self.model_wrapped.optimizer
+        print("bucket:", getattr(optimizer, "reduce_bucket_size", None))
         print("local:", tuple(self.model.model.language_projection.weight.shape))
         try:
             self.model.save_pretrained(Path(self.args.output_dir, "by_hand"))
@@ -95,6 +98,8 @@ def test_it_trains_like_one_process_and_saves_the_projection(
     stage1_pretrain.main(stage(output="whole", **fields))
     folder, ranks = train(before=tell_what_is_left)
     assert largest_deviation(tmp_path / "whole", folder) <= 1e-5
+    trained = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert f"bucket: {trained}\n" in ranks.output(0)  # and not DeepSpeed's own 500,000,000
     if zero_stage == 3:
         for rank in range(2):
             assert "local: (0,)" in ranks.output(rank)
