@@ -115,7 +115,12 @@ class QuantizationMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """transformers' own, with `quantization_config` kept to the linear layers of the decoder."""
+        """
+        transformers' own, with `quantization_config` kept to the linear layers of the decoder.
+
+        Raises:
+            ValueError: for a config that cannot be kept to them, or that leaves none.
+        """
         load = super().from_pretrained  # type: ignore[misc]
         if kwargs.get("load_in_8bit") or kwargs.get("load_in_4bit"):
             raise ValueError(
@@ -141,7 +146,7 @@ class QuantizationMixin:
         all that trains in it to bfloat16, which is meant for adapters. Here the projection trains, in float32.
 
         Raises:
-            ValueError: if anything else is quantized.
+            ValueError: if anything else is quantized, or nothing at all.
         """
         if getattr(self, "hf_quantizer", None) is None:
             return
@@ -153,6 +158,11 @@ class QuantizationMixin:
             raise ValueError(
                 f"{wrong[0]} would be quantized, which is no layer of the language model's decoder; use a "
                 "`quantization_config` that leaves it out."
+            )
+        if not found:
+            raise ValueError(
+                "No layer of the language model was quantized: it has none of the kind or the sizes that this "
+                "`quantization_config` is for, or all are left out; use another one, or none."
             )
         for mark in MARKS:
             if self.__dict__.pop(mark, False):
@@ -242,10 +252,10 @@ def _lets_gradients_pass(layer: nn.Module, dtype: torch.dtype) -> bool:
     with torch.enable_grad():
         inputs = torch.ones(1, layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)  # type: ignore[call-overload]
         try:
-            (gradient,) = torch.autograd.grad(layer(inputs).sum(), inputs)
+            torch.autograd.grad(layer(inputs).sum(), inputs)
         except RuntimeError:  # the output has no graph, or the kernel no derivative
             return False
-    return bool(gradient.any())
+    return True
 
 
 def _without_files(path: Any) -> AbstractContextManager[Any]:

@@ -296,7 +296,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
             add_adapter(model, args)
     except RecipeError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{one_line(error)}.") from error
     return model, processor
 

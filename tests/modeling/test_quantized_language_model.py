@@ -19,7 +19,14 @@ from torchao.quantization import (
     IntxWeightOnlyConfig,
     PerGroup,
 )
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TorchAoConfig,
+    pipeline,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4Processor, quantization_minigpt4
@@ -403,3 +410,15 @@ def test_methods_that_cannot_be_kept_to_it_are_told(adapter) -> None:
         MiniGPT4ForConditionalGeneration.from_pretrained(adapter, quantization_config=QuantizationConfigMixin("other"))
     with pytest.raises(ValueError, match="fields of BitsAndBytesConfig"):
         MiniGPT4ForConditionalGeneration.from_pretrained(adapter, load_in_8bit=True)
+
+
+def test_a_language_model_without_layers_to_quantize_is_told(parts, tmp_path) -> None:
+    """GPT-2's layers are transposed, of a class of their own, which torchao passes over."""
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=300, n_positions=64)).save_pretrained(
+        tmp_path
+    )
+    given = {**parts, "language_model": str(tmp_path)}
+    with pytest.raises(ValueError, match="No layer of the language model was quantized"):
+        MiniGPT4ForConditionalGeneration.from_backbones(
+            **given, quantization_config=config_of("torchao-int8"), separator=None
+        )
