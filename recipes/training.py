@@ -395,7 +395,7 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
             trainer.add_callback(preemption)
             trainer.train(resume_from_checkpoint=find_checkpoint(args))
     except RecipeError as error:
-        raise RecipeError(own_words(error)) from error
+        raise RecipeError(own_words(error, folder)) from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
@@ -421,9 +421,17 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
         trainer.push_to_hub()
 
 
-def own_words(error: RecipeError) -> str:
-    """The sentence of an error, which comes from a worker of a data loader with that one's traceback around it."""
-    return str(error).rpartition(f"{RecipeError.__name__}: ")[2].strip()
+def own_words(error: RecipeError, folder: Path) -> str:
+    """
+    The sentence of an error that ended training, and where to go on.
+
+    One from a worker of a data loader comes with that one's traceback around it.
+    """
+    sentence = str(error).rpartition(f"{RecipeError.__name__}: ")[2].strip()
+    told = "--resume_from_checkpoint" in sentence
+    if told or latest_checkpoint(folder, tell=lambda _: None) is None:
+        return sentence
+    return f"{sentence.rstrip('.')}, then {how_to_go_on(folder)}."
 
 
 def report(trainer: MiniGPT4Trainer) -> None:

@@ -1,8 +1,11 @@
 """Runs of two ranks that are killed, pre-empted or left alone, and losses that are not finite."""
 
+import functools
+import http.server
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ from damaged import sample, write_tar
 from safetensors.torch import load_file
 
 from recipes_minigpt4 import RecipeError, cli, faults, stage1_pretrain
-from recipes_minigpt4.checkpoints import UNFINISHED
+from recipes_minigpt4.checkpoints import UNFINISHED, what_is_missing
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 
@@ -318,3 +321,29 @@ def test_sigterm_to_all_processes_of_a_job_spares_the_workers(stage: Callable, t
             os.killpg(pid, signal.SIGTERM)
         assert running.wait() == [cli.PREEMPTED] * 2, running.output()
     assert len(steps_of(tmp_path / "run")) == 1
+
+
+def test_a_server_that_goes_away_ends_the_run(
+    stage: Callable, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tars))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    save = MiniGPT4Trainer._save_checkpoint
+
+    def close_the_server(trainer, *args) -> None:
+        save(trainer, *args)
+        server.shutdown(), server.server_close()
+
+    monkeypatch.setattr(MiniGPT4Trainer, "_save_checkpoint", close_the_server)
+    address = f"http://127.0.0.1:{server.server_port}/{{0..5}}.tar"
+    fields = {**SAVING, "max_steps": 4000, "dataset_name": address, "shuffle_buffer": 5, "max_bad_share": 1}
+    assert cli.main(["stage1", *stage(**fields)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("minigpt4 stage1: 5 tar files in a row cannot be read, http://127.0.0.1:")
+    first = steps_of(tmp_path / "run")[-1]
+    assert f"then go on from {tmp_path / 'run' / f'checkpoint-{first}'} with --resume_from_checkpoint latest" in said
+    # Nobody answers there now, and a run that wants to begin hears it at once.
+    assert cli.main(["stage1", *stage("other", **fields)]) == 2
+    assert "0.tar cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    assert what_is_missing(tmp_path / "run" / f"checkpoint-{first}") is None
