@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import stage1_rows
+from recipes_minigpt4.running import train_and_save
 from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model, train_and_save
+from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, StageArguments]:
