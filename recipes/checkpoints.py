@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ from recipes_minigpt4 import RecipeError, one_line
 
 
 UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed
+FORMER = "former-"  # begins the name of a checkpoint that is being replaced
 FILES = "files.json"
 STATE = "trainer_state.json"
 NOT_NEEDED = "training_args.bin"  # a pickle of the settings, which is not pushed
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class NotWrittenError(RecipeError):
+    """A checkpoint could not be written, of which all processes have heard."""
 
 
 def write_whole(trainer: Any, final: Path, write: Callable[[], None]) -> None:
@@ -41,37 +46,49 @@ def write_whole(trainer: Any, final: Path, write: Callable[[], None]) -> None:
         write: writes the checkpoint to the folder of the same name in `UNFINISHED`, beside `final`.
 
     Raises:
-        RecipeError: on all processes, if any of them could not write; nothing is left of the attempt then.
+        NotWrittenError: on all processes, if any of them could not write; nothing is left of the attempt then.
     """
     scratch = final.parent / UNFINISHED / final.name
-    is_first_of_node = trainer.args.local_process_index == 0
-    if is_first_of_node:
+    if trainer.args.local_process_index == 0:
+        restore_former(final.parent)
         shutil.rmtree(scratch.parent, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    reason = None
-    try:
+    with together(trainer, final):
         write()
-    except Exception as error:  # of a full disk, for example; safetensors, torch and Python each have their own
-        reason = one_line(error)
-    # Everyone hears of it, so that no process waits for one that has stopped.
-    _stop_if_any(reason, trainer, final)
-    try:
+    with together(trainer, final):
         if trainer.args.should_save:
             _put_in_place(scratch, final)
-    except OSError as error:
+    if trainer.args.local_process_index == 0:  # on a machine that does not share that disk, what is left of it
+        shutil.rmtree(scratch.parent, ignore_errors=True)
+
+
+@contextmanager
+def together(trainer: Any, final: Path | None) -> Iterator[None]:
+    """
+    Have all processes get past a part of writing a checkpoint, or none, so that no one waits for one that has stopped.
+
+    Args:
+        trainer: the trainer, for its processes.
+        final: the checkpoint's folder; None if none is being written, and errors pass as they are.
+
+    Raises:
+        NotWrittenError: on all processes, if any of them could not write; nothing is left of the attempt then.
+    """
+    if final is None:
+        yield
+        return
+    reason = None
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except Exception as error:  # of a full disk, for example; safetensors, torch and Python each have their own
         reason = one_line(error)
-    _stop_if_any(reason, trainer, final)
-    if is_first_of_node and scratch.is_dir():  # a node without a share in that disk keeps what its processes wrote
-        _put_in_place(scratch, final)
-
-
-def _stop_if_any(reason: str | None, trainer: Any, final: Path) -> None:
-    reasons = [each for each in gather_object([reason]) if each]
-    if not reasons:
+    if not (reasons := [each for each in gather_object([reason]) if each]):
         return
     if trainer.args.local_process_index == 0:
         shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
-    raise RecipeError(
+    raise NotWrittenError(
         f"{final} could not be written ({reasons[0]}); make room or mend what is in the way, then "
         f"{how_to_go_on(final.parent)}."
     )
@@ -83,12 +100,20 @@ def _put_in_place(scratch: Path, final: Path) -> None:
     (scratch / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     for path in (*files, scratch / FILES, scratch):
         _flush(path)
-    former = scratch.parent / "former"
     if final.exists():
-        os.replace(final, former)
+        os.replace(final, scratch.parent / f"{FORMER}{final.name}")
     os.replace(scratch, final)
     _flush(final.parent)
     shutil.rmtree(scratch.parent, ignore_errors=True)
+
+
+def restore_former(output_dir: Path) -> None:
+    """Put back a checkpoint that was about to be replaced by another of the same step when the process ended."""
+    for path in (output_dir / UNFINISHED).glob(f"{FORMER}*"):
+        final = output_dir / path.name.removeprefix(FORMER)
+        if not final.exists():
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(path, final)
 
 
 def rotate(trainer: Any, run_dir: str) -> None:
@@ -143,6 +168,8 @@ def what_is_missing(checkpoint: Path) -> str | None:
         sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"it has no {FILES}"
+    if STATE not in sizes:
+        return f"it has no {STATE}"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
@@ -152,7 +179,14 @@ def what_is_missing(checkpoint: Path) -> str | None:
     return None
 
 
-def latest_checkpoint(output_dir: Path, tell: Callable[[str], Any] = print) -> Path | None:
+def checkpoints_of(output_dir: Path) -> list[Path]:
+    """The folders with the name of a checkpoint, the newest first."""
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [(int(match[1]), path) for path in output_dir.glob("*") if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def latest_checkpoint(output_dir: Path, tell: Callable[[str], Any] | None = None) -> Path | None:
     """
     The newest whole checkpoint of an output folder.
 
@@ -160,18 +194,35 @@ def latest_checkpoint(output_dir: Path, tell: Callable[[str], Any] = print) -> P
         output_dir: folder of a run.
         tell: is told of checkpoints that are passed over.
     """
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = [(int(match[1]), path) for path in output_dir.glob("*") if (match := pattern.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
+    restore_former(output_dir)
+    for path in checkpoints_of(output_dir):
         if (reason := what_is_missing(path)) is None:
             return path
-        tell(f"{path} is not a whole checkpoint, for {reason}; it is passed over")
+        if tell is not None:
+            tell(f"{path} is not a whole checkpoint, for {reason}; it is passed over")
     return None
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """
+    The newest whole checkpoint to resume from, or None where there is nothing at all.
+
+    Raises:
+        RecipeError: if there are checkpoints and none is whole.
+    """
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    if (newest := latest_checkpoint(output_dir, print if first_process else None)) is None:
+        for path in checkpoints_of(output_dir):
+            raise RecipeError(
+                f"No checkpoint of {output_dir} is whole, for {what_is_missing(path)} ({path.name}); name one that "
+                "another trainer has saved with --resume_from_checkpoint FOLDER, or remove them."
+            )
+    return newest
 
 
 def how_to_go_on(output_dir: Path) -> str:
     """What to do after a run has stopped, as the end of a sentence."""
-    whole = latest_checkpoint(output_dir, tell=lambda _: None)
+    whole = latest_checkpoint(output_dir)
     if whole is None:
         return "start again, as no checkpoint was saved before"
     return f"go on from {whole} with --resume_from_checkpoint latest"

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes_minigpt4 import RecipeError
+from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.checkpoints import how_to_go_on
 
 
@@ -57,13 +57,22 @@ class PreemptionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.world_size > 1 and distributed.is_initialized():
-            self._group = distributed.new_group(backend="gloo")
+            try:
+                self._group = distributed.new_group(backend="gloo")
+            except RuntimeError as error:
+                raise RecipeError(
+                    f"The processes cannot tell each other of SIGTERM ({one_line(error)[:200]}); name the network "
+                    "between the machines with the variable GLOO_SOCKET_IFNAME."
+                ) from error
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._someone_was_asked() and state.global_step < state.max_steps:
             self.preempted = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there is no time for it
+            # At its end transformers deletes all but the best.
+            args.save_total_limit, args.load_best_model_at_end = None, False
 
     def _someone_was_asked(self) -> bool:
         if self._group is None:
@@ -216,7 +225,16 @@ def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
 # ---- other processes ------------------------------------------------------------------------------------------------
 
 # What gloo and NCCL say in the processes that are left.
-LOST = ("closed by peer", "connection reset", "connection refused", "broken pipe", "timed out waiting", "nccl", "gloo")
+LOST = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "timed out waiting",
+    "socket timeout",
+    "nccl communicator",
+    "remote process exited",
+    "collective operation timeout",
+)
 
 
 def is_lost_process(error: BaseException) -> bool:

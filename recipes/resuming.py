@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes_minigpt4 import RecipeError
@@ -21,7 +22,7 @@ class StreamEpochCallback(TrainerCallback):
 
 class ProcessState:
     """
-    The part of a checkpoint that belongs to one process, the file `process_N.pt`.
+    The parts of a checkpoint that belong to one process each, the files `process_N.pt`.
 
     Args:
         trainer: the trainer.
@@ -34,6 +35,8 @@ class ProcessState:
         self._place: dict[str, Any] | None = None  # in the stream, until a loader is there
         self._start: dict[str, Any] | None = None  # place at which the loader was started
         self._wants_rng = False
+        self._ignore_data_skip = trainer.args.ignore_data_skip  # the user's wish
+        self._states: list[dict[str, Any]] = []  # of all processes, for the checkpoint that is being written
 
     def _shape(self) -> dict[str, int]:
         """What has to stay for a stream to be found again: it tells which process and worker reads what."""
@@ -44,8 +47,14 @@ class ProcessState:
             "batch size": args.per_device_train_batch_size,
         }
 
-    def save(self, checkpoint: str) -> None:
-        """Write the file of this process."""
+    def begin(self) -> None:
+        """Forget what an earlier run of the trainer has set."""
+        self.trainer.args.ignore_data_skip = self._ignore_data_skip
+        self._checkpoint = self._place = self._start = None
+        self._wants_rng = False
+
+    def gather(self) -> None:
+        """Bring the states of all processes together, which all have to call, before one writes them."""
         trainer = self.trainer
         state = {
             "samples": trainer.samples.state(),
@@ -54,7 +63,13 @@ class ProcessState:
             "stream": None if self.loader is None else loader_state(self.loader, self._start),
             **self._shape(),
         }
-        torch.save(state, Path(checkpoint) / f"process_{trainer.args.process_index}.pt")
+        self._states = gather_object([state])
+
+    def write(self, checkpoint: str) -> None:
+        """Write the files of all processes, which need not share a disk."""
+        if self.trainer.args.should_save:
+            for index, state in enumerate(self._states):
+                torch.save(state, Path(checkpoint) / f"process_{index}.pt")
 
     def load(self, checkpoint: str) -> None:
         """

@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from recipes_minigpt4 import PreemptedError, RecipeError, one_line
-from recipes_minigpt4.checkpoints import FILES, STATE, how_to_go_on, latest_checkpoint, what_is_missing
+from recipes_minigpt4.checkpoints import (
+    FILES,
+    STATE,
+    how_to_go_on,
+    latest_checkpoint,
+    newest_checkpoint,
+    what_is_missing,
+)
 from recipes_minigpt4.faults import PreemptionCallback, is_lost_process
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments, describe_parameters
@@ -20,14 +29,35 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
             finite, another process is gone, or the push failed.
         PreemptedError: after SIGTERM; a checkpoint is saved then.
     """
-    args, folder = trainer.args, Path(trainer.args.output_dir)
+    folder = Path(trainer.args.output_dir)
     check_max_length(trainer)
     if trainer.is_world_process_zero():
         print(describe_parameters(trainer.model))
+    preemption = PreemptionCallback()
+    trainer.add_callback(preemption)
     try:
-        with PreemptionCallback() as preemption:
-            trainer.add_callback(preemption)
-            trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        with preemption:
+            _train(trainer, folder)
+            if preemption.preempted:
+                checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+                raise PreemptedError(
+                    f"Stopped by SIGTERM after step {trainer.state.global_step}; go on from {checkpoint} with "
+                    "--resume_from_checkpoint auto."
+                )
+            _save(trainer, folder)  # which a signal does not cut short
+    finally:
+        trainer.remove_callback(preemption)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _train(trainer: MiniGPT4Trainer, folder: Path) -> None:
+    try:
+        checkpoint = find_checkpoint(trainer.args)
+        _check_same(checkpoint)
+        if checkpoint is None and (older := latest_checkpoint(folder)) and trainer.is_world_process_zero():
+            print(f"{older} is of an earlier run; remove it, or it may be taken for one of this run later.")
+        trainer.train(resume_from_checkpoint=checkpoint)
     except RecipeError as error:
         raise RecipeError(own_words(error, folder)) from error
     except RuntimeError as error:
@@ -38,11 +68,21 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
             f"{how_to_go_on(folder)}."
         ) from error
     report(trainer)
-    if preemption.preempted:
-        raise PreemptedError(f"Stopped by SIGTERM after step {trainer.state.global_step}; {how_to_go_on(folder)}.")
     trainer.samples.over_all_processes(trainer.accelerator).check()  # what has come since the last log
-    trainer.finite_steps.check(trainer)
-    trainer.finite_steps.check_weights(trainer)
+
+
+def _check_same(checkpoint: str | None) -> None:
+    """Refuse to resume where the processes see different checkpoints, as on machines without a shared disk."""
+    found = dict.fromkeys(gather_object([checkpoint]))
+    if len(found) > 1:
+        seen = " and ".join(str(each or "none") for each in found)
+        raise RecipeError(
+            f"The processes of this run see different newest checkpoints, {seen}; let all machines share "
+            "output_dir, or copy the newest to each."
+        )
+
+
+def _save(trainer: MiniGPT4Trainer, folder: Path) -> None:
     try:
         trainer.save_model(_internal_call=True)  # otherwise it would push before all is saved
         trainer.save_state()
@@ -51,8 +91,6 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
             f"Training is done, but the adapter could not be written to {folder} ({one_line(error)}); make room, then "
             f"{how_to_go_on(folder)}."
         ) from error
-    if args.push_to_hub:
-        trainer.push_to_hub()
 
 
 def own_words(error: RecipeError, folder: Path) -> str:
@@ -63,7 +101,7 @@ def own_words(error: RecipeError, folder: Path) -> str:
     """
     sentence = str(error).rpartition(f"{RecipeError.__name__}: ")[2].strip()
     told = "--resume_from_checkpoint" in sentence
-    if told or latest_checkpoint(folder, tell=lambda _: None) is None:
+    if told or latest_checkpoint(folder) is None:
         return sentence
     return f"{sentence.rstrip('.')}, then {how_to_go_on(folder)}."
 
@@ -104,7 +142,7 @@ def find_checkpoint(args: StageArguments) -> str | None:
     if wanted.lower() in ("", "false", "none"):
         return None
     if wanted.lower() in ("true", "latest", "auto"):
-        latest = latest_checkpoint(Path(args.output_dir))
+        latest = newest_checkpoint(Path(args.output_dir))
         if latest is None and wanted.lower() != "auto":
             raise RecipeError(
                 f"There is no checkpoint to resume from in {args.output_dir}; leave --resume_from_checkpoint out."

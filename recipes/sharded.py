@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers.trainer
@@ -27,11 +27,7 @@ from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.faults import SKIP
 
 
-if TYPE_CHECKING:
-    from recipes_minigpt4.trainer import MiniGPT4Trainer
-
-
-def check_strategy(trainer: "MiniGPT4Trainer") -> None:
+def check_strategy(trainer: Any) -> None:
     """
     Keep FSDP2's sums as exact as those of DDP and DeepSpeed's memory to what trains, and refuse what does not work.
 
@@ -69,7 +65,7 @@ def check_strategy(trainer: "MiniGPT4Trainer") -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=weights, reduce_dtype=torch.float32)
 
 
-def check_checkpoint(trainer: "MiniGPT4Trainer", folder: "str | os.PathLike[str]") -> None:
+def check_checkpoint(trainer: Any, folder: "str | os.PathLike[str]") -> None:
     """
     Refuse to resume a run in another way than it was saved, since optimizer state cannot be carried over.
 
@@ -86,7 +82,7 @@ def check_checkpoint(trainer: "MiniGPT4Trainer", folder: "str | os.PathLike[str]
         )
 
 
-def gather(trainer: "MiniGPT4Trainer") -> dict[str, torch.Tensor]:
+def gather(trainer: Any) -> dict[str, torch.Tensor]:
     """
     The tensors of a checkpoint, whole and on the CPU, in the process that saves; nothing in the others.
 
@@ -107,7 +103,7 @@ def gather(trainer: "MiniGPT4Trainer") -> dict[str, torch.Tensor]:
     return {name: whole[id(tensor)] for name, tensor in tensors.items()} if saves else {}
 
 
-def _gather_fsdp(tensor: torch.Tensor, trainer: "MiniGPT4Trainer") -> torch.Tensor:
+def _gather_fsdp(tensor: torch.Tensor, trainer: Any) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     part: Any = tensor.detach().to(trainer.args.device)  # for the CPU may have no collectives
@@ -124,7 +120,7 @@ def _gather_deepspeed(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone()
 
 
-def save_optimizer(trainer: "MiniGPT4Trainer", folder: str) -> None:
+def save_optimizer(trainer: Any, folder: str) -> None:
     """What transformers saves of such a run beside the adapter, but without all weights of the model."""
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.save_checkpoint(folder, exclude_frozen_parameters=True)
@@ -136,7 +132,7 @@ def save_optimizer(trainer: "MiniGPT4Trainer", folder: str) -> None:
 
 
 @contextmanager
-def trained_only(trainer: "MiniGPT4Trainer") -> Iterator[None]:
+def trained_only(trainer: Any) -> Iterator[None]:
     """
     Let DeepSpeed's own checkpoints be resumed without frozen weights, which `save_optimizer` keeps out of them.
 

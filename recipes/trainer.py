@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,20 @@ from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_minigpt4.peft_minigpt4 import plain_names
 from recipes_minigpt4 import RecipeError, sharded
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
-from recipes_minigpt4.checkpoints import STATE, UNFINISHED, latest_checkpoint, rotate, write_whole, written_beside
 from recipes_minigpt4.faults import STOP, FiniteSteps, FiniteStepsCallback
 from recipes_minigpt4.features import train_from_features
 from recipes_minigpt4.resuming import ProcessState, StreamEpochCallback
 from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
+from recipes_minigpt4.trainer_checkpoints import CheckpointingMixin
 from recipes_minigpt4.trainer_pushes import PublishingMixin
+from recipes_minigpt4.training import StageArguments
 from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback, undisturbed
 
 
@@ -68,7 +66,7 @@ def original_lr(
 # ---- trainer --------------------------------------------------------------------------------------------------------
 
 
-class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
+class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
@@ -82,11 +80,11 @@ class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
         stage: number of the stage, for the model card.
         max_bad_share: share of samples, 0 to 1, that may be skipped before the run stops.
         non_finite: `"stop"` the run at a loss that is not finite, or `"skip"` the step (`FiniteSteps`).
-        Everything else as for `SFTTrainer`.
+        Everything else as for `SFTTrainer`, with `StageArguments` as `args`.
 
     Raises:
-        RecipeError: for a stream without `max_steps`; while training, if more is skipped than `max_bad_share`, a loss
-            is not finite, or a checkpoint cannot be written.
+        RecipeError: for other settings, or a stream without `max_steps`; while training, if more is skipped than
+            `max_bad_share`, a loss is not finite, or a checkpoint cannot be written.
     """
 
     def __init__(
@@ -99,6 +97,11 @@ class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         rows, settings = kwargs.get("train_dataset"), kwargs.get("args")
+        if not isinstance(settings, StageArguments):
+            raise RecipeError(
+                "MiniGPT4Trainer takes `args=StageArguments(...)`, TRL's settings with those of the recipes; got "
+                f"{type(settings).__name__}."
+            )
         if isinstance(rows, IterableDataset) and settings is not None and settings.max_steps <= 0:
             raise RecipeError("A stream of samples has no end; say how long to train with --max_steps.")
         super().__init__(*args, **kwargs)
@@ -110,7 +113,6 @@ class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
         sharded.check_strategy(self)
         self.add_callback(FiniteStepsCallback(self))
         self.process_state = ProcessState(self)
-        self._final_folder: Path | None = None  # of the checkpoint that is being written
         self._tokens = 0  # since the last log, of this process
         self._answers: torch.Tensor | None = None  # correct ones, their entropy and number since the last log
         collator = self.data_collator  # type: ignore[has-type]
@@ -148,42 +150,6 @@ class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(latest_checkpoint(Path(self.args.output_dir)) or "") or True
-        if isinstance(resume_from_checkpoint, str):
-            sharded.check_checkpoint(self, resume_from_checkpoint)
-            self.process_state.load(resume_from_checkpoint)
-        self._images, self._clock = 0, time.perf_counter()
-        with sharded.trained_only(self):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    # A stream's data loader knows its place, which transformers would look for by reading everything before it.
-
-    def get_train_dataloader(self) -> Any:
-        is_stream = isinstance(self.train_dataset, IterableDataset)
-        self.accelerator.dataloader_config.use_stateful_dataloader = is_stream
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)  # torchdata 0.11's own
-            loader = super().get_train_dataloader()
-        if is_stream:
-            self.process_state.find_place(loader)
-        return loader
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches = super().get_batch_samples(*args, **kwargs)
-        self.process_state.restore_rng()
-        return batches
-
-    @property
-    def tokens_of_run(self) -> int:
-        """Tokens of all processes so far, as of the last log."""
-        return self._total_train_tokens
-
-    @tokens_of_run.setter
-    def tokens_of_run(self, count: int) -> None:
-        self._total_train_tokens = count
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         counts = inputs.pop(COUNTS, None)
@@ -273,99 +239,6 @@ class MiniGPT4Trainer(PublishingMixin, SFTTrainer):
         metrics["entropy"].append(entropy / max(count, 1))
         metrics["mean_token_accuracy"].append(correct / max(count, 1))
         metrics["num_tokens"] = [self._total_train_tokens]
-
-    # Checkpoints are written beside their place and put there when they are whole.
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.finite_steps.check(self)
-        self.finite_steps.check_weights(self)
-        run_dir = self._get_output_dir(trial=trial)
-        final = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-
-        def write() -> None:
-            super(MiniGPT4Trainer, self)._save_checkpoint(model, trial)
-            # What is told of the best checkpoint is where it will be.
-            scratch, best = final.parent / UNFINISHED, self.state.best_model_checkpoint
-            if best is not None and Path(best).parent == scratch:
-                self.state.best_model_checkpoint = str(final.parent / Path(best).name)
-                if self.args.should_save:
-                    self.state.save_to_json(str(scratch / final.name / STATE))
-
-        self._final_folder = final
-        try:
-            write_whole(self, final, write)
-        finally:
-            self._final_folder = None
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate(self, run_dir)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        if self._final_folder is not None:
-            return str(self._final_folder.parent / UNFINISHED)
-        return super()._get_output_dir(trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.process_state.save(output_dir)
-
-    # An adapter of PEFT lies in a file of its own, of which transformers knows for models that PEFT has wrapped only.
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            sharded.load(self.model, resume_from_checkpoint)
-            return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.model.has_adapter:
-            self.model.reload_adapter(resume_from_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        plain = plain_names(self.model, load_result.missing_keys)
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if plain[name] is not None]
-        super()._issue_warnings_after_load(load_result)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            sharded.load(self.model, self.state.best_model_checkpoint)
-            return
-        super()._load_best_model()
-        if self.model.has_adapter:
-            self.model.reload_adapter(self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._final_folder is not None:
-            return  # when it is whole
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter; all processes have to call it, and one writes."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            super().save_model(output_dir, _internal_call)
-            return
-        tensors = sharded.gather(self)
-        if self.args.should_save:
-            self._save(output_dir, state_dict=tensors)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        if not self.args.should_save:
-            return super()._save(folder, state_dict=state_dict)
-        if self._final_folder is not None:  # the whole checkpoint is put in its place later
-            super()._save(folder, state_dict=state_dict)
-            return self._write_card(folder)
-        with written_beside(Path(folder)) as scratch:
-            super()._save(str(scratch), state_dict=state_dict)
-            self._write_card(str(scratch))
-        return None
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            sharded.save_optimizer(self, output_dir)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
 
     def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""

@@ -14,6 +14,7 @@ from transformers import set_seed
 from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4.modeling_minigpt4 import IS_TRANSFORMERS_4
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.configs import shipped_configs
@@ -172,6 +173,11 @@ class StageArguments(SFTConfig):
             self.accelerator_config = {"non_blocking": True}  # the copy need not be waited for
         if self.non_finite not in (STOP, SKIP):
             raise RecipeError(f"non_finite is {self.non_finite!r}; it is stop or skip.")
+        if self.save_on_each_node and not IS_TRANSFORMERS_4:
+            raise RecipeError(
+                "transformers 5 writes weights on the first machine only; let all machines share output_dir, and "
+                "leave --save_on_each_node out."
+            )
         if self.panel_steps is not None and self.panel_steps < 1:
             raise RecipeError(f"panel_steps is a number of steps from 1 on, not {self.panel_steps}.")
         if self.panel_images and self.panel_steps is None:

@@ -70,7 +70,10 @@ def kill_at_random(arguments: list[str], folder: Path, draw: random.Random) -> b
     newest, scratch, started = max(steps_of(folder), default=0), folder / UNFINISHED, time.time()
 
     def is_saving() -> bool:  # and it is not what an earlier kill has left
-        return scratch.exists() and scratch.stat().st_mtime > started
+        try:
+            return scratch.stat().st_mtime > started
+        except FileNotFoundError:
+            return False
 
     with ranks.start(["stage1", *arguments]) as running:
         if moment != "start":
