@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers
 from accelerate.state import AcceleratorState
+from damaged import sample, write_tar
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -140,6 +141,14 @@ def uneven_pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
     (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder / "pairs.jsonl"
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """A folder of six tar files with seven samples each."""
+    for tar in range(6):
+        write_tar(tmp_path / "tars" / f"{tar}.tar", [sample(7 * tar + number) for number in range(7)])
+    return tmp_path / "tars"
 
 
 @pytest.fixture

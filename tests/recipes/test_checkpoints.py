@@ -40,6 +40,7 @@ def write_step(folder: Path, step: int) -> None:
         (scratch / "peft").mkdir(parents=True)
         (scratch / "model.safetensors").write_text(f"weights of step {step}")
         (scratch / "peft" / "adapter.safetensors").write_text(f"adapter of step {step}")
+        (scratch / "trainer_state.json").write_text("{}")
 
     write_whole(one_process(), folder / f"checkpoint-{step}", write)
 
@@ -66,15 +67,16 @@ def killing_at(moment: int, patch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["one of several", "the only one"])
 @pytest.mark.parametrize("again", [False, True], ids=["new", "of the same step"])
-def test_a_checkpoint_is_whole_or_not_there_at_every_moment(again: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_is_whole_or_not_there_at_every_moment(again: bool, alone: bool, tmp_path: Path) -> None:
     step = 4 if again else 6
     ended = 0
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
         folder.mkdir()
-        write_step(folder, 2)
-        write_step(folder, 4)
+        for earlier in (4,) if alone else (2, 4):
+            write_step(folder, earlier)
         with pytest.MonkeyPatch.context() as patch:
             asked = killing_at(moment, patch)
             try:
@@ -85,7 +87,7 @@ def test_a_checkpoint_is_whole_or_not_there_at_every_moment(again: bool, tmp_pat
         # Nothing with the name of a checkpoint is broken, also not for tools that look at names only.
         for path in folder.glob("checkpoint-*"):
             assert what_is_missing(path) is None, (moment, asked[-1])
-        newest = latest_checkpoint(folder)
+        newest = latest_checkpoint(folder)  # also if the only one was about to be replaced
         assert newest is not None and get_last_checkpoint(folder) == str(newest)
         write_step(folder, 8)  # and the next one is written as if nothing had been
         assert {path.name for path in folder.iterdir()} <= {f"checkpoint-{n}" for n in (2, 4, 6, 8)}
@@ -119,6 +121,9 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(
     assert cli.main(["stage1", *stage(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")]) == 2
     assert "optimizer.pt has 100 of" in capsys.readouterr().err
     assert cli.main(["stage1", *stage(resume_from_checkpoint="latest")]) == 2
+    assert "No checkpoint of" in (said := capsys.readouterr().err) and "is whole, for optimizer.pt has 100 of" in said
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert cli.main(["stage1", *stage(resume_from_checkpoint="latest")]) == 2
     assert "There is no checkpoint to resume from" in capsys.readouterr().err
 
 
@@ -131,6 +136,56 @@ def test_auto_starts_anew_or_goes_on(stage: Callable, tmp_path: Path) -> None:
     assert again.state.log_history[2]["loss"] == first.state.log_history[2]["loss"]
     # Only the two steps behind the checkpoint were taken.
     assert again.samples.drawn == first.samples.drawn == 8
+
+
+@pytest.mark.parametrize("data", ["map-style", "stream"])
+def test_a_run_that_was_done_is_not_trained_further(
+    data: str, stage: Callable, pairs_file: Path, tmp_path: Path
+) -> None:
+    """Killed between its last checkpoint and its end, it is only saved; transformers would take another step."""
+    fields = {**SAVING, "max_steps": 6, "per_device_train_batch_size": 3, "streaming": data == "stream"}
+    first = stage1_pretrain.main(stage(**fields))
+    before = load_file(tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    again = stage1_pretrain.main(stage(**fields, resume_from_checkpoint="auto"))
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert again.state.global_step == 6 and again.samples.drawn == first.samples.drawn
+    assert not (tmp_path / "run" / "checkpoint-7").exists()
+
+
+@pytest.mark.parametrize("wanted", ["auto", "latest"])
+def test_checkpoints_of_others_are_neither_taken_nor_ignored(
+    wanted: str, stage: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Starting anew beside them would end in deleting them."""
+    stage1_pretrain.main(stage(**SAVING))
+    (tmp_path / "run" / "checkpoint-2" / "files.json").unlink()
+    assert cli.main(["stage1", *stage(resume_from_checkpoint=wanted)]) == 2
+    assert "it has no files.json (checkpoint-2); name one that another trainer has saved" in capsys.readouterr().err
+    named = stage(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2", max_steps=3)
+    assert stage1_pretrain.main(named).state.global_step == 3
+
+
+def test_checkpoints_of_an_earlier_run_are_told(stage: Callable, capsys: pytest.CaptureFixture) -> None:
+    stage1_pretrain.main(stage(**SAVING))
+    assert "of an earlier run" not in capsys.readouterr().out
+    stage1_pretrain.main(stage())
+    assert "checkpoint-2 is of an earlier run; remove it" in capsys.readouterr().out
+
+
+def test_a_trainer_can_be_resumed_twice(stage: Callable, tars: Path, tmp_path: Path) -> None:
+    """On a stream, where the place has to be found each time."""
+    fields = {"dataset_name": tars, "shuffle_buffer": 5, **SAVING, "save_steps": 4, "max_steps": 12}
+    whole = stage1_pretrain.main(stage("whole", **fields))
+    trainer = stage1_pretrain.main(stage(**{**fields, "max_steps": 4, "original_schedule": False}))
+    trainer.args.original_schedule, told = True, []
+    for last in (8, 12):
+        trainer.args.max_steps = last
+        trainer.lr_scheduler = None
+        trainer.train(resume_from_checkpoint=True)
+        told.append([entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry])
+    assert told[-1] == [entry["num_tokens"] for entry in whole.state.log_history if "loss" in entry]
 
 
 def test_old_checkpoints_are_deleted_once_the_new_one_is_there(stage: Callable, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import http.server
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -13,24 +14,17 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from damaged import sample, write_tar
 from safetensors.torch import load_file
+from transformers import IntervalStrategy, TrainerCallback
 
-from recipes_minigpt4 import RecipeError, cli, faults, stage1_pretrain
+from recipes_minigpt4 import PreemptedError, RecipeError, cli, faults, stage1_pretrain
 from recipes_minigpt4.checkpoints import UNFINISHED, what_is_missing
+from recipes_minigpt4.running import train_and_save
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 
 KILLS = 20
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "resume_from_checkpoint": "auto"}
-
-
-@pytest.fixture
-def tars(tmp_path: Path) -> Path:
-    """Six tar files of seven samples."""
-    for tar in range(6):
-        write_tar(tmp_path / "tars" / f"{tar}.tar", [sample(7 * tar + number) for number in range(7)])
-    return tmp_path / "tars"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -126,13 +120,45 @@ def test_sigterm_saves_after_the_same_step_and_can_go_on(asked: int | None, stag
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
-def test_sigterm_before_training_ends_the_process_as_ever(stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    handlers = []
-    monkeypatch.setattr(MiniGPT4Trainer, "save_state", lambda trainer: handlers.append(signal.getsignal(15)))
-    before = signal.getsignal(signal.SIGTERM)
-    trainer = stage1_pretrain.main(stage())
-    assert signal.getsignal(signal.SIGTERM) == before == handlers[0]
-    assert trainer.state.global_step == 2
+def test_sigterm_in_the_end_of_a_run_does_not_cut_it_short(
+    stage: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is written whole, and the signal is what it was before."""
+    save, before = MiniGPT4Trainer._save, signal.getsignal(signal.SIGTERM)
+
+    def signalled(trainer, *args, **kwargs) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(MiniGPT4Trainer, "_save", signalled)
+    assert cli.main(["stage1", *stage()]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_preempted_run_keeps_its_checkpoint_beside_the_best(stage: Callable, tmp_path: Path) -> None:
+    """transformers deletes all but the best at the end, and evaluates first."""
+    trainer = stage1_pretrain.main(stage("first"))
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.args.eval_strategy = trainer.args.save_strategy = IntervalStrategy.STEPS
+    trainer.args.eval_steps = trainer.args.save_steps = trainer.state.eval_steps = trainer.state.save_steps = 2
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "eval_loss"
+    trainer.args.greater_is_better, trainer.args.save_total_limit, trainer.args.max_steps = True, 1, 8
+    trainer.lr_scheduler = None
+
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(Ask())
+    with pytest.raises(PreemptedError, match=r"after step 6; go on from .*checkpoint-6 with"):
+        train_and_save(trainer)
+    assert what_is_missing(tmp_path / "first" / "checkpoint-6") is None
+    # The same trainer, asked again, is not stopped by the old signal.
+    trainer.pop_callback(Ask)
+    train_and_save(trainer)
+    assert trainer.state.global_step == 8
 
 
 # ---- left alone -----------------------------------------------------------------------------------------------------
@@ -152,6 +178,37 @@ def test_a_rank_that_dies_is_told_by_the_other(dead: int, stage: Callable, tmp_p
     assert f"go on from {newest} with --resume_from_checkpoint latest" in said
 
 
+def find_different_checkpoints() -> None:
+    """Each rank on a machine of its own, that shares no disk."""
+    os.chdir(Path(os.environ["DISKS"], os.environ["RANK"]))
+
+
+def test_ranks_that_see_different_checkpoints_do_not_train(stage: Callable, tmp_path: Path) -> None:
+    run(stage(**SAVING, max_steps=4))
+    for rank, steps in enumerate([(2, 4), (2,)]):
+        for step in steps:
+            name = f"checkpoint-{step}"
+            shutil.copytree(tmp_path / "run" / name, tmp_path / "disks" / str(rank) / "own" / name)
+    arguments = ["stage1", *stage(**SAVING, output_dir="own", max_steps=8)]
+    disks = {"DISKS": str(tmp_path / "disks")}
+    with ranks.start(arguments, environment=disks, before=find_different_checkpoints) as running:
+        assert running.wait() == [2, 2]
+    for rank in range(2):
+        assert "see different newest checkpoints, own/checkpoint-4 and own/checkpoint-2" in running.output(rank)
+
+
+def fail_with_a_best_model() -> None:
+    """A disk that is full for one rank, where transformers lets ranks wait for each other in the middle of saving."""
+    fill_the_disk_of_the_first_rank()
+    save = MiniGPT4Trainer._save_checkpoint
+
+    def with_best(trainer, model, trial) -> None:
+        trainer.state.best_global_step = 2
+        save(trainer, model, trial)
+
+    MiniGPT4Trainer._save_checkpoint = with_best
+
+
 def fill_the_disk_of_the_first_rank() -> None:
     """From the second checkpoint on, the system refuses files of rank 0 that are longer than its log will be."""
     import resource
@@ -166,9 +223,10 @@ def fill_the_disk_of_the_first_rank() -> None:
     MiniGPT4Trainer._save_checkpoint = limited
 
 
-def test_a_disk_that_is_full_for_one_rank_stops_all(stage: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [fill_the_disk_of_the_first_rank, fail_with_a_best_model])
+def test_a_disk_that_is_full_for_one_rank_stops_all(before: Callable, stage: Callable, tmp_path: Path) -> None:
     arguments = ["stage1", *stage(**SAVING, max_steps=40)]
-    with ranks.start(arguments, before=fill_the_disk_of_the_first_rank) as running:
+    with ranks.start(arguments, before=before) as running:
         assert running.wait() == [2, 2]
     assert steps_of(tmp_path / "run") == [2]
     for rank in range(2):

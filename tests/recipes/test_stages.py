@@ -13,10 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationConfig
+from trl import SFTConfig
 
 from modeling_minigpt4 import AutoModelForVision2Seq, MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs
+from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 
 PROJECTION = {"model.language_projection.weight", "model.language_projection.bias"}
@@ -353,3 +355,9 @@ def test_loaded_adapter_is_what_was_trained(run: Callable, stage: Callable, tmp_
     with torch.no_grad():
         trained = trainer.model.eval()(**inputs).logits
         assert torch.equal(model(**inputs).logits, trained)
+
+
+def test_the_trainer_names_the_settings_that_it_takes(compose: Callable, tmp_path: Path) -> None:
+    model, processor = compose()
+    with pytest.raises(RecipeError, match=r"takes `args=StageArguments\(...\)`.* got SFTConfig"):
+        MiniGPT4Trainer(model=model, args=SFTConfig(str(tmp_path), use_cpu=True), processing_class=processor)
