@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +120,23 @@ def test_a_script_of_trl_trains_the_projection_in_float32(method: str, compose, 
     adapter = run(LoraConfig(target_modules=["q_proj", "v_proj"]))
     moved = [tensor for name, tensor in adapter.model.named_parameters() if "lora_B" in name]
     assert moved and all(tensor.abs().sum() > 0 for tensor in moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, indirect=True)
+def test_two_processes_train_as_one_does(method: str, stage: Callable, tmp_path: Path) -> None:
+    options = {"quantization": method, "max_steps": 2, "dataloader_drop_last": True}
+    stage1_pretrain.main(stage("one", **options, per_device_train_batch_size=4))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = stage("two", **options, per_device_train_batch_size=2, ddp_backend="gloo")
+    done = subprocess.run(
+        [*launch, "-m", "recipes_minigpt4.stage1_pretrain", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert left.keys() == right.keys() == PROJECTION
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4)
 
 
 def test_pictures_are_described_on_the_way(stage: Callable, tmp_path: Path) -> None:
