@@ -17,6 +17,7 @@ from modeling_minigpt4.backbones import part_of
 from modeling_minigpt4.modeling_minigpt4 import compose_config
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, find_peft_folder, plain_names
 from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.quantization import quantization_config
 from recipes_minigpt4.training import ModelArguments, StageArguments, _dtype, _resolve, add_adapter
 
 
@@ -174,8 +175,7 @@ class Scheme:
         """
         Bytes of a matrix: `bits / 8` each, and `scale` for every `group` (rounded up).
 
-        Per weight: bnb-int8 1 byte and 4 a row; bnb-nf4 1/2 + 1/64 + 4 / (64 · 256); torchao-int8 1 byte and 4 a row;
-        torchao-int4 1/2 + 4/128.
+        Per weight: bnb-int8 1 byte and 4 a row; bnb-nf4 1/2 + 1/64 + 4 / (64 · 256); torchao-int8 1 byte and 4 a row.
         """
         return sum(self.sizes(weight))
 
@@ -198,16 +198,15 @@ SCHEMES = {
     # Tables of float32: 16 values of a code, 256 of a quantized scale, and the mean of the scales.
     "bnb-nf4": Scheme(bits=4, group=64, scale=1, backward="nothing", scale_group=256, table=1092, conv1d=True),
     "torchao-int8": Scheme(bits=8, group=None, scale=4, backward="weight"),
-    "torchao-int4": Scheme(bits=4, group=128, scale=4, backward="nothing"),
 }
 
 
 def check_quantization(name: str | None, model: MiniGPT4ForConditionalGeneration) -> None:
-    """Raise a `RecipeError` for an unknown quantization, or one of a language model that trains itself."""
+    """Raise a `RecipeError` for a quantization that a run refuses, or one of a language model that trains itself."""
     if name is None:
         return
     if name not in SCHEMES:
-        raise RecipeError(f"There is no quantization {name!r}; use {', '.join(SCHEMES)}, or leave it out.")
+        quantization_config(name, torch.float32)  # which says why
     if any(layer.weight.requires_grad for layer in quantizable_layers(model, name)):
         raise RecipeError("A quantized language model cannot train; leave out --quantization or its train_parts.")
 

@@ -547,14 +547,10 @@ def test_what_zero_shares_and_buffers_follows_its_file(
 # ---- quantization ---------------------------------------------------------------------------------------------------
 
 
-def test_a_quantization_makes_weights_smaller(case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantization_makes_weights_smaller(case: Callable) -> None:
     _, arguments = case("stage 1", "tiny", use_cpu=False)
     plain = make_plan([*arguments, "--stage", "1"])
-    if "quantization" in ModelArguments.__dataclass_fields__:
-        arguments = [*arguments, "--quantization", "bnb-nf4"]
-    else:
-        monkeypatch.setattr(ModelArguments, "quantization", "bnb-nf4", raising=False)
-    small = make_plan([*arguments, "--stage", "1"])
+    small = make_plan([*arguments, "--stage", "1", "--quantization", "bnb-nf4"])
     assert told(small, "weights") < told(plain, "weights")
     assert {part.name for part in small.parts if part.dtype == "bnb-nf4"} == {"language model"}
 
@@ -710,6 +706,8 @@ def test_other_files_of_accelerate_are_refused(content: str, told: str, stage: C
 def test_an_unknown_quantization_is_told() -> None:
     model = MiniGPT4ForConditionalGeneration._skeleton(build_config(SIZES["tiny"]))
     model.freeze_backbones()
+    with pytest.raises(RecipeError, match="Nothing trains through torchao-int4"):
+        check_quantization("torchao-int4", model)
     with pytest.raises(RecipeError, match="There is no quantization 'int3'; use bnb-int8"):
         check_quantization("int3", model)
     model.freeze_backbones(train=["language_model"])
