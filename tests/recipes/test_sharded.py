@@ -5,7 +5,9 @@ torch shards on CPUs too; accelerate 1.15 hands models to FSDP on accelerators o
 that is all that `shard_on_cpus` changes.
 """
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,3 +269,30 @@ def test_two_gpus_share_the_weights(train_sharded: Callable, stage: Callable, tm
     whole = stage(output="whole", per_device_train_batch_size=4, **SETTINGS, **fields)
     assert cli.main(["stage1", *whole]) == 0
     assert largest_deviation(tmp_path / "whole", sharded) <= 1e-5
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def shard_on_cpus_and_fill_the_disk() -> None:
+    """The same, and from the second checkpoint on the adapter cannot be written, between gathering and optimizer."""
+    shard_on_cpus()
+    save = MiniGPT4Trainer._save
+
+    def _save(self: MiniGPT4Trainer, *args: object, **kwargs: object) -> None:
+        if self.state.global_step > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, *args, **kwargs)
+
+    MiniGPT4Trainer._save = _save
+
+
+def test_a_full_disk_is_told_by_both_ranks(train_sharded: Callable) -> None:
+    """Only one writes, and the other would wait for it in the middle of saving."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    folder, ranks = train_sharded(before=shard_on_cpus_and_fill_the_disk, code=2, **saving)
+    for rank in range(2):
+        said = ranks.output(rank).splitlines()[-1]
+        assert "checkpoint-4 could not be written ([Errno 28] No space left on device); make room" in said
+        assert f"go on from {folder / 'checkpoint-2'} with --resume_from_checkpoint latest" in said
+    assert not (folder / "_unfinished").exists()
