@@ -77,6 +77,8 @@ class CheckpointingMixin:
 
     def _find_end(self, checkpoint: str) -> TrainOutput | None:
         """Take up a checkpoint of the last step, behind which transformers would take one more."""
+        if not Path(checkpoint, STATE).is_file():
+            return None  # of which transformers says what is wrong
         state = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
         same_length = state.num_train_epochs == self.args.num_train_epochs
         last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps if same_length else None

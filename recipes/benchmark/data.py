@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from recipes_minigpt4.batches import StageCollator
@@ -144,10 +144,10 @@ def stream(folder: Path, args: argparse.Namespace, cores: list[int]) -> float:
     settings = DataArguments(dataset_name=[str(folder)])
     rows = stage1_rows(load_pairs(settings, stage=1, seed=args.seed), processor, settings)
     plain = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-    loader: DataLoader[Any] = DataLoader(
+    loader = StatefulDataLoader(  # as the trainer makes it for streams
         rows,
         batch_size=args.batch_size,
-        collate_fn=StageCollator.like(plain),  # as the trainer makes it
+        collate_fn=StageCollator.like(plain),
         num_workers=1,
         worker_init_fn=partial(start_worker, cores),
     )
