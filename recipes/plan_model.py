@@ -18,7 +18,7 @@ from modeling_minigpt4.modeling_minigpt4 import compose_config
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, find_peft_folder, plain_names
 from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.quantization import quantization_config
-from recipes_minigpt4.training import ModelArguments, StageArguments, _dtype, _resolve, add_adapter
+from recipes_minigpt4.training import NO_MODEL, ModelArguments, StageArguments, _dtype, _resolve, add_adapter
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -43,10 +43,7 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
                 parts["vision"], parts["language_model"], parts.get("qformer"), hub_options={}, **layers
             )
         else:
-            raise RecipeError(
-                "No model: name --vision, --language_model and perhaps --qformer, or an adapter with "
-                "--model_name_or_path."
-            )
+            raise RecipeError(NO_MODEL)
         model = MiniGPT4ForConditionalGeneration._skeleton(config)
         if args.attn_implementation is not None:
             model.set_attn_implementation(_stand_in(args.attn_implementation))

@@ -249,6 +249,9 @@ def find_config(name: str) -> Path:
     )
 
 
+NO_MODEL = "No model: name --vision, --language_model and perhaps --qformer, or an adapter with --model_name_or_path."
+
+
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
@@ -289,10 +292,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
                 language_model=parts["language_model"], vision=parts["vision"], config=model.config, **template
             )
         else:
-            raise RecipeError(
-                "No model: name --vision, --language_model and perhaps --qformer, or an adapter with "
-                "--model_name_or_path."
-            )
+            raise RecipeError(NO_MODEL)
         model.check_language_model_is_elsewhere()
         model.freeze_backbones(train=args.train_parts)
         if args.peft_config:
