@@ -408,3 +408,12 @@ def test_a_server_that_goes_away_ends_the_run(
     assert cli.main(["stage1", *stage("other", **fields)]) == 2
     assert "0.tar cannot be read" in capsys.readouterr().err.splitlines()[-1]
     assert what_is_missing(tmp_path / "run" / f"checkpoint-{first}") is None
+
+
+def test_training_by_hand_looks_at_the_end_too(stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer steps than are logged, and nothing saved by the recipes."""
+    trainer = stage1_pretrain.main(stage(logging_steps=100))
+    trainer.args.max_steps, trainer.lr_scheduler = 3, None
+    poison(monkeypatch, {2})
+    with pytest.raises(RecipeError, match="not finite"):
+        trainer.train()
