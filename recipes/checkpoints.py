@@ -87,6 +87,7 @@ def together(trainer: Any, final: Path | None) -> Iterator[None]:
     if not (reasons := [each for each in gather_object([reason]) if each]):
         return
     if trainer.args.local_process_index == 0:
+        restore_former(final.parent)
         shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
     raise NotWrittenError(
         f"{final} could not be written ({reasons[0]}); make room or mend what is in the way, then "

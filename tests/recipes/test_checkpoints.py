@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from recipes_minigpt4 import cli, stage1_pretrain
+from recipes_minigpt4 import RecipeError, cli, stage1_pretrain
 from recipes_minigpt4.checkpoints import UNFINISHED, latest_checkpoint, what_is_missing, write_whole
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 
@@ -94,6 +94,24 @@ def test_a_checkpoint_is_whole_or_not_there_at_every_moment(again: bool, alone: 
         if ended:
             break
     assert ended > 10  # so many moments were tried
+
+
+def test_an_error_while_a_checkpoint_is_replaced_leaves_the_former(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_step(tmp_path, 4)
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if source.name == "checkpoint-4" and source.parent.name == UNFINISHED:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(RecipeError, match=r"could not be written .* go on from .*checkpoint-4 with"):
+        write_step(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert what_is_missing(tmp_path / "checkpoint-4") is None
 
 
 @pytest.mark.parametrize(
