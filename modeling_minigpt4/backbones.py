@@ -15,21 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .compat_minigpt4 import DEFAULT_DTYPE
 from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
 from .quantization_minigpt4 import stored_quantization
 
 
 logger = logging.get_logger(__name__)
-
-# What `from_pretrained` takes if it is told nothing. The one version switch of this file; it can go with 4.57.
-DEFAULT_DTYPE = "float32" if transformers.__version__.startswith("4.") else "auto"
 
 # Parts that can come from a repository of their own, and where their tensors are in MiniGPT4ForConditionalGeneration.
 PARTS: dict[str, tuple[str, ...]] = {

@@ -1,14 +1,20 @@
 """What generation needs beside the model: the separator of replies, and words where pictures are no words."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
+from .compat_minigpt4 import CACHE, IS_TRANSFORMERS_4
 from .configuration_minigpt4 import MiniGPT4Config
+
+
+# Inputs that only a model with eyes takes.
+PICTURES = ("pixel_values", "vision_features")
 
 
 class GrowingLayer(DynamicLayer):
@@ -196,7 +202,171 @@ def compose_generation_config(
     return generation_config
 
 
+class _TextFirst:
+    """A model as it is, but for the name of its main input."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class MiniGPT4GenerationMixin(GenerationMixin):
+    """
+    What `generate` does beside transformers': pictures get places, replies end at the template's separator.
+
+    Everything that belongs to one call is in its arguments and in its own copy of the generation config, so that
+    several threads can share a model.
+    """
+
+    # What the class that this is mixed into brings.
+    config: MiniGPT4Config
+    model: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Let a cache that generation makes for itself grow in place."""
+        given = model_kwargs.get(CACHE)
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None:
+            with_growing_layers(model_kwargs.get(CACHE))
+        return result
+
+    def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
+        """Note how long the prompt is, on the copy of the generation config that belongs to this call."""
+        generation_config._prompt_length = kwargs["input_ids_length"]
+        return super()._prepare_generated_length(generation_config=generation_config, **kwargs)
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """Add the template's separator, which the checkpoint's generation config spells in token ids."""
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        # A config that the caller made has no such field, unless to switch it off with `separator=""`.
+        source = generation_config if hasattr(generation_config, "separator") else self.generation_config
+        if separator := getattr(source, "separator", None):
+            pieces = {int(token): text for token, text in source.separator_pieces.items()}
+            criteria.append(SeparatorCriteria(separator, pieces, getattr(generation_config, "_prompt_length", 0)))
+        return criteria
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """Keep image placeholders from penalties, and the whole prompt where `penalize_prompt` is False."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        source = generation_config if hasattr(generation_config, "penalize_prompt") else self.generation_config
+        if not getattr(source, "penalize_prompt", True):
+            penalize_replies_only(processors, getattr(generation_config, "_prompt_length", 0))
+        return WordProcessors(processors, self.config.image_token_id)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """An assistant that knows text only gets the prompt without pictures."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is None or "pixel_values" in inspect.signature(assistant.forward).parameters:
+            return super()._get_candidate_generator(*args, **kwargs)
+        kwargs["input_ids"] = kwargs["input_ids"].masked_fill(kwargs["input_ids"] == self.config.image_token_id, 0)
+        kwargs["model_kwargs"] = {
+            name: value for name, value in kwargs["model_kwargs"].items() if name not in PICTURES
+        }
+        return TextCandidates(super()._get_candidate_generator(*args, **kwargs), self.config)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Write replies; see [`~transformers.GenerationMixin.generate`].
+
+        Each row ends at EOS or at the separator of the chat template (`generation_config.separator`, `###` for the
+        original), which is kept; the processor's post-processing takes it off. Where no text has a place for a
+        picture, or there is no text at all, one picture per row goes in front, behind BOS: the format of stage 1.
+
+        `generation_config.penalize_prompt = False` lets `repetition_penalty` count words of the reply alone, as in the
+        original; otherwise it counts those of the prompt too, as in transformers.
+        """
+        if inputs is not None and inputs.is_floating_point():  # as the image-to-text pipeline of 4.57 gives them
+            inputs, kwargs["pixel_values"] = None, inputs
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        pictures = kwargs.get("pixel_values", kwargs.get("vision_features"))
+        if pictures is not None and kwargs.get("inputs_embeds") is None:
+            input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
+        return super().generate(input_ids, *args, **kwargs)
+
+    def estimate_tokens(self, input_dict: dict[str, Any]) -> int:
+        """Tokens of a batch, for the Trainer's count of operations: text and placeholders, not pixels."""
+        ids = input_dict.get("input_ids")
+        return 0 if ids is None else int(ids.numel())
+
+    if IS_TRANSFORMERS_4:
+        main_input_name = "pixel_values"  # what pipeline("image-to-text"), gone from 5.x, hands to `generate` first
+
+        def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+            """Generation is about text, whatever `main_input_name` tells that pipeline."""
+            return GenerationMixin._prepare_model_inputs(_TextFirst(self), *args, **kwargs)
+
+    def _make_places(
+        self, input_ids: torch.Tensor | None, pictures: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Put image placeholders behind BOS where `input_ids` have none and there is one picture per row."""
+        bos = (kwargs.get("generation_config") or self.generation_config).bos_token_id
+        if input_ids is None:
+            start = [[] if bos is None else [bos]] * len(pictures)
+            input_ids = torch.tensor(start, dtype=torch.long, device=pictures.device)
+        image_token = self.config.image_token_id
+        if len(pictures) != len(input_ids) or bool((input_ids == image_token).any()):
+            return input_ids, kwargs
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        width = pictures.shape[1] if kwargs.get("pixel_values") is None else self.config.num_image_tokens
+        rows, masks = [], []
+        for ids, real in zip(input_ids.long(), mask.long(), strict=True):
+            first = int(real.argmax()) if len(real) else 0
+            first += int(first < len(ids) and bos is not None and int(ids[first]) == bos)
+            rows.append(torch.cat([ids[:first], ids.new_full((width,), image_token), ids[first:]]))
+            masks.append(torch.cat([real[:first], real.new_ones(width), real[first:]]))
+        return torch.stack(rows), {**kwargs, "attention_mask": torch.stack(masks)}
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,  # named, because `generate` looks for it in this signature
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Give pictures to the steps whose slice of `input_ids` has places for them: the first, or all if uncached."""
+        kwargs["inputs_embeds"] = inputs_embeds
+        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        ids = model_inputs.get("input_ids")
+        if ids is not None and bool((ids == self.config.image_token_id).any()):
+            model_inputs.update(pixel_values=pixel_values, vision_features=vision_features)
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeat rows for beams; pictures are encoded once and repeated with their row, however many it has."""
+        pixels, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("vision_features", None)
+        if expand_size > 1 and input_ids is not None and (pixels is not None or features is not None):
+            if features is None:
+                features = self.model.encode_images(pixels).last_hidden_state
+            places = (input_ids == self.config.image_token_id).sum(-1)
+            per_row = (places // features.shape[1]).tolist()
+            if sum(per_row) == features.shape[0]:  # otherwise the first forward says what is wrong
+                rows = features.split(per_row)
+                features = torch.cat([row for row in rows for _ in range(expand_size)])
+            pixels = None
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        given = {"pixel_values": pixels, "vision_features": features}
+        return input_ids, {**model_kwargs, **{name: value for name, value in given.items() if value is not None}}
+
+
 __all__ = [
+    "MiniGPT4GenerationMixin",
     "SeparatorCriteria",
     "TextCandidates",
     "WordProcessors",

@@ -8,26 +8,36 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Blip2QFormerModel,
     Blip2VisionConfig,
-    GenerationConfig,
-    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import can_return_tuple, logging
 
 from .backbones import HUB_OPTIONS, PARTS, BackbonesMixin, load_backbone_config, normalize_source, part_of
+from .compat_minigpt4 import (
+    CACHE,
+    CACHE_NAMES,
+    GATHER_LOGITS,
+    IS_TRANSFORMERS_4,
+    argument_names,
+    one_cache,
+    tied_weights_keys,
+)
 from .configuration_minigpt4 import (
     MiniGPT4Config,
     build_vision_model,
@@ -35,28 +45,14 @@ from .configuration_minigpt4 import (
     vision_image_size,
     vision_output_tokens,
 )
-from .generation_minigpt4 import (
-    SeparatorCriteria,
-    TextCandidates,
-    WordProcessors,
-    compose_generation_config,
-    penalize_replies_only,
-    with_growing_layers,
-)
+from .generation_minigpt4 import MiniGPT4GenerationMixin, compose_generation_config
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
-from .last_layer_minigpt4 import LastLayer
 from .peft_minigpt4 import set_adapter_mode, trains_itself
 from .quantization_minigpt4 import QuantizationMixin
 from .whole_minigpt4 import WholeMixin
 
 
 logger = logging.get_logger(__name__)
-
-# The one version switch of this file; it can go when transformers 4.57 is no longer supported.
-IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-
-# Inputs that only a model with eyes takes.
-PICTURES = ("pixel_values", "vision_features")
 
 
 @dataclass
@@ -73,19 +69,15 @@ class MiniGPT4ModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MiniGPT4CausalLMOutputWithPast(ModelOutput):
+class MiniGPT4CausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     Output of [`MiniGPT4ForConditionalGeneration`].
 
+    `loss` is the mean cross-entropy over the labelled positions; `logits` of shape `(batch_size, sequence_length,
+    vocab_size)` are scores of the language model's own vocabulary, of which image tokens are no part; the cache,
+    `hidden_states` and `attentions` are those of the language model.
+
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Mean cross-entropy over the labelled positions.
-        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Scores of the language model's own vocabulary; image tokens are no part of it.
-        past_key_values (`Cache`, *optional*):
-            Keys and values of the language model.
-        hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*):
-            Those of the language model, if asked for.
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
             Image tokens as the language model receives them, behind the projection.
         log_probs (`torch.FloatTensor` of shape `(num_answers,)`, *optional*):
@@ -96,11 +88,6 @@ class MiniGPT4CausalLMOutputWithPast(ModelOutput):
             1 where an answer is the most likely token, 0 elsewhere.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
@@ -142,15 +129,6 @@ def build_projection(config: MiniGPT4Config) -> nn.Module:
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
-def _last_positions(rows: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    """The last so many places of every row, as places in the flattened rows; None if that is all of them."""
-    if rows is None or not 0 < count < rows.shape[1]:
-        return None
-    number, length = rows.shape[:2]
-    starts = torch.arange(number, device=rows.device)[:, None] * length
-    return (starts + torch.arange(length - count, length, device=rows.device)).flatten()
-
-
 def _mismatch(places: int, tokens: int, image_token_id: int) -> str:
     return (
         f"Image features and image tokens do not match, tokens: {places}, features: {tokens}; `input_ids` need "
@@ -181,7 +159,7 @@ class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, QuantizationMixin, Pre
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = ["language_projection"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -364,7 +342,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             self.query_tokens = nn.Parameter(torch.zeros(shape))
         self.language_projection = build_projection(config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
-        self.language_model_arguments = set(inspect.signature(self.language_model.forward).parameters)
+        self.language_model_arguments, self.cache_name = argument_names(self.language_model.forward)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -493,11 +471,12 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -512,6 +491,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 All pictures of the batch, in the order of their places.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for tokens, 0 for padding, on either side.
+            cache, past_key_values (`Cache`, *optional*):
+                Keys and values of what came before, under its name of either release.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings instead of `input_ids`, with image tokens already in them.
             vision_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, channels)`, *optional*):
@@ -540,7 +521,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         options = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self.cache_name: one_cache(cache, past_key_values),
             "use_cache": use_cache,
             "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
             "output_hidden_states": (
@@ -553,10 +534,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         outputs = self.language_model(inputs_embeds=inputs_embeds, **{**options, "return_dict": True})
         return MiniGPT4ModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_tokens,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _embed(
@@ -593,7 +574,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         return positions.clamp(min=0)[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device)
 
 
-class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
+class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, MiniGPT4GenerationMixin):
     r"""
     MiniGPT-4: answers in text about pictures and text (arXiv 2304.10592).
 
@@ -607,10 +588,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     """
 
     # Tensor parallelism: every device scores a share of the vocabulary, and the shares are put together.
-    _tp_plan = {"lm_head": "colwise_rep" if IS_TRANSFORMERS_4 else "colwise_gather_output"}
-
-    if IS_TRANSFORMERS_4:
-        main_input_name = "pixel_values"  # what pipeline("image-to-text"), gone from 5.x, hands to `generate` first
+    _tp_plan = {"lm_head": GATHER_LOGITS}
 
     def __init__(self, config: MiniGPT4Config) -> None:
         super().__init__(config)
@@ -622,9 +600,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         self.lm_head = causal_lm.get_output_embeddings()
         embeddings = self.get_input_embeddings()
         source = next(name for name, module in self.named_modules() if module is embeddings) + ".weight"
-        self._tied_weights_keys: Any = ["lm_head.weight"] if IS_TRANSFORMERS_4 else {"lm_head.weight": source}
+        self._tied_weights_keys: Any = tied_weights_keys(source)
         self.register_forward_pre_hook(mask_image_labels, with_kwargs=True)
-        self.last_layer = LastLayer(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -671,7 +648,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
@@ -680,6 +657,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         answer_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MiniGPT4CausalLMOutputWithPast:
         """
@@ -700,25 +678,20 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         """
         if (answers is None) != (answer_positions is None) or (answers is not None and labels is not None):
             raise ValueError("Give `answers` and `answer_positions` together, and without `labels`.")
-        rows = input_ids if inputs_embeds is None else inputs_embeds
-        read = answer_positions
-        if labels is None and answers is None and isinstance(logits_to_keep, int) and not torch.is_grad_enabled():
-            read = _last_positions(rows, logits_to_keep)
-        if self._tells_more(kwargs):  # than what is scored
-            read = None
-        with self.last_layer.only_at(read):
-            outputs = self.model(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                vision_features=vision_features,
-                image_positions=image_positions,
-                use_cache=use_cache,
-                **{**kwargs, "return_dict": True},
-            )
+        if answers is not None and not self._tells_more(kwargs):
+            kwargs["answer_positions"] = answer_positions  # for whoever leaves out what nobody reads of the last layer
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=one_cache(cache, past_key_values),
+            inputs_embeds=inputs_embeds,
+            vision_features=vision_features,
+            image_positions=image_positions,
+            use_cache=use_cache,
+            **{**kwargs, "return_dict": True},
+        )
         if answers is not None and answer_positions is not None:
             flat = outputs.last_hidden_state.flatten(0, 1)
             before = flat.index_select(0, answer_positions.to(flat.device))
@@ -736,153 +709,16 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         return MiniGPT4CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _tells_more(self, options: dict[str, Any]) -> bool:
         """Whether hidden states or attentions of all positions are asked for."""
         names = ("output_hidden_states", "output_attentions")
         return any(options.get(name) or getattr(self.config, name) for name in names)
-
-    # ---- generation -----------------------------------------------------------------------------------------------
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Let a cache that generation makes for itself grow in place."""
-        given = model_kwargs.get("past_key_values")
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None:
-            with_growing_layers(model_kwargs.get("past_key_values"))
-        return result
-
-    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        """Add the template's separator, which the checkpoint's generation config spells in token ids."""
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        # A config that the caller made has no such field, unless to switch it off with `separator=""`.
-        source = generation_config if hasattr(generation_config, "separator") else self.generation_config
-        if separator := getattr(source, "separator", None):
-            pieces = {int(token): text for token, text in source.separator_pieces.items()}
-            criteria.append(SeparatorCriteria(separator, pieces, self._prompt_length))
-        return criteria
-
-    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        """Keep image placeholders from penalties, and the whole prompt where `penalize_prompt` is False."""
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        source = generation_config if hasattr(generation_config, "penalize_prompt") else self.generation_config
-        if not getattr(source, "penalize_prompt", True):
-            penalize_replies_only(processors, self._prompt_length)
-        return WordProcessors(processors, self.config.image_token_id)
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """An assistant that knows text only gets the prompt without pictures."""
-        assistant = kwargs.get("assistant_model")
-        if assistant is None or "pixel_values" in inspect.signature(assistant.forward).parameters:
-            return super()._get_candidate_generator(*args, **kwargs)
-        kwargs["input_ids"] = kwargs["input_ids"].masked_fill(kwargs["input_ids"] == self.config.image_token_id, 0)
-        kwargs["model_kwargs"] = {
-            name: value for name, value in kwargs["model_kwargs"].items() if name not in PICTURES
-        }
-        return TextCandidates(super()._get_candidate_generator(*args, **kwargs), self.config)
-
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        Write replies; see [`~transformers.GenerationMixin.generate`].
-
-        Each row ends at EOS or at the separator of the chat template (`generation_config.separator`, `###` for the
-        original), which is kept; the processor's post-processing takes it off. Where no text has a place for a
-        picture, or there is no text at all, one picture per row goes in front, behind BOS: the format of stage 1.
-
-        `generation_config.penalize_prompt = False` lets `repetition_penalty` count words of the reply alone, as in the
-        original; otherwise it counts those of the prompt too, as in transformers.
-        """
-        if inputs is not None and inputs.is_floating_point():  # as the image-to-text pipeline of 4.57 gives them
-            inputs, kwargs["pixel_values"] = None, inputs
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        pictures = kwargs.get("pixel_values", kwargs.get("vision_features"))
-        if pictures is not None and kwargs.get("inputs_embeds") is None:
-            input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
-        self._prompt_length = 0 if input_ids is None else input_ids.shape[1]
-        return super().generate(input_ids, *args, **kwargs)
-
-    def estimate_tokens(self, input_dict: dict[str, Any]) -> int:
-        """Tokens of a batch, for the Trainer's count of operations: text and placeholders, not pixels."""
-        ids = input_dict.get("input_ids")
-        return 0 if ids is None else int(ids.numel())
-
-    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Generation is about text, whatever `main_input_name` tells the image-to-text pipeline."""
-        self.main_input_name = "input_ids"
-        try:
-            return super()._prepare_model_inputs(*args, **kwargs)
-        finally:
-            del self.main_input_name
-
-    def _make_places(
-        self, input_ids: torch.Tensor | None, pictures: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Put image placeholders behind BOS where `input_ids` have none and there is one picture per row."""
-        bos = (kwargs.get("generation_config") or self.generation_config).bos_token_id
-        if input_ids is None:
-            start = [[] if bos is None else [bos]] * len(pictures)
-            input_ids = torch.tensor(start, dtype=torch.long, device=pictures.device)
-        image_token = self.config.image_token_id
-        if len(pictures) != len(input_ids) or bool((input_ids == image_token).any()):
-            return input_ids, kwargs
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        width = pictures.shape[1] if kwargs.get("pixel_values") is None else self.config.num_image_tokens
-        rows, masks = [], []
-        for ids, real in zip(input_ids.long(), mask.long(), strict=True):
-            first = int(real.argmax()) if len(real) else 0
-            first += int(first < len(ids) and bos is not None and int(ids[first]) == bos)
-            rows.append(torch.cat([ids[:first], ids.new_full((width,), image_token), ids[first:]]))
-            masks.append(torch.cat([real[:first], real.new_ones(width), real[first:]]))
-        return torch.stack(rows), {**kwargs, "attention_mask": torch.stack(masks)}
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        *args: Any,
-        inputs_embeds: torch.Tensor | None = None,  # named, because `generate` looks for it in this signature
-        pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Give pictures to the steps whose slice of `input_ids` has places for them: the first, or all if uncached."""
-        kwargs["inputs_embeds"] = inputs_embeds
-        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        ids = model_inputs.get("input_ids")
-        if ids is not None and bool((ids == self.config.image_token_id).any()):
-            model_inputs.update(pixel_values=pixel_values, vision_features=vision_features)
-        return model_inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Repeat rows for beams; pictures are encoded once and repeated with their row, however many it has."""
-        pixels, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("vision_features", None)
-        if expand_size > 1 and input_ids is not None and (pixels is not None or features is not None):
-            if features is None:
-                features = self.model.encode_images(pixels).last_hidden_state
-            places = (input_ids == self.config.image_token_id).sum(-1)
-            per_row = (places // features.shape[1]).tolist()
-            if sum(per_row) == features.shape[0]:  # otherwise the first forward says what is wrong
-                rows = features.split(per_row)
-                features = torch.cat([row for row in rows for _ in range(expand_size)])
-            pixels = None
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        given = {"pixel_values": pixels, "vision_features": features}
-        return input_ids, {**model_kwargs, **{name: value for name, value in given.items() if value is not None}}
 
     # ---- composition ----------------------------------------------------------------------------------------------
 

@@ -14,17 +14,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
+from .compat_minigpt4 import IS_TRANSFORMERS_4
+
 
 logger = logging.get_logger(__name__)
-
-# The one version switch of this file; it can go when transformers 4.57 is no longer supported.
-IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 # Fields in which quantization configs name what stays as it is: bitsandbytes', torchao's and most others', HQQ's.
 SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
@@ -171,8 +169,6 @@ class QuantizationMixin:
             if hasattr(layer, PACKING):
                 setattr(layer, PACKING, False)
         self._keep_from_ddp()
-        if (last_layer := getattr(self, "last_layer", None)) is not None:
-            last_layer.attach(decoder)  # bitsandbytes puts layers of its own in the place of others
 
     @property
     def is_language_model_quantized(self) -> bool:

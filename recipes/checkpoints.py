@@ -18,7 +18,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_minigpt4.modeling_minigpt4 import IS_TRANSFORMERS_4
+from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from recipes_minigpt4 import RecipeError, one_line
 
 

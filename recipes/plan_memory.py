@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import one_line
 from recipes_minigpt4.batches import to_pixels
+from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.scoring import rows_are_not_packed, without_last_column
 
 
@@ -232,7 +233,7 @@ def trace_step(
         watch.most = Counter(watch.now)
         _prepare_model(model, step)
         try:
-            with watch.counting(ACTIVATIONS), rows_are_not_packed():
+            with watch.counting(ACTIVATIONS), rows_are_not_packed(), LastLayer(model.language_model):
                 for batch in batches[:2]:  # gradients are there from the second on; the others are like it
                     _forward_and_backward(model, batch, step, watch)
         except Exception as error:  # whatever operations say that need values, such as the routers of some experts
@@ -315,12 +316,11 @@ def _forward_and_backward(
     model: MiniGPT4ForConditionalGeneration, batch: Mapping[str, torch.Tensor], step: Step, watch: StorageWatch
 ) -> None:
     """A batch as `MiniGPT4Trainer.training_step` takes it: what is named here lives as long as there."""
-    with model.last_layer.held():
-        loss = _loss(model, batch, step, watch)
-        # What `loss.backward()` comes to; modes see that call, and are off in what it does.
-        Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
-            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+    loss = _loss(model, batch, step, watch)
+    # What `loss.backward()` comes to; modes see that call, and are off in what it does.
+    Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _loss(

@@ -4,8 +4,11 @@ A row is scored at its answer only. Pads behind an answer tell it nothing, nor d
 decoder's attention is causal.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, masking_utils
@@ -16,23 +19,36 @@ def without_last_column(positions: torch.Tensor, length: int) -> torch.Tensor:
     return positions - positions // length
 
 
+_UNPACKED: ContextVar[bool] = ContextVar("unpacked", default=False)  # of this thread
+_LOCK = threading.Lock()
+_asked: Any = None  # transformers' own
+_inside = 0  # how many threads are in `rows_are_not_packed`
+
+
 @contextmanager
 def rows_are_not_packed() -> Iterator[None]:
     """
     Keep transformers from asking the device, in every forward, whether rows hold several sequences; ours never do.
 
-    It looks at the positions for that, and waits for the answer (4.57 to 5.23, `masking_utils`).
+    It looks at the positions for that, and waits for the answer (4.57 to 5.24, `masking_utils`). There is no switch,
+    so the function is replaced meanwhile, by one that other threads do not notice.
     """
+    global _inside, _asked
     name = "find_packed_sequence_indices"
-    asked = getattr(masking_utils, name, None)
-    if asked is None:
-        yield
-        return
-    setattr(masking_utils, name, lambda position_ids: None)
+    with _LOCK:
+        if _inside == 0 and (_asked := getattr(masking_utils, name, None)) is not None:
+            asked = _asked
+            setattr(masking_utils, name, lambda positions: None if _UNPACKED.get() else asked(positions))
+        _inside += 1
+    token = _UNPACKED.set(True)
     try:
         yield
     finally:
-        setattr(masking_utils, name, asked)
+        _UNPACKED.reset(token)
+        with _LOCK:
+            _inside -= 1
+            if _inside == 0 and _asked is not None:
+                setattr(masking_utils, name, _asked)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.faults import STOP, FiniteSteps, FiniteStepsCallback
 from recipes_minigpt4.features import train_from_features
+from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.resuming import ProcessState, StreamEpochCallback
 from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
 from recipes_minigpt4.skipped import ENOUGH, SampleCounts
@@ -205,12 +206,15 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
             and not (sharded or other_loss or self.aux_loss_enabled)
         )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see [`CheckpointingMixin.train`]. What only training needs is on the model until it ends."""
+        with LastLayer(self.model.language_model):
+            return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         images = inputs.get("pixel_values", inputs.get("vision_features"))
         self._images += 0 if images is None else len(images)
-        with self.model.last_layer.held():
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        return self.finite_steps.watch(loss)
+        return self.finite_steps.watch(super().training_step(model, inputs, *args, **kwargs))
 
     def leave_out(self, seconds: float) -> None:
         """Do not count time that was no training in images per second."""

@@ -14,7 +14,7 @@ from transformers import set_seed
 from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from modeling_minigpt4.modeling_minigpt4 import IS_TRANSFORMERS_4
+from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.configs import shipped_configs

@@ -1,0 +1,58 @@
+"""What differs between the releases of transformers that this package runs on; no other file asks for a version."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+# It can go when 4.57 is no longer supported.
+IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
+# What `from_pretrained` takes if it is told no dtype.
+DEFAULT_DTYPE = "float32" if IS_TRANSFORMERS_4 else "auto"
+
+# What the cache of keys and values is called in outputs and in `generate`: `cache` since 5.24.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+CACHE_NAMES = ("cache", "past_key_values")
+
+# How the devices of tensor parallelism put their shares of the logits together.
+GATHER_LOGITS = "colwise_rep" if IS_TRANSFORMERS_4 else "colwise_gather_output"
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """
+    The cache under either of its names.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Give the cache once: `cache` and `past_key_values` are two names of one argument.")
+    return past_key_values if cache is None else cache
+
+
+def argument_names(forward: Callable[..., Any]) -> tuple[frozenset[str], str]:
+    """The arguments that a decoder's forward names, and what it calls the cache; code of others may be older."""
+    names = frozenset(inspect.signature(forward).parameters)
+    return names, next((name for name in (CACHE, *CACHE_NAMES) if name in names), CACHE)
+
+
+def tied_weights_keys(source: str) -> Any:
+    """`_tied_weights_keys` of a model whose LM head is `source`, if its configuration ties them."""
+    return ["lm_head.weight"] if IS_TRANSFORMERS_4 else {"lm_head.weight": source}
+
+
+__all__ = [
+    "CACHE",
+    "CACHE_NAMES",
+    "DEFAULT_DTYPE",
+    "GATHER_LOGITS",
+    "IS_TRANSFORMERS_4",
+    "argument_names",
+    "one_cache",
+    "tied_weights_keys",
+]
