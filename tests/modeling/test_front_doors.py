@@ -32,7 +32,7 @@ MODEL_CODE = {
     "backbones.py",
     "generation_minigpt4.py",
     "heads_minigpt4.py",
-    "last_layer_minigpt4.py",
+    "compat_minigpt4.py",
     "peft_minigpt4.py",
     "quantization_minigpt4.py",
 }

@@ -32,6 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4Processor, quantization_minigpt4
 from modeling_minigpt4.quantization_minigpt4 import is_exact, number_of_values
+from recipes_minigpt4.last_layer import LastLayer
 
 
 METHODS = ("torchao-int8", "torchao-int4", "bnb-int8", "bnb-nf4")
@@ -249,7 +250,7 @@ def gradient(model, inputs: dict, attention: str, checkpointing: bool) -> torch.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     answers, before = torch.tensor([9, 10, 11]), torch.tensor([6, 7, 14])
-    with model.last_layer.held():
+    with LastLayer(model.language_model):
         outputs = model(**inputs, answers=answers, answer_positions=before, use_cache=False)
         outputs.log_probs.sum().backward()
     found = model.model.language_projection.weight.grad.clone()
@@ -287,15 +288,15 @@ def test_replies_on_the_way_leave_gradients_as_they_are(method: str, adapter, ma
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_last_layer_leaves_the_same_out(method: str, adapter, make_inputs) -> None:
-    model = load(adapter, method)
-    layer = model.get_decoder().layers[-1]
-    assert model.last_layer.parts == [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp]
-    seen = []
-    for part in model.last_layer.parts:  # behind the hooks that leave positions out
-        part.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
-    with torch.no_grad():
-        model(**make_inputs(model, ROWS), logits_to_keep=1)
-    assert seen == [len(ROWS)] * 3
+    model, seen = load(adapter, method), []
+    inputs, places = make_inputs(model, ROWS), torch.tensor([6, 14])
+    with LastLayer(model.language_model) as last_layer, torch.no_grad():
+        layer = model.get_decoder().layers[-1]
+        assert last_layer.parts == [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp]
+        for part in last_layer.parts:  # behind the hooks that leave positions out
+            part.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+        model(**inputs, answers=torch.tensor([9, 10]), answer_positions=places)
+    assert seen == [len(places)] * 3
 
 
 def test_kernels_for_inference_only_are_no_way_to_train(adapter, make_inputs) -> None:

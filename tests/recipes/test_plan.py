@@ -26,6 +26,7 @@ from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_processor
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.plan import Plan, PlannedStage1, make_plan, tell_stage
 from recipes_minigpt4.plan_data import Source, longest_row, measure_sources, plan_schedule
 from recipes_minigpt4.plan_memory import AutocastOfGPU, Step, trace_step
@@ -476,7 +477,7 @@ def peak_of_a_step(model: MiniGPT4ForConditionalGeneration, dtype: torch.dtype |
     answers = torch.zeros_like(before)
 
     def step() -> None:
-        with model.last_layer.held(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with LastLayer(model.language_model), torch.autocast("cpu", dtype, enabled=dtype is not None):
             outputs = model(
                 input_ids=ids, pixel_values=pixels, image_positions=places, answers=answers, answer_positions=before
             )

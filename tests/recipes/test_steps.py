@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from recipes_minigpt4.batches import BytePictures, StageCollator
 from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.rows import Rows, stage1_rows, stage2_rows
 from recipes_minigpt4.scoring import looks_ahead
 from recipes_minigpt4.trainer import MiniGPT4Trainer
@@ -70,7 +71,8 @@ def trainer_of(compose: Callable, tmp_path: Path) -> Callable:
 def step(trainer: MiniGPT4Trainer, batch: dict) -> torch.Tensor:
     """One step as the Trainer takes it, up to the optimizer."""
     _, number = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    loss = trainer.training_step(trainer.model, dict(batch), number)
+    with LastLayer(trainer.model.language_model):  # as in `train`
+        loss = trainer.training_step(trainer.model, dict(batch), number)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.lr_scheduler.step()
@@ -133,7 +135,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl(
         if found:
             del inputs["label_positions"]
         trainer.model.zero_grad()
-        with trainer.model.last_layer.held():  # as a training step does
+        with LastLayer(trainer.model.language_model):  # as in `train`
             loss = compute(trainer.model, inputs, num_items_in_batch=tokens)
             loss.backward()
         trainer._log_answers()
@@ -188,12 +190,13 @@ def test_only_answers_reach_the_head_and_the_end_of_the_last_layer(stage: int, t
     last = trainer.model.language_model.layers[-1]
     parts = {"layer": last.input_layernorm, "keys": last.self_attn.k_proj, "queries": last.self_attn.q_proj,
              "output": last.self_attn.o_proj, "mlp": last.mlp.gate_proj, "head": trainer.model.lm_head}  # fmt: skip
-    for name, part in parts.items():
-        part.register_forward_pre_hook(
-            lambda module, args, name=name: shapes.setdefault(name, args[0].shape[:-1].numel()) and None
-        )
     batch = batch_of(trainer)
-    step(trainer, batch)
+    with LastLayer(trainer.model.language_model):
+        for name, part in parts.items():  # behind the hooks that leave positions out
+            part.register_forward_pre_hook(
+                lambda module, args, name=name: shapes.setdefault(name, args[0].shape[:-1].numel()) and None
+            )
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)))
     rows, length = batch["input_ids"].shape
     answers, every = int((batch["labels"] != -100).sum()), rows * (length - 1)
     assert shapes == {"layer": every, "keys": every} | dict.fromkeys(["queries", "output", "mlp", "head"], answers)
