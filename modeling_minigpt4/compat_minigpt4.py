@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that this package runs on; no other file asks for a version."""
+"""What differs between releases of transformers; no other file of this folder asks for a version."""
 
 import inspect
 from collections.abc import Callable

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .processing_compat_minigpt4 import RENDERING
+
 
 _FOLDER = Path(__file__).parent / "chat_templates"
 _WRAPPED = "wrapped"
@@ -139,7 +141,8 @@ def _knows_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
 def _rendered(chat: list[dict[str, Any]], template: str, special_tokens: dict[str, Any]) -> str:
     """A chat as text, or `""` if the template raises: it may raise anything where it refuses a message."""
     try:
-        (rendered,), _ = render_jinja_template([chat], chat_template=template, **special_tokens)
+        with RENDERING:
+            (rendered,), _ = render_jinja_template([chat], chat_template=template, **special_tokens)
     except Exception:
         return ""
     return str(rendered)

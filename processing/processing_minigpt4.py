@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-import transformers
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -20,11 +19,8 @@ from .chat_templates_minigpt4 import (
 )
 from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
+from .processing_compat_minigpt4 import IS_TRANSFORMERS_4, RENDERING
 from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, truncate_rows
-
-
-# The one version switch of this folder; it can go when transformers 4.57 is no longer supported.
-IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
 class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -324,7 +320,8 @@ class MiniGPT4Processor(ProcessorMixin):
         chats, batched = normalize_conversations(conversation, self.image_token)
         if kwargs.get("tokenize") and "segment_mark" in template:
             kwargs["segment_mark"] = SEGMENT_MARK
-        return super().apply_chat_template(chats if batched else chats[0], chat_template=template, **kwargs)
+        with RENDERING:
+            return super().apply_chat_template(chats if batched else chats[0], chat_template=template, **kwargs)
 
     def _chat_template(self, template: str | None) -> str:
         """The Jinja text to render; one that knows nothing of parts is wrapped, so that pictures have a place."""
