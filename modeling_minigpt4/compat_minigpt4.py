@@ -1,5 +1,6 @@
 """What differs between releases of transformers; no other file of this folder asks for a version."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -7,6 +8,7 @@ from typing import Any
 
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 
 # It can go when 4.57 is no longer supported.
@@ -23,16 +25,29 @@ CACHE_NAMES = ("cache", "past_key_values")
 GATHER_LOGITS = "colwise_rep" if IS_TRANSFORMERS_4 else "colwise_gather_output"
 
 
-def one_cache(cache: Any, past_key_values: Any) -> Any:
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
-    The cache under either of its names.
+    Let a forward that has an argument `cache` take it as `past_key_values` too, as it was called before 5.24.
 
-    Raises:
-        ValueError: if both are given.
+    There, the old name is deprecated by transformers' own decorator. On older releases, whose `generate` looks for it
+    in the signature, it is the one that is shown.
     """
-    if cache is not None and past_key_values is not None:
-        raise ValueError("Give the cache once: `cache` and `past_key_values` are two names of one argument.")
-    return past_key_values if cache is None else cache
+    if CACHE == "cache":
+        found: Callable[..., Any] = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
+        return found
+
+    @functools.wraps(forward)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        if "past_key_values" in kwargs:
+            if kwargs.get("cache") is not None:
+                raise ValueError("Give the cache once: `cache` and `past_key_values` are two names of one argument.")
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    shown = [each.replace(name=CACHE) if name == "cache" else each for name, each in signature.parameters.items()]
+    named.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return named
 
 
 def argument_names(forward: Callable[..., Any]) -> tuple[frozenset[str], str]:
@@ -53,6 +68,6 @@ __all__ = [
     "GATHER_LOGITS",
     "IS_TRANSFORMERS_4",
     "argument_names",
-    "one_cache",
+    "takes_cache",
     "tied_weights_keys",
 ]

@@ -35,7 +35,7 @@ from .compat_minigpt4 import (
     GATHER_LOGITS,
     IS_TRANSFORMERS_4,
     argument_names,
-    one_cache,
+    takes_cache,
     tied_weights_keys,
 )
 from .configuration_minigpt4 import (
@@ -63,9 +63,13 @@ class MiniGPT4ModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
             Image tokens as the language model receives them, behind the projection.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            What [`~MiniGPT4Model.get_image_features`] gave, with the vision encoder's `hidden_states` and `attentions`
+            if those are asked for.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
@@ -80,6 +84,9 @@ class MiniGPT4CausalLMOutputWithPast(CausalLMOutputWithPast):
     Args:
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
             Image tokens as the language model receives them, behind the projection.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            What [`~MiniGPT4Model.get_image_features`] gave, with the vision encoder's `hidden_states` and `attentions`
+            if those are asked for.
         log_probs (`torch.FloatTensor` of shape `(num_answers,)`, *optional*):
             Log-probabilities of `answers`, if these are given.
         entropy (`torch.FloatTensor` of shape `(num_answers,)`, *optional*):
@@ -89,6 +96,7 @@ class MiniGPT4CausalLMOutputWithPast(CausalLMOutputWithPast):
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
@@ -100,6 +108,9 @@ class Float32Linear(nn.Linear):
 
     The projection is the only thing that trains: AdamW steps of 1e-4 and less vanish in bfloat16.
     """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, dtype=torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Float32Linear":
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -333,6 +344,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         self.vision_model = build_vision_model(config.vision_config)
         if isinstance(config.vision_config, Blip2VisionConfig):
             self.vision_model.post_layernorm.eps = config.vision_post_layernorm_eps
+        self.vision_model_arguments, _ = argument_names(self.vision_model.forward)
         self.qformer, self.query_tokens = None, None
         if config.qformer_config is not None:
             if IS_TRANSFORMERS_4:  # whose Q-Former knows no other attention; 5.x goes through the interface
@@ -371,6 +383,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             Output whose `last_hidden_state` has the shape `(num_images, num_image_tokens, channels)`, with the
             encoder's `hidden_states` and `attentions` if asked for.
         """
+        if "kwargs" not in self.vision_model_arguments:  # such as CNNs, which have no attentions
+            kwargs = {name: value for name, value in kwargs.items() if name in self.vision_model_arguments}
         vision = self.vision_model(pixel_values.to(self.vision_model.dtype), **{**kwargs, "return_dict": True})
         features = vision.last_hidden_state
         if features.ndim == 4:  # feature map (B, C, H, W) → (B, H·W, C)
@@ -465,6 +479,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         return mask
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -476,7 +491,6 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         vision_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        past_key_values: Cache | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -491,8 +505,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 All pictures of the batch, in the order of their places.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for tokens, 0 for padding, on either side.
-            cache, past_key_values (`Cache`, *optional*):
-                Keys and values of what came before, under its name of either release.
+            cache (`Cache`, *optional*):
+                Keys and values of what came before; `past_key_values` before transformers 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings instead of `input_ids`, with image tokens already in them.
             vision_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, channels)`, *optional*):
@@ -506,14 +520,21 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        image_tokens = None
+        asked = {
+            "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": (
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+        }
+        images, image_tokens = None, None
         if pixel_values is not None or vision_features is not None:
             if input_ids is None:
                 raise ValueError(
                     "Pictures need `input_ids`, whose placeholders tell their places; embeddings given as "
                     "`inputs_embeds` must hold the image tokens already."
                 )
-            image_tokens = self.get_image_features(pixel_values, vision_features, return_dict=True).pooler_output
+            images = self.get_image_features(pixel_values, vision_features, return_dict=True, **asked)
+            image_tokens = images.pooler_output
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_tokens, image_positions)
         if position_ids is None and inputs_embeds is not None:
@@ -521,12 +542,9 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         options = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            self.cache_name: one_cache(cache, past_key_values),
+            self.cache_name: cache,
             "use_cache": use_cache,
-            "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
-            "output_hidden_states": (
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
+            **asked,
             **kwargs,
         }
         if "kwargs" not in self.language_model_arguments:  # older decoders take only what they name
@@ -537,6 +555,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_tokens,
+            image_outputs=images,
             **{CACHE: outputs.get(CACHE)},
         )
 
@@ -642,6 +661,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, MiniGPT4Generati
         return self.model.get_placeholder_mask(input_ids, image_features)
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -657,7 +677,6 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, MiniGPT4Generati
         answer_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MiniGPT4CausalLMOutputWithPast:
         """
@@ -685,7 +704,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, MiniGPT4Generati
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=cache,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             image_positions=image_positions,
@@ -712,6 +731,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, MiniGPT4Generati
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
             **{CACHE: outputs.get(CACHE)},
         )
 

@@ -1,6 +1,7 @@
 """Conversations in one form: every message a list of text and image parts, and no text that passes for a picture."""
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 
@@ -59,15 +60,23 @@ def protect_text(value: Any, image_token: str) -> Any:
     return value
 
 
+def _fields(value: Any) -> Any:
+    """A message or part that is an object, such as those of OpenAI's client, as a dict; everything else as it is."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return value.model_dump() if callable(getattr(value, "model_dump", None)) else value  # of pydantic
+
+
 def _normalize_message(message: Any, image_token: str) -> dict[str, Any]:
+    message = _fields(message)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(
             f"A message must be a dict with `role` and `content`, but one is {_shown(message)}; a batch is a list of "
             "lists of messages."
         )
     # A `None` comes from APIs and from columns of `datasets`, and means that there is nothing.
-    fields = {key: value for key, value in message.items() if value is not None and key != "content"}
-    normalized: dict[str, Any] = protect_text(fields, image_token)
+    others = {key: value for key, value in message.items() if value is not None and key != "content"}
+    normalized: dict[str, Any] = protect_text(others, image_token)
     content = message.get("content")
     if isinstance(content, str):
         normalized["content"] = [{"type": "text", "text": protect_text(content, image_token)}]
@@ -84,25 +93,24 @@ def _normalize_message(message: Any, image_token: str) -> dict[str, Any]:
 
 
 def _normalize_part(part: Any, image_token: str) -> dict[str, Any]:
-    if isinstance(part, str):
-        part = {"type": "text", "text": part}
+    part = {"type": "text", "text": part} if isinstance(part, str) else _fields(part)
     if not isinstance(part, Mapping):
         raise ValueError(
             f'A part of a message is {_shown(part)}; it must be a dict such as {{"type": "text", "text": "…"}} or '
             '{"type": "image", "image": picture}.'
         )
-    part = {key: value for key, value in part.items() if value is not None}
+    part = {key: _fields(value) for key, value in part.items() if value is not None}
     kind = part.get("type", "text" if "text" in part else None)
     if kind == "text" and isinstance(part.get("text"), str):
         return protect_text({**part, "type": "text"}, image_token)
     if kind in ("image", "image_url"):
-        found = [part[key] for key in _IMAGE_KEYS if key in part]
+        found = [key for key in _IMAGE_KEYS if key in part]
         if not found:
             return {"type": "image"}  # a place for a picture that is passed apart
-        image = found[0]
+        image, name = part[found[0]], found[0].removeprefix("image_")
         if kind == "image_url" and isinstance(image, Mapping):
             image = image.get("url")
-        return {"type": "image", "image": image}
+        return {"type": "image", name: image}
     raise ValueError(
         f"A part of a message has the type {kind!r} and the keys {sorted(map(str, part))}; MiniGPT-4 takes text and "
         'images: {"type": "text", "text": "…"} or {"type": "image", "image": picture}.'
