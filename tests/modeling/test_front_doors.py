@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -139,6 +140,17 @@ def test_loaded_parts_work_together(folder, model, picture, no_warnings) -> None
     )
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     no_warnings()
+
+
+def test_a_folder_with_older_code_loads_where_the_package_is_installed(folder, model, picture, tmp_path) -> None:
+    """The code that travels with a checkpoint may be older than transformers; what is installed comes first."""
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    for file in older.glob("*.py"):
+        file.write_text("raise RuntimeError('written for a release of long ago')\n")
+    loaded = AutoModelForImageTextToText.from_pretrained(older).eval()
+    inputs = AutoProcessor.from_pretrained(older)(images=picture("blue"), text="<image> What?", return_tensors="pt")
+    assert torch.equal(loaded.generate(**inputs, **OPTIONS), model.generate(**inputs, **OPTIONS))
 
 
 # ---- remote code --------------------------------------------------------------------------------------------------
