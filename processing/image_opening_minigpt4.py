@@ -149,7 +149,7 @@ def _open_source(source: Any) -> PIL.Image.Image:
     if source.startswith(("http://", "https://")):
         return _open_bytes(_fetch(source))
     if source.startswith("file://"):
-        return PIL.Image.open(_path_of(source))
+        return PIL.Image.open(path_of_url(source))
     if not source.startswith("data:") and os.path.isfile(source):
         return PIL.Image.open(source)
     content = inline_content(source)
@@ -192,7 +192,7 @@ def _fetch(url: str) -> bytes:
     return bytes(answer.content)
 
 
-def _path_of(url: str) -> str:
+def path_of_url(url: str) -> str:
     """The path that a `file://` URL names on this machine."""
     parts = urllib.parse.urlsplit(url.replace("?", "%3F").replace("#", "%23"))
     if parts.netloc not in ("", "localhost"):
@@ -258,18 +258,16 @@ def _named(source: Any) -> str:
     if _is_file(source):
         name = getattr(source, "name", None) or getattr(source, "filename", None)
         return f"the file object {name!r}" if isinstance(name, str) else f"a {type(source).__name__}"
-    return shown_source(str(source))
+    text = without_content(str(source))
+    return text if text != str(source) else repr(text if len(text) <= 200 else text[:197] + "...")
 
 
-def shown_source(text: str) -> str:
-    """A path, address or text of a picture for people, without the content of the picture."""
+def without_content(text: str) -> str:
+    """A path, address or other text as an error may show it: what stands for the content of a picture is left out."""
     if text[:5].lower() == "data:" and len(text) > 40:  # a shorter one holds no picture
         return f"a data URI of {len(text)} characters"
-    if text.startswith(_ENCODED) or (_BASE64.fullmatch(text) and not os.path.isfile(text)):
-        return f"a text of {len(text)} characters"
-    if re.match(r"[\w+/=-]{200}", text) and not os.path.isfile(text):
-        return f"a text of {len(text)} characters"
-    return repr(text if len(text) <= 200 else text[:197] + "...")
+    encoded = text.startswith(_ENCODED) or _BASE64.fullmatch(text) or re.match(r"[\w+/=-]{200}", text)
+    return f"a text of {len(text)} characters" if encoded and not os.path.isfile(text) else text
 
 
 def _reason(error: Exception) -> str:
@@ -288,4 +286,4 @@ def _reason(error: Exception) -> str:
     return text if text and len(text) <= 200 and " at 0x" not in text else type(error).__name__
 
 
-__all__ = ["as_color", "inline_picture", "on_background", "open_image", "shown_source"]
+__all__ = ["as_color", "inline_picture", "on_background", "open_image", "path_of_url", "without_content"]
