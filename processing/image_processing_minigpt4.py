@@ -1,15 +1,10 @@
 """Image processor of MiniGPT-4: RGB, PIL bicubic to 224 × 224 without cropping, CLIP statistics."""
 
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_transforms import normalize, rescale, resize, to_channel_dimension_format
 from transformers.image_utils import (
@@ -17,102 +12,13 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
     ChannelDimension,
     PILImageResampling,
-    infer_channel_dimension_format,
-    load_image,
 )
-from transformers.utils import logging
+from transformers.utils import is_torch_tensor
+
+from .image_opening_minigpt4 import as_color, logger, on_background, open_image
 
 
-logger = logging.get_logger(__name__)
-
-
-def open_image(image: Any) -> Any:
-    """
-    Turn whatever names a picture into the picture itself, upright and in RGB.
-
-    Args:
-        image: a path, URL, base64 string or data URI; raw bytes; an undecoded `datasets` picture (a dict with `bytes`
-            and `path`); a PIL image; or an array or tensor of shape (H, W), (H, W, C) or (C, H, W).
-
-    Returns:
-        A PIL image of mode RGB, turned as its EXIF orientation says, as transformers' `load_image` does; arrays and
-        tensors come back as they are. An animated picture gives its first frame. Colours are converted as
-        `PIL.Image.convert("RGB")` does: transparency is dropped, and 16-bit greys are clipped at 255, which is warned
-        about because it turns most such pictures white.
-
-    Raises:
-        ValueError: if the file, URL or string holds no picture that Pillow can open.
-        TypeError: if it is of another type.
-    """
-    source = image
-    if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, (str, bytes, bytearray, pathlib.Path, PIL.Image.Image)):
-        try:
-            return _upright_rgb(image if isinstance(image, PIL.Image.Image) else _open_source(image))
-        except Exception as error:  # Pillow's decoders raise errors of many types
-            raise ValueError(
-                f"No image could be read from {_named(source)} ({_reason(error)}); pass a file, URL or base64 string "
-                "that holds a picture Pillow can open."
-            ) from error
-    if isinstance(image, np.ndarray) or hasattr(image, "detach"):
-        return image
-    raise TypeError(
-        f"An image of type {type(image).__name__} cannot be read; pass a PIL image, an array or tensor, a path, a URL "
-        "or a base64 string."
-    )
-
-
-def _upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    # Pillow copies the whole picture in both conversions even if there is nothing to change.
-    if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
-        image = PIL.ImageOps.exif_transpose(image)
-    _warn_if_clipped(image)
-    if image.mode != "RGB":
-        return image.convert("RGB")
-    image.load()  # a damaged file is told here
-    return image
-
-
-def _open_source(source: "str | bytes | bytearray | pathlib.Path") -> PIL.Image.Image:
-    """Open a path, URL, base64 string or raw bytes."""
-    # Local files are opened here and not by `load_image`, so that 16-bit pictures are seen before its conversion.
-    if isinstance(source, (bytes, bytearray)):
-        return PIL.Image.open(BytesIO(source))
-    source = os.fspath(source)
-    if not source.startswith(("http://", "https://")) and os.path.isfile(source):
-        return PIL.Image.open(source)
-    return load_image(source)
-
-
-def _named(source: Any) -> str:
-    """What an error calls a picture that cannot be read."""
-    if isinstance(source, Mapping):
-        source = source.get("path") or source.get("bytes")
-    if isinstance(source, PIL.Image.Image):
-        source = getattr(source, "filename", "") or "the PIL image"
-    if isinstance(source, (bytes, bytearray)):
-        return f"{len(source)} bytes"
-    text = str(source)
-    return repr(text if len(text) <= 200 else text[:197] + "...")
-
-
-def _reason(error: Exception) -> str:
-    """Why a picture cannot be read, in a few words and without its content."""
-    if isinstance(error, PIL.UnidentifiedImageError):
-        return "it is in no format that Pillow knows"
-    if type(error) is ValueError and str(error).startswith("Incorrect image source"):
-        return "it is neither an existing file nor base64 of a picture"
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-def _warn_if_clipped(image: PIL.Image.Image) -> None:
-    """Warn once if converting to 8 bits loses brightness: Pillow clips greys of 16 and 32 bits, it does not scale."""
-    if image.mode.startswith(("I", "F")) and image.getextrema()[1] > 255:
-        logger.warning_once(
-            f"A picture of mode {image.mode} has grey values above 255, which Pillow clips to white; scale it to "
-            "0–255 yourself before passing it if that is not what you want."
-        )
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -145,6 +51,11 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         rescale_factor (`float`, defaults to 1/255).
         do_normalize (`bool`, defaults to `True`): subtract `image_mean` and divide by `image_std`, per channel.
         image_mean, image_std (`list[float]`, *optional*): those of CLIP by default.
+        background_color (`list[int]` or `str`, *optional*): what shows through transparent pixels, as red, green and
+            blue from 0 to 255 or a name such as `"white"`. By default transparency is dropped, as in the original:
+            a transparent pixel becomes the colour that is stored under it, which is mostly black or white and may
+            be anything. Pictures and arrays of four channels are treated alike. What opens pictures before they
+            come here, such as the pipelines of transformers, drops it in any case.
     """
 
     model_input_names = ["pixel_values"]
@@ -160,6 +71,7 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         image_mean: "float | Sequence[float] | None" = None,
         image_std: "float | Sequence[float] | None" = None,
+        background_color: "str | Sequence[int] | None" = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -172,12 +84,17 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = list(OPENAI_CLIP_MEAN) if image_mean is None else image_mean
         self.image_std = list(OPENAI_CLIP_STD) if image_std is None else image_std
+        self.background_color = None if background_color is None else list(as_color(background_color))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open paths, URLs and base64 strings, however nested; see `open_image` for what is accepted and raised."""
+        """
+        Open paths, URLs, base64 strings and file objects, however nested; `open_image` tells what is taken and raised.
+
+        Pictures come back in RGB, or in RGBA if they have transparency, for `preprocess` to deal with.
+        """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
-        return open_image(image_url_or_urls)
+        return open_image(image_url_or_urls, keep_transparency=True)
 
     def preprocess(
         self,
@@ -191,6 +108,7 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         do_normalize: bool | None = None,
         image_mean: "float | Sequence[float] | None" = None,
         image_std: "float | Sequence[float] | None" = None,
+        background_color: "str | Sequence[int] | None" = None,
         return_tensors: str | None = None,
         data_format: "str | ChannelDimension" = ChannelDimension.FIRST,
         input_data_format: "str | ChannelDimension | None" = None,
@@ -203,20 +121,26 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
             images: one image or nested lists of images, of any kind that `open_image` takes.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`; a list of arrays otherwise.
             data_format: `"channels_first"` (default) or `"channels_last"`, of the result.
-            input_data_format: layout of arrays and tensors; found out from their shape if left out.
+            input_data_format: `"channels_first"` or `"channels_last"`, the layout of arrays and tensors. If left out,
+                it is found out from the shape; where both ends could be channels, as in (3, 20, 3), arrays are taken
+                as channels last (NumPy's and Pillow's habit) and tensors as channels first (torch's).
 
         Raises:
-            ValueError: if there is no image, or one cannot be read.
+            ValueError: if there is no image, one cannot be read, or its layout has to be told.
         """
         given = {key: value for key, value in locals().items() if value is not None}
         options = {name: given.get(name, getattr(self, name)) for name in _OPTIONS}
         options["size"] = _height_and_width(options["size"])
+        color = options["background_color"]
+        color = options["background_color"] = None if color is None else as_color(color)
         flat = flatten_images(images)
         if not flat:
             raise ValueError("There is no image to process; pass at least one.")
         pixels = [
             to_channel_dimension_format(
-                self._pixels(open_image(image), input_data_format, **options), data_format, ChannelDimension.LAST
+                self._pixels(open_image(image, color), input_data_format, **options),
+                data_format,
+                ChannelDimension.LAST,
             )
             for image in flat
         ]
@@ -244,14 +168,17 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         do_normalize: bool,
         image_mean: Any,
         image_std: Any,
+        background_color: Any,
     ) -> np.ndarray:
         """One picture as an array of shape (H, W, 3), resized, rescaled and normalized as asked for."""
         last = {"input_data_format": ChannelDimension.LAST}
         is_picture = isinstance(image, PIL.Image.Image)  # in RGB, of 8 bits
         if not is_picture:
             image = _channels_last(image, input_data_format)
-            image = _three_channels(image) if do_convert_rgb else image
+            full = 1 / rescale_factor if do_rescale else 1  # what a float of full brightness is
+            image = _three_channels(image, background_color, full) if do_convert_rgb else image
             _warn_if_scaled(image, do_rescale)
+            image = _resizable(image, do_rescale) if do_resize else image
         if do_resize:
             size_of = (size["height"], size["width"])
             image = resize(image, size_of, resample, data_format=ChannelDimension.LAST, **last)
@@ -308,6 +235,7 @@ _OPTIONS = (
     "do_normalize",
     "image_mean",
     "image_std",
+    "background_color",
 )
 
 
@@ -326,7 +254,8 @@ def _height_and_width(size: Any) -> dict[str, int]:
 
 def _channels_last(image: Any, input_data_format: "str | ChannelDimension | None") -> np.ndarray:
     """An array or tensor as an array of shape (H, W, C)."""
-    if hasattr(image, "detach"):
+    is_tensor = is_torch_tensor(image)
+    if is_tensor:
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     array = np.asarray(image)
@@ -339,21 +268,68 @@ def _channels_last(image: Any, input_data_format: "str | ChannelDimension | None
             f"An image has the shape {array.shape}; it must be (height, width), (height, width, channels) or "
             "(channels, height, width)."
         )
-    layout = input_data_format
-    if layout is None:
-        try:
-            layout = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-        except ValueError as error:
-            raise ValueError(
-                f"An image has the shape {array.shape}, in which neither the first nor the last axis has 1, 3 or 4 "
-                "channels; pass (height, width), (height, width, channels) or (channels, height, width)."
-            ) from error
+    layout = input_data_format or _layout(array.shape, is_tensor)
     return to_channel_dimension_format(array, ChannelDimension.LAST, layout)
 
 
-def _three_channels(array: np.ndarray) -> np.ndarray:
-    """Grey repeated, transparency dropped, as Pillow's conversion to RGB does; `array` is of shape (H, W, C)."""
-    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
+def _layout(shape: tuple[int, ...], is_tensor: bool) -> ChannelDimension:
+    """Where the channels of an array or tensor are; a guess that could exchange rows and channels is none."""
+    first, _, last = shape
+    if first not in CHANNELS and last not in CHANNELS:
+        raise ValueError(
+            f"An image has the shape {shape}, in which neither the first nor the last axis has 1, 3 or 4 channels; "
+            "pass (height, width), (height, width, channels) or (channels, height, width)."
+        )
+    if first not in CHANNELS or last not in CHANNELS:
+        return ChannelDimension.FIRST if first in CHANNELS else ChannelDimension.LAST
+    # A picture of few rows or columns. Pillow never gives (H, W, 1), and few tensors of torch are RGBA.
+    if is_tensor and (first == 3 or first == last == 1):
+        return ChannelDimension.FIRST
+    if not is_tensor and last in (3, 4):
+        return ChannelDimension.LAST
+    raise ValueError(
+        f"An image has the shape {shape}, in which the first axis and the last could be its channels; pass "
+        '`input_data_format="channels_last"` or `"channels_first"`.'
+    )
+
+
+def _three_channels(array: np.ndarray, background_color: Any, full: float) -> np.ndarray:
+    """
+    Grey repeated, and transparency as `open_image` treats it.
+
+    Args:
+        array: shape (H, W, C).
+        background_color: see `open_image`.
+        full: brightness of white in floats; in integers it is 255.
+    """
+    if array.shape[-1] == 1:
+        return np.repeat(array, 3, axis=-1)
+    if array.shape[-1] != 4 or background_color is None:
+        return array[..., :3]
+    if array.dtype.kind != "f":
+        return np.asarray(on_background(PIL.Image.fromarray(array.astype(np.uint8)), background_color))
+    opacity = array[..., 3:] / full
+    ground = np.asarray(as_color(background_color), array.dtype) * (full / 255)
+    return (array[..., :3] * opacity + ground * (1 - opacity)).astype(array.dtype)
+
+
+def _resizable(array: np.ndarray, do_rescale: bool) -> np.ndarray:
+    """
+    An array that Pillow resizes as the picture it is, which it does in bytes.
+
+    Raises:
+        ValueError: if its values are none of a picture.
+    """
+    if array.dtype == np.uint8 or array.dtype.kind not in "fiu":
+        return array
+    low, high = array.min(), array.max()
+    whole = array.dtype.kind != "f" or bool((array == np.rint(array)).all())
+    if not (low >= 0 and high <= 255) or not (whole or do_rescale or high <= 1):  # the first is true of NaN
+        raise ValueError(
+            f"An image has values from {low:g} to {high:g}; pass pictures from 0 to 255, or floats from 0 to 1 with "
+            "`do_rescale=False`."
+        )
+    return array if high <= 1 else np.rint(array).astype(np.uint8)
 
 
 MiniGPT4ImageProcessor.register_for_auto_class()

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .chat_templates_minigpt4 import (
     available_chat_templates,
@@ -23,7 +23,12 @@ from .processing_compat_minigpt4 import IS_TRANSFORMERS_4, RENDERING
 from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, truncate_rows
 
 
+class MiniGPT4ImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
+    background_color: str | list[int] | tuple[int, ...] | None
+
+
 class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
+    images_kwargs: MiniGPT4ImagesKwargs
     _defaults = {"text_kwargs": {"padding": False}}
 
 

@@ -5,30 +5,23 @@ A stream has no end: its sources are repeated, mixed by their weights and shuffl
 for example, are what `datasets` and accelerate share out among processes and workers.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    IterableDataset,
-    Value,
-    interleave_datasets,
-    load_dataset,
-    load_from_disk,
-)
+import pyarrow.compute  # type: ignore[import-untyped]
+from datasets import Dataset, Features, Image, IterableDataset, Value, interleave_datasets
 
-from recipes_minigpt4 import TINY, RecipeError, one_line
+from processing_minigpt4.image_opening_minigpt4 import inline_picture, path_of_url, without_content
+from recipes_minigpt4 import TINY, RecipeError
+from recipes_minigpt4.files import open_dataset, open_table, read_annotations, refuse_address, writable_cache
 from recipes_minigpt4.streams import shuffle_blocks, shuffle_shards
-from recipes_minigpt4.tars import names_tars, stream_tars
+from recipes_minigpt4.tars import stream_tars, tars_named
 
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # What streams are made of: `cause` and `name` tell why a sample that has no picture and text has none.
 PAIR = Features(
     {"image": Image(decode=False), "text": Value("string"), "name": Value("string"), "cause": Value("string")}
@@ -45,8 +38,8 @@ class DataArguments:
         metadata={
             "help": "A dataset on the Hub; a folder of pictures with metadata.csv or metadata.jsonl; a folder with "
             "filter_cap.json and image/ (cc_sbu_align); a .jsonl, .json, .csv, .tsv or .parquet file whose rows name "
-            "pictures; tar files of webdataset, streamed from a path, hf:// or https:// with * and {000..099}; or "
-            "`tiny`, the embedded world. Several are mixed."
+            "pictures or hold them (as base64, for example); tar files of webdataset, streamed from a path, hf:// or "
+            "https:// with * and {000..099}; or `tiny`, the embedded world. Several are mixed."
         },
     )
     dataset_weights: list[float] | None = field(
@@ -102,8 +95,18 @@ class DataArguments:
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):  # as a YAML file may have it
             self.dataset_name = [self.dataset_name]
+        if self.dataset_weights is not None:
+            self.dataset_weights = _numbers("dataset_weights", self.dataset_weights)
         if not 0 <= self.max_bad_share <= 1:
             raise RecipeError(f"max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1.")
+
+
+def _numbers(option: str, values: Any) -> list[float]:
+    """Numbers as a YAML file may have them, in which `1e2` is a text."""
+    try:
+        return [float(value) for value in (values if isinstance(values, (list, tuple)) else [values])]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{option} are {values}; give numbers, one for each --dataset_name.") from error
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def check_weights(args: DataArguments) -> list[float] | None:
     names, weights = args.dataset_name or [], args.dataset_weights
     if weights is None:
         return None
-    if len(weights) != len(names) or min(weights) <= 0:
+    if len(weights) != len(names) or not all(0 < weight < math.inf for weight in weights):
         raise RecipeError(
             f"dataset_weights are {', '.join(f'{weight:g}' for weight in weights)} for {len(names)} dataset(s); give "
             "one number above 0 for each --dataset_name."
@@ -176,25 +179,34 @@ def open_source(
     Returns:
         A dataset with the columns `image` and `text`, or a stream with those of `PAIR`.
     """
-    path = Path(name).expanduser()
     if name == TINY:
         return _tiny_pairs(stage, args.num_samples)
-    if names_tars(name) or (path.is_dir() and any(path.glob("*.tar")) and not any(path.glob("metadata.*"))):
-        pattern = name if "://" in name else str(path if names_tars(name) else path / "*.tar")
+    if (pattern := tars_named(name)) is not None:
         columns = (args.image_column, args.text_column)
         return _first(stream_tars(pattern, *columns, PAIR if typed else None, seed), args.num_samples)
-    if path.is_file():
-        dataset, folder = _open_file(path), path.parent
+    refuse_address(name)
+    with writable_cache():
+        return _open_rows(name, Path(name).expanduser(), args, seed)
+
+
+def _open_rows(name: str, path: Path, args: DataArguments, seed: int | None) -> Dataset | IterableDataset:
+    """Open a table, a folder, or a dataset of the Hub."""
+    dataset: Dataset | IterableDataset
+    if os.path.isfile(path):
+        dataset, folder = open_table(path), path.parent
     elif (path / "filter_cap.json").is_file():
         dataset, folder = _open_curated(path, args.max_bad_share), path
     else:
-        dataset, folder = _open_dataset(name, path, args), path
+        wanted = (args.dataset_config, args.dataset_split, args.dataset_revision, args.streaming)
+        dataset, folder = open_dataset(name, path, *wanted), path
     if isinstance(dataset, Dataset) and not len(dataset):
         raise RecipeError(f"{name} holds no samples; write one row per picture into it.")
     dataset = _first(_choose_columns(dataset, name, args), args.num_samples)
     folder = Path(args.image_folder or folder).absolute()
     if isinstance(dataset, IterableDataset):
-        return (dataset if seed is None else shuffle_shards(dataset, seed)).map(_as_pair, features=PAIR)
+        shuffled = dataset if seed is None else shuffle_shards(dataset, seed)
+        is_local = path.is_dir() or args.image_folder is not None
+        return shuffled.map(_as_pair, features=PAIR, fn_kwargs={"folder": str(folder) if is_local else None})
     return _as_images(dataset, folder, args.max_bad_share)
 
 
@@ -217,13 +229,31 @@ def _as_stream(source: Dataset | IterableDataset, seed: int) -> IterableDataset:
     return stored.to_iterable_dataset(num_shards=min(SHARDS, len(stored))).map(_as_pair, features=PAIR)
 
 
-def _as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
-    image, text = row["image"], row["text"]
-    if isinstance(image, (str, bytes)):
-        image = {"path": image, "bytes": None} if isinstance(image, str) else {"path": None, "bytes": image}
-    if image and image["bytes"] is None and not image["path"]:
-        image = None  # as `datasets` wants it
+def _as_pair(row: Mapping[str, Any], folder: str | None = None) -> dict[str, Any]:
+    text = row["text"]
+    image = _stored(row["image"], folder)
     return {"image": image, "text": text if isinstance(text, str) else None, "name": None, "cause": None}
+
+
+def _stored(image: Any, folder: str | None) -> dict[str, Any] | None:
+    """
+    A picture as `datasets` stores it, `bytes` or `path`; None if there is none.
+
+    Args:
+        image: a path, an address, base64 or a data URI; bytes; or a picture as it is stored.
+        folder: where relative paths start from; None leaves them as they are.
+    """
+    if isinstance(image, Mapping):
+        if image.get("bytes") is not None:
+            return {"bytes": image["bytes"], "path": image.get("path")}
+        image = image.get("path")
+    if isinstance(image, bytes) or not image:
+        return {"bytes": image, "path": None} if image is not None and image != "" else None
+    if (content := inline_picture(image)) is not None:
+        return {"bytes": content, "path": None}
+    if image.startswith("file://"):
+        image = path_of_url(image)
+    return {"bytes": None, "path": image if folder is None or "://" in image else str(Path(folder, image))}
 
 
 def _tiny_pairs(stage: int, count: int | None) -> Dataset:
@@ -236,73 +266,22 @@ def _tiny_pairs(stage: int, count: int | None) -> Dataset:
     return Dataset.from_dict(columns, features=Features({"image": Image(), "text": Value("string")}))
 
 
-def _open_file(path: Path) -> Dataset:
-    """Read a table of rows; of a JSON object, the list that it holds under `annotations`."""
-    if path.suffix not in FILE_TYPES:
-        raise RecipeError(f"{path} is no data file: its name has to end in {', '.join(FILE_TYPES)}.")
-    if not path.stat().st_size:
-        raise RecipeError(f"{path} is empty; write one row per picture into it.")
-    try:
-        if path.suffix == ".json":
-            return Dataset.from_list(_read_annotations(path))
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        return load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train", **options)
-    except RecipeError:
-        raise
-    except Exception as error:  # whatever pandas, pyarrow or json say about a damaged file
-        raise RecipeError(f"{path} cannot be read as {path.suffix[1:]} ({_reason(error)}); mend the file.") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What the error at the root of an error says; `datasets` hides it behind general ones."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return one_line(error)
-
-
-def _read_annotations(path: Path) -> list[dict[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    rows = content.get("annotations") if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RecipeError(f'{path} must hold a list of objects, or {{"annotations": [...]}} with one.')
-    return rows
-
-
 def _open_curated(folder: Path, max_missing: float) -> Dataset:
     """Read the layout of the original's stage 2 data: `filter_cap.json` and `image/ID.jpg`."""
-    rows = _read_annotations(folder / "filter_cap.json")
+    rows = read_annotations(folder / "filter_cap.json")
     if rows and not {"image_id", "caption"} <= rows[0].keys():
         raise RecipeError(
             f"{folder / 'filter_cap.json'} needs `image_id` and `caption` in every annotation; it has "
             f"{', '.join(rows[0])}."
         )
     pictures = [f"image/{row['image_id']}.jpg" for row in rows]
-    missing = [picture for picture in pictures if not (folder / picture).is_file()]
+    missing = [picture for picture in pictures if not os.path.isfile(folder / picture)]
     if len(missing) > max_missing * len(pictures):
         raise RecipeError(
             f"{len(missing)} of {len(pictures)} pictures of {folder} are missing, {missing[0]} among them; copy them "
             "there."
         )
     return Dataset.from_dict({"image": pictures, "caption": [str(row["caption"]) for row in rows]})
-
-
-def _open_dataset(name: str, path: Path, args: DataArguments) -> Dataset | IterableDataset:
-    """Open a folder or a dataset of the Hub with `datasets`."""
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = load_from_disk(str(path))
-            if isinstance(saved, DatasetDict) and args.dataset_split not in saved:
-                raise KeyError(f"its splits are {', '.join(saved)}")
-            return saved[args.dataset_split] if isinstance(saved, DatasetDict) else saved
-        where = str(path) if path.is_dir() else name
-        wanted = {"split": args.dataset_split, "revision": args.dataset_revision, "streaming": args.streaming}
-        return load_dataset(where, args.dataset_config, **wanted)
-    except Exception as error:  # the many ways in which `datasets` says that something is not there
-        raise RecipeError(
-            f"{name} with the split {args.dataset_split} cannot be opened "
-            f"({_reason(error)}); name a dataset of the Hub, a folder with pictures and metadata, or a "
-            "file with --dataset_name."
-        ) from error
 
 
 def _choose_columns(dataset: Any, name: str, args: DataArguments) -> Any:
@@ -330,28 +309,49 @@ def _choose_columns(dataset: Any, name: str, args: DataArguments) -> Any:
 
 
 def _as_images(dataset: Dataset, folder: Path, max_missing: float) -> Dataset:
-    """Let `datasets` decode the column `image`, whatever it holds: pictures, bytes or paths relative to `folder`."""
+    """
+    Let `datasets` decode the column `image`, whatever it holds.
+
+    That is pictures, bytes, base64, data URIs, addresses, or paths relative to `folder`.
+    """
     kind = dataset.features["image"]
     if isinstance(kind, Image):
         return dataset
-    if isinstance(kind, Value) and "string" in kind.dtype:
-        dataset = dataset.map(_join_paths, batched=True, fn_kwargs={"folder": str(folder)})
-        paths = list(dataset["image"])
-        if (nameless := sum(not path for path in paths)) > max_missing * len(paths):
-            raise RecipeError(f"{nameless} of {len(paths)} rows have no picture; remove them from the dataset.")
-        missing = [path for path in paths if path and "://" not in path and not Path(path).is_file()]
-        if len(missing) > max_missing * len(paths):
-            raise RecipeError(
-                f"{len(missing)} of {len(paths)} pictures are missing, {missing[0]} among them; say with "
-                "--image_folder where relative paths start from."
-            )
-    elif not (isinstance(kind, Mapping) or (isinstance(kind, Value) and "binary" in kind.dtype)):
+    is_text = isinstance(kind, Value) and "string" in kind.dtype
+    if not (is_text or isinstance(kind, Mapping) or (isinstance(kind, Value) and "binary" in kind.dtype)):
         raise RecipeError(
             f"The image column holds neither pictures nor paths but {kind}; name another with --image_column."
         )
+    if is_text or (isinstance(kind, Mapping) and any(_paths(dataset.cast_column("image", Image())))):
+        features = Features({**dataset.features, "image": Image(decode=False)})
+        places = {"fn_kwargs": {"folder": str(folder)}, "features": features}
+        dataset = dataset.map(_store_batch, batched=True, batch_size=100, **places)
+        _check_paths(dataset, str(folder), max_missing)
     return dataset.cast_column("image", Image())
 
 
-def _join_paths(batch: Mapping[str, Sequence[str | None]], folder: str) -> dict[str, list[str | None]]:
-    paths = batch["image"]
-    return {"image": [path if not path or "://" in path else str(Path(folder, path)) for path in paths]}
+def _store_batch(batch: Mapping[str, Sequence[Any]], folder: str) -> dict[str, list[Any]]:
+    return {"image": [_stored(image, folder) for image in batch["image"]]}
+
+
+def _paths(dataset: Dataset) -> Iterator[str | None]:
+    """The paths of pictures that are not stored themselves, which are left alone; None where there is no picture."""
+    for batch in dataset.select_columns("image").with_format("arrow").iter(1000):
+        pictures = batch["image"]
+        is_elsewhere = pyarrow.compute.is_null(pyarrow.compute.struct_field(pictures, "bytes"))
+        yield from pyarrow.compute.struct_field(pictures.filter(is_elsewhere), "path").to_pylist()
+
+
+def _check_paths(dataset: Dataset, folder: str, max_missing: float) -> None:
+    """Refuse data of which too many pictures are not where they should be."""
+    paths = list(_paths(dataset))
+    if (nameless := sum(not path for path in paths)) > max_missing * len(dataset):
+        raise RecipeError(f"{nameless} of {len(dataset)} rows have no picture; remove them from the dataset.")
+    missing = [path for path in paths if path and "://" not in path and not os.path.isfile(path)]
+    if len(missing) > max_missing * len(dataset):
+        first = missing[0].removeprefix(folder + os.sep)
+        raise RecipeError(
+            f"{len(missing)} of {len(dataset)} pictures are missing, "
+            f"{missing[0] if without_content(first) == first else without_content(first)} among them; say with "
+            "--image_folder where relative paths start from."
+        )

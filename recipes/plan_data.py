@@ -14,9 +14,10 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from modeling_minigpt4 import MiniGPT4Config
 from processing_minigpt4 import MiniGPT4Processor
 from recipes_minigpt4 import TINY, RecipeError, one_line
-from recipes_minigpt4.data import FILE_TYPES, DataArguments, _read_annotations, check_weights
+from recipes_minigpt4.data import DataArguments, check_weights
+from recipes_minigpt4.files import FILE_TYPES, file_type, open_binary, read_annotations, refuse_address
 from recipes_minigpt4.rows import BLANK, INSTRUCTIONS, instruction_format
-from recipes_minigpt4.tars import expand, names_tars
+from recipes_minigpt4.tars import expand, tars_named
 from recipes_minigpt4.training import ModelArguments, StageArguments, _resolve
 
 
@@ -77,14 +78,14 @@ def _measure(name: str, args: DataArguments, stage: int) -> Source:
     path = Path(name).expanduser()
     if name == TINY:
         return Source(name, args.num_samples or _tiny_count(stage), note="drawn by the recipes")
-    if names_tars(name) or (path.is_dir() and any(path.glob("*.tar")) and not any(path.glob("metadata.*"))):
-        pattern = name if "://" in name else str(path if names_tars(name) else path / "*.tar")
+    if (pattern := tars_named(name)) is not None:
         return _measure_tars(name, pattern)
+    refuse_address(name)
     try:
         if path.is_file():
             return _measure_file(name, path)
         if (path / "filter_cap.json").is_file():
-            rows = _read_annotations(path / "filter_cap.json")
+            rows = read_annotations(path / "filter_cap.json")
             return Source(name, len(rows), _bytes((path / "image").glob("*")))
         if path.is_dir():
             return _measure_folder(name, path, args)
@@ -115,16 +116,15 @@ def _measure_tars(name: str, pattern: str) -> Source:
 
 
 def _measure_file(name: str, path: Path) -> Source:
-    if path.suffix not in FILE_TYPES:
-        raise RecipeError(f"{path} is no data file: its name has to end in {', '.join(FILE_TYPES)}.")
+    ending = file_type(path)
     note = "pictures lie elsewhere"
-    if path.suffix == ".parquet":
+    if ending == ".parquet":
         return Source(name, pyarrow.parquet.ParquetFile(path).metadata.num_rows, path.stat().st_size)
-    if path.suffix == ".json":
-        return Source(name, len(_read_annotations(path)), path.stat().st_size, note=note)
-    with path.open("rb") as file:
+    if ending == ".json":
+        return Source(name, len(read_annotations(path)), path.stat().st_size, note=note)
+    with open_binary(path) as file:
         lines = sum(1 for line in file if line.strip())
-    header = 0 if path.suffix == ".jsonl" else 1
+    header = 1 if FILE_TYPES[ending] == "csv" else 0
     if header:
         note += "; a line counts as a row"
     return Source(name, max(lines - header, 0), path.stat().st_size, note=note)

@@ -1,6 +1,6 @@
 """Secrets in texts: tokens, passwords in addresses, and signed links never reach a log, a card or an error.
 
-The one place that knows what a secret looks like. Importing it is cheap.
+Nor does the content of a picture. The one place that knows what these look like. Importing it is cheap.
 """
 
 import logging
@@ -25,6 +25,10 @@ _USER = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a token is often in the place of 
 _QUERY = re.compile(
     r"(?<![\w.+-])((?:https?|ftp|s3|gs|az|abfss?)://[^\s?#'\"<>]*)[?#](?!…)[^\s'\"<>]*?(?=[).,;:\]]*(?:[\s'\"<>]|$))"
 )
+# Data URIs, base64 and bytes that are so long that they hold a picture, or a part of one.
+_PICTURE = re.compile(
+    r"data:[\w/+.;=-]{0,100},[\w+/=%-]{40,}|(?<![\w+/=-])[\w+/=-]{240,}|\bb(?:'(?:\\.|[^\\']){60,}'?|\"(?:\\.|[^\\\"]){60,}\"?)"
+)
 _NAMES = re.compile(r"(?:TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
 
 
@@ -35,14 +39,15 @@ def _of_this_process() -> list[str]:
 
 def redact(text: str) -> str:
     """
-    A text without secrets: `…` in the place of tokens, of passwords, and of all that follows an address's path.
+    A text without secrets and pictures: `…` in the place of tokens, passwords, pictures, and of all that follows an
+    address's path.
 
     Args:
         text: any text, such as an error's or the address of a dataset.
     """
     for value in _of_this_process():
         text = text.replace(value, "…")
-    text = _QUERY.sub(r"\1?…", text)
+    text = _QUERY.sub(r"\1?…", _PICTURE.sub("…", text))
     return _USER.sub("", _LIKELY.sub(_shortened, text))
 
 

@@ -19,7 +19,7 @@ from datasets.utils.file_utils import xopen
 
 from processing_minigpt4 import load_chat_template
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, protect_text, without_marks
-from processing_minigpt4.image_processing_minigpt4 import open_image
+from processing_minigpt4.image_opening_minigpt4 import open_image, without_content
 from processing_minigpt4.segments_minigpt4 import tokenize_pieces
 from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.data import PAIR, DataArguments
@@ -108,7 +108,7 @@ class Rows:
 
     def picture(self, stored: Mapping[str, Any] | None) -> PIL.Image.Image:
         """
-        Decode a picture: RGB, turned as its EXIF data say.
+        Decode a picture: RGB, or RGBA if it has transparency, turned as its EXIF data say.
 
         Raises:
             BadSampleError: if there is none, or it cannot be read.
@@ -117,7 +117,7 @@ class Rows:
         try:
             if not content:
                 raise ValueError
-            return open_image(content)
+            return open_image(content, keep_transparency=True)
         except ValueError as error:
             raise picture_error(error.__cause__ or error, content) from error
 
@@ -154,11 +154,14 @@ class Rows:
 def name_of(pair: Mapping[str, Any]) -> str:
     """What people call a sample that is skipped: its name, the file of its picture, or the start of its text."""
     stored = pair.get("image") or {}
-    return str(pair.get("name") or stored.get("path") or f"a picture described as {str(pair.get('text'))[:40]!r}")
+    if named := pair.get("name") or stored.get("path"):
+        return without_content(str(named))
+    return f"a picture described as {without_content(str(pair.get('text')))[:40]!r}"
 
 
 def _file_content(path: str) -> bytes:
-    with xopen(path, "rb") as file:  # URLs too
+    # `xopen` would take `::` in a path for an archive's.
+    with xopen(path, "rb") if "://" in path else open(path, "rb") as file:
         return bytes(file.read())
 
 

@@ -68,7 +68,7 @@ def _train(trainer: MiniGPT4Trainer, folder: Path) -> None:
             f"{how_to_go_on(folder)}."
         ) from error
     report(trainer)
-    trainer.samples.over_all_processes(trainer.accelerator).check()  # what has come since the last log
+    trainer.samples.over_all_processes(trainer.accelerator).check(enough=1)  # the run has no more to come
 
 
 def _check_same(checkpoint: str | None) -> None:

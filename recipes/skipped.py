@@ -63,7 +63,7 @@ def picture_error(error: BaseException, content: bytes | None) -> BadSampleError
         return BadSampleError(BOMB, one_line(error))
     if isinstance(error, PIL.UnidentifiedImageError):
         return BadSampleError(HTML if (content or b"")[:512].lstrip()[:1] == b"<" else NO_IMAGE)
-    text = one_line(error)
+    text = (isinstance(error, OSError) and error.strerror) or one_line(error)  # an OSError repeats the path as well
     if any(word in text.lower() for word in ("truncat", "broken", "not enough", "unexpected end", "incomplete")):
         return BadSampleError(TRUNCATED, text)
     return BadSampleError(UNREADABLE, text)
@@ -133,13 +133,15 @@ class SampleCounts:
 
     def check(self, enough: int | None = None) -> None:
         """
-        Stop a run of which too much is skipped.
+        Stop a run of which too much is skipped, or all.
 
         Raises:
             RecipeError: with examples, if the share is above the limit and enough samples were drawn.
         """
-        skipped = self.skipped - self.ahead
-        if self.drawn >= (self.enough if enough is None else enough) and skipped > self.limit * self.drawn:
+        skipped, enough = self.skipped - self.ahead, self.enough if enough is None else enough
+        if self.drawn >= enough and skipped and skipped == self.drawn:
+            raise RecipeError(f"None of {self.drawn:,} samples can be used: {self.by_cause()}; mend the data.")
+        if self.drawn >= enough and skipped > self.limit * self.drawn:
             raise RecipeError(
                 f"{skipped:,} of {self.drawn:,} samples cannot be used, more than max_bad_share "
                 f"({self.limit:.0%}): {self.by_cause()}; mend the data, or raise --max_bad_share."

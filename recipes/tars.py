@@ -15,6 +15,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from datasets import Features, IterableDataset
@@ -27,14 +28,24 @@ from recipes_minigpt4.skipped import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
 
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+ENDINGS = (".tar", ".tar.gz", ".tgz")
 TEXT_ENDINGS = ("txt", "text", "caption")
 # What the default columns of the recipes mean in an archive that has none of that name.
 DEFAULTS = {"image": IMAGE_ENDINGS, "caption": TEXT_ENDINGS}
 
 
-def names_tars(name: str) -> bool:
-    """Whether a name or pattern is about tar files."""
-    return name.split("?")[0].endswith((".tar", ".tar.gz", ".tgz"))
+def tars_named(name: str) -> str | None:
+    """What `expand` takes, if a name of a dataset means tar files: an address, a pattern, a file, or their folder."""
+    if "://" in name:
+        return name if name.split("?")[0].lower().endswith(ENDINGS) else None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path) if _tars_in(path) and not any(path.glob("metadata.*")) else None
+    return str(path) if name.lower().endswith(ENDINGS) else None
+
+
+def _tars_in(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def expand(pattern: str) -> list[str]:
@@ -43,24 +54,25 @@ def expand(pattern: str) -> list[str]:
 
     Args:
         pattern: a path or a URL (`https://`, `hf://datasets/owner/name/*.tar`), with `{00000..00099}` and `{a,b}` as
-            shells have them, and with `*` except in https.
+            shells have them, and with `*` except in https; or a folder, for all in it. Of a path, the part that
+            exists is no pattern, whatever characters it has.
 
     Raises:
         RecipeError: if there are none, or one that is named without `*` is missing on disk.
     """
     found: list[str] = []
     missing: list[str] = []
-    for name in expand_braces(pattern):
+    start, rest = ("", pattern) if "://" in pattern else _existing(pattern)
+    for name in expand_braces(rest):
+        name = os.path.join(start, name) if name else start
         try:
             if name.startswith(("http://", "https://")):
                 found.append(name)  # not asked for one by one: there may be thousands
             elif "://" in name:
                 found += sorted(resolve_pattern(name, base_path=""))
-            elif glob.has_magic(name):
-                found += sorted(glob.glob(name, recursive=True))
-            elif os.path.isfile(name):
-                found.append(name)
-            else:
+            elif tars := _on_disk(name):
+                found += tars
+            elif not glob.has_magic(_existing(name)[1]):
                 missing.append(name)
         except Exception as error:  # whatever the Hub or a file system says
             raise RecipeError(
@@ -73,6 +85,23 @@ def expand(pattern: str) -> list[str]:
     if not found:
         raise RecipeError(f"There is no tar file {pattern}; mend --dataset_name.")
     return found
+
+
+def _existing(path: str) -> tuple[str, str]:
+    """The longest beginning of a path that exists, and the rest."""
+    parts = Path(path).parts
+    for count in range(len(parts), 0, -1):
+        if os.path.exists(start := os.path.join(*parts[:count])):
+            return start, os.path.join("", *parts[count:])
+    return "", path
+
+
+def _on_disk(name: str) -> list[str]:
+    """The files of a path, of a folder, or of a pattern behind what exists."""
+    start, rest = _existing(name)
+    if not rest:
+        return _tars_in(Path(start)) if os.path.isdir(start) else [start]
+    return sorted(os.path.join(start, path) for path in glob.glob(rest, root_dir=start or None, recursive=True))
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -209,7 +238,7 @@ def groups_of(tar: str) -> Iterator[dict[str, bytes]]:
     """
     group: dict[str, bytes] = {}
     try:
-        for path, file in ArchiveIterable.from_urlpath(tar):
+        for path, file in _members(tar):
             folder, slash, name = path.rpartition("/")
             stem, dot, ending = name.partition(".")
             if not dot or not stem:
@@ -227,6 +256,14 @@ def groups_of(tar: str) -> Iterator[dict[str, bytes]]:
         raise BadSampleError(BROKEN_ARCHIVE, reason) from error
     if group:
         yield group
+
+
+def _members(tar: str) -> Iterator[tuple[str, Any]]:
+    if "://" in tar:
+        yield from ArchiveIterable.from_urlpath(tar)
+        return
+    with open(tar, "rb") as file:  # and not by its name, in which `::` would mean an archive's member
+        yield from ArchiveIterable.from_buf(file)
 
 
 def columns_of(members: Mapping[str, bytes]) -> dict[str, Any]:

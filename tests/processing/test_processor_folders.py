@@ -38,6 +38,7 @@ CHAT = [
 CODE = {
     "chat_templates_minigpt4.py",
     "conversations_minigpt4.py",
+    "image_opening_minigpt4.py",
     "image_processing_minigpt4.py",
     "processing_minigpt4.py",
     "segments_minigpt4.py",
