@@ -1,6 +1,7 @@
 """An adapter of PEFT on the language model: where it goes, what trains, and one folder for it and the projection."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -317,11 +318,11 @@ sys.modules["modeling_minigpt4"] = None
 from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
 inputs = torch.load({str(tmp_path / "inputs.pt")!r})
-torch.set_num_threads(1)
+torch.set_num_threads({torch.get_num_threads()})
 torch.save(model(**inputs).logits.detach(), {str(tmp_path / "logits.pt")!r})
 """
     torch.save(make_inputs(model, [[1, "image", 8, 30], [1, 7, "image", 9, 20, 21]]), tmp_path / "inputs.pt")
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
