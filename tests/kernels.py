@@ -1,9 +1,9 @@
 """
 Run the numeric tests with the kernels that other processors choose: `make test-kernels`, about an hour on two cores.
 
-MKL, oneDNN and PyTorch pick kernels by what a processor can do, and share sums out among threads. Each picks another
-order of adding, and so other last digits. Here every choice is made in turn, and every test has to pass with all of them.
-What comes in a process of its own, such as the ranks of a run, inherits the kernels and keeps its one thread.
+MKL, oneDNN and PyTorch choose kernels by what a processor can do, and share sums out among threads. Another choice
+adds in another order, and gives other last digits. Here they are made to choose otherwise, and every test has to pass.
+What runs in a process of its own, such as the ranks of a run, inherits the kernels and keeps its one thread.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def numeric_tests() -> list[str]:
 
 def run(kernels: str, threads: int, arguments: list[str]) -> bool:
     """Run the tests once, and print what has failed."""
-    command = [sys.executable, "-m", "pytest", "--no-header", "--show-capture=no", "--tb=line", "-p", "no:warnings"]
+    command = [sys.executable, "-m", "pytest", "--no-header", "--show-capture=no", "--tb=line", "--disable-warnings"]
     done = subprocess.run(
         [*command, *arguments], cwd=TESTS.parent, env={**os.environ, **settings(kernels, threads)},
         capture_output=True, text=True,
@@ -80,7 +80,8 @@ def main() -> int:
         for kernels, threads in combinations(torch.backends.cpu.get_cpu_capability())
         if kernels in known.kernels and threads in known.threads
     ]
-    return 0 if all([run(kernels, threads, [*others, *tests]) for kernels, threads in chosen]) else 1
+    passed = [run(kernels, threads, [*others, *tests]) for kernels, threads in chosen]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
