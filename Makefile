@@ -2,22 +2,25 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_CANARY ?= .venv-canary
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test test-kernels canary lint format clean help
 
 help:
 	@echo "make demo    both training stages in miniature, on CPU, with a report in demo-output/"
 	@echo "make test    the whole test suite (CONSTRAINTS=.ci/constraints-oldest.txt VENV=.venv-oldest: oldest releases)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make canary  the test suite on the newest releases of everything but torch, whatever the pins say"
+	@echo "make test-kernels  the numeric tests with the kernels of other processors: an hour or two"
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(VENV_CANARY)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 # One stamp per set of extras, so that a second run starts at once.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
@@ -29,7 +32,13 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/common/fetch.py
-	$(VENV)/bin/python -m pytest --numprocesses $(JOBS)
+	DEPRECATIONS=error $(VENV)/bin/python -m pytest --numprocesses $(JOBS)
+
+test-kernels: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/kernels.py --numprocesses $(JOBS)
+
+canary: $(VENV_CANARY)/bin/python
+	$(VENV_CANARY)/bin/python tests/canary.py --jobs $(JOBS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check
@@ -45,4 +54,4 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf .venv .venv-oldest .cache build dist demo-output *.egg-info
+	rm -rf .venv .venv-oldest .venv-canary .cache build dist demo-output *.egg-info

@@ -12,6 +12,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and huggingface_hub are imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import deprecations  # before our packages are imported
 import numpy as np
 import pytest
 import torch
@@ -71,10 +72,16 @@ class Backbones:
         return {**parts, "qformer": self.qformer} if qformer else parts
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if deprecations.WANTED:
+        for kind in ("DeprecationWarning", "FutureWarning"):
+            config.addinivalue_line("filterwarnings", f"error::{kind}:.*{deprecations.OURS}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """One thread: tiny models gain nothing from more, and results do not depend on the machine's cores."""
-    torch.set_num_threads(1)
+    """One thread: tiny models gain nothing from more. `tests/kernels.py` asks for others."""
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import GRADIENTS, assert_close
 from torch import nn
 from transformers import LlamaConfig
 
@@ -38,12 +39,15 @@ def test_a_frozen_head_gives_the_scores_and_gradients_of_one_that_trains(
     whole = score(hidden, answers, head, config, weights)
     frozen = copy.deepcopy(head).requires_grad_(False)
     reference = adjust_logits(head(hidden), config).log_softmax(-1)
-    assert torch.allclose(whole[0], reference[range(11), answers].detach())
+    assert_close(whole[0], reference[range(11), answers].detach())
     for at_once, in_cache in ((1 << 26, 1 << 19), (30 * 4, 30 * 3), (1, 1)):
         monkeypatch.setattr("modeling_minigpt4.heads_minigpt4._AT_ONCE", at_once)
         monkeypatch.setattr("modeling_minigpt4.heads_minigpt4._IN_CACHE", in_cache)
-        for ours, theirs in zip(score(hidden, answers, frozen, config, weights), whole, strict=True):
-            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        log_probs, entropy, is_top1, gradient = score(hidden, answers, frozen, config, weights)
+        assert_close(log_probs, whole[0])
+        assert_close(entropy, whole[1])
+        assert torch.equal(is_top1, whole[2])
+        assert_close(gradient, whole[3], GRADIENTS)
 
 
 def test_small_gradients_survive_float16() -> None:
@@ -55,7 +59,7 @@ def test_small_gradients_survive_float16() -> None:
     assert torch.all((exact[0, 1:] < 0) & (exact[0, 1:] > -(2**-25)))
     scale = 2.0**16  # of the loss, as mixed precision has it
     half = score(hidden.half(), answers, head.half(), config, scale * torch.ones(1))[-1]
-    assert torch.allclose(half[0, 1:].float() / scale, exact[0, 1:], rtol=0.1, atol=0)
+    assert_close(half[0, 1:].float() / scale, exact[0, 1:], share=0.1)  # what float16 can tell
 
 
 def test_no_answers_have_a_gradient_of_nought() -> None:
@@ -91,13 +95,13 @@ def test_answers_are_scored_as_with_all_logits(qformer: bool, make_model, make_i
     log_probs = model(**inputs).logits.flatten(0, 1).log_softmax(-1)
     output = model(**inputs, answers=answers, answer_positions=positions)
     assert output.logits is None and output.loss is None
-    assert torch.allclose(output.log_probs, log_probs[positions, answers], rtol=1e-5, atol=1e-6)
+    assert_close(output.log_probs, log_probs[positions, answers])
     gradients = []
     for value in (output.log_probs.sum(), log_probs[positions, answers].sum()):
         model.zero_grad()
         value.backward()
         gradients.append(model.model.language_projection.weight.grad.clone())
-    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+    assert_close(*gradients, GRADIENTS)
 
 
 @torch.no_grad()
@@ -106,9 +110,9 @@ def test_the_last_logits_are_those_of_all(keep: int, make_model, make_inputs) ->
     model = make_model()
     inputs = make_inputs(model, ROWS)
     whole = model(**inputs).logits
-    assert torch.allclose(model(**inputs, logits_to_keep=keep).logits, whole[:, -keep:], rtol=1e-5, atol=1e-6)
+    assert_close(model(**inputs, logits_to_keep=keep).logits, whole[:, -keep:])
     places = torch.tensor([0, whole.shape[1] - keep])
-    assert torch.allclose(model(**inputs, logits_to_keep=places).logits, whole[:, places], rtol=1e-5, atol=1e-6)
+    assert_close(model(**inputs, logits_to_keep=places).logits, whole[:, places])
 
 
 @pytest.mark.parametrize("given", [{"answers": [1]}, {"answer_positions": [1]}, {"labels": True}])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from original_files import Files, config_of, logits, original_tensors, pick, save_checkpoint, save_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
@@ -189,7 +190,7 @@ def test_official_files_become_a_folder(
     for file in (files.vit, files.checkpoint):
         Path(file).unlink()
     model = AutoModelForImageTextToText.from_pretrained(moved, dtype=torch.float32)
-    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+    assert_close(logits(model), logits(files.expected()))
     adapter = load_file(moved / "model.safetensors")
     if full:
         assert not model.config.backbones and len(adapter) == len(model.state_dict())
@@ -223,7 +224,7 @@ def test_vision_backbone_leaves_the_projection_alone(tmp_path: Path, save_langua
     }  # fmt: skip
     assert not (tmp_path / "out" / "vision").exists()
     model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+    assert_close(logits(model), logits(files.expected()))
 
 
 def test_without_a_qformer_the_norm_of_the_backbone_is_not_used(tmp_path: Path, save_language_model: Callable) -> None:
@@ -235,7 +236,7 @@ def test_without_a_qformer_the_norm_of_the_backbone_is_not_used(tmp_path: Path, 
     Files(blip2).convert(language_model, tmp_path / "whole")
     files.convert(language_model, tmp_path / "out", vision_backbone=str(tmp_path / "whole" / "vision"))
     model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+    assert_close(logits(model), logits(files.expected()))
 
 
 def test_a_tuned_qformer_comes_with_the_adapter(tmp_path: Path, save_language_model: Callable) -> None:
@@ -248,7 +249,7 @@ def test_a_tuned_qformer_comes_with_the_adapter(tmp_path: Path, save_language_mo
     for vision in ({}, {"vision_backbone": str(tmp_path / "whole" / "vision")}):
         files.convert(language_model, tmp_path / "out", **vision)
         model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+        assert_close(logits(model), logits(files.expected()))
 
 
 def test_a_tuned_qformer_keeps_its_dtype(tmp_path: Path, save_language_model: Callable) -> None:
@@ -272,12 +273,12 @@ def test_converting_again_into_the_same_folder(tmp_path: Path, save_language_mod
     for options in runs:
         returned = files.convert(language_model, tmp_path / "out", **options)
         model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+        assert_close(logits(model), expected)
         folders = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
         assert folders == ([] if options else ["vision"])
         returned.save_pretrained(tmp_path / "again")
         model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "again", dtype=torch.float32)
-        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+        assert_close(logits(model), expected)
 
 
 def test_a_failed_run_leaves_an_earlier_folder_as_it_was(tmp_path: Path, save_language_model: Callable) -> None:
@@ -291,7 +292,7 @@ def test_a_failed_run_leaves_an_earlier_folder_as_it_was(tmp_path: Path, save_la
     with pytest.raises(ValueError, match="width 40"):
         other.convert(language_model, tmp_path / "out")
     model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    torch.testing.assert_close(logits(model), logits(files.expected()), atol=1e-5, rtol=0)
+    assert_close(logits(model), logits(files.expected()))
 
 
 # ---- wrong input ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import assert_close
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -122,7 +123,7 @@ def test_beams_with_several_pictures_per_row(model, make_inputs) -> None:
     logits = model(**repeated).logits[:, start - 1 : -1].log_softmax(-1)
     expected = logits.gather(-1, found.sequences[:, start:, None]).sum((1, 2)) / LENGTH
     # A beam is scored by its own pictures.
-    torch.testing.assert_close(found.sequences_scores, expected, atol=1e-4, rtol=0)
+    assert_close(found.sequences_scores, expected)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
@@ -124,10 +125,10 @@ def test_pictures_count_and_left_padding_does_not(tiny_config, make_inputs, caus
     for row, logits in zip(rows, together, strict=True):
         first = 1 if row is rows[1] else 0
         alone = model(**make_inputs(model, [row], first_image=first)).logits[0, -1]
-        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+        assert_close(logits, alone)
     other = model(**make_inputs(model, rows, first_image=5)).logits[:, -1]
     assert (other - together)[:2].abs().max(-1).values.min() > 1e-3
-    torch.testing.assert_close(other[2], together[2], atol=1e-5, rtol=0)
+    assert_close(other[2], together[2])
 
 
 @torch.no_grad()

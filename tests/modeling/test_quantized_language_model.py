@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from closeness import GRADIENTS, assert_close
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -238,7 +239,7 @@ def test_logits_and_replies_are_those_of_the_rounded_weights(method: str, adapte
     if method.startswith("bnb"):  # which rounds activations too: to one of 255 steps, or without a GPU to bfloat16
         assert (found - wanted).norm() < wanted.norm() * 0.02
     else:
-        torch.testing.assert_close(found, wanted)
+        assert_close(found, wanted)
         assert torch.equal(model.generate(**inputs, **options), plain.generate(**inputs, **options))
     assert model.generate(**inputs, **options, num_beams=2).shape[0] == len(ROWS)
 
@@ -267,8 +268,7 @@ def test_gradient_of_the_projection_is_that_through_the_rounded_weights(
     model = load(adapter, method)
     plain, inputs = without_quantization(model, adapter), make_inputs(model, ROWS, padding_side="right")
     found, wanted = (gradient(each, inputs, attention, checkpointing) for each in (model, plain))
-    assert wanted.abs().max() > 0
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    assert_close(found, wanted, GRADIENTS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -356,7 +356,7 @@ def test_lora_trains_on_it_and_loads_on_the_unquantized_model(
     for loaded in (load(tmp_path), load(tmp_path, method)):
         found = dict(loaded.named_parameters())
         assert all(torch.equal(found[name], each) for name, each in trained.items())
-    torch.testing.assert_close(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+    assert_close(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------

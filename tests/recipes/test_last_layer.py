@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from closeness import GRADIENTS, assert_close
 from transformers import AutoConfig, AutoModel
 
 from recipes_minigpt4.last_layer import LastLayer
@@ -31,7 +32,7 @@ def test_what_is_scored_is_the_same_for_every_decoder(name: str) -> None:
     with LastLayer(decoder):
         scored = decoder(input_ids=ids, **told).last_hidden_state.flatten(0, 1)
         others = decoder(input_ids=ids).last_hidden_state.flatten(0, 1)
-    assert torch.allclose(scored[positions], whole[positions], rtol=1e-5, atol=1e-6)
+    assert_close(scored[positions], whole[positions])
     assert torch.equal(scored, whole) == (not told)
     assert torch.equal(others, whole)  # calls that do not say what is scored
     assert torch.equal(decoder(input_ids=ids).last_hidden_state.flatten(0, 1), whole)  # all is as it was
@@ -52,7 +53,7 @@ def test_a_checkpointed_layer_leaves_the_same_out_when_it_runs_again(reentrant: 
             thread.start()
             thread.join()
         gradients.append(embeddings.grad)
-    assert torch.allclose(gradients[0], gradients[-1], rtol=1e-4, atol=1e-6)
+    assert_close(gradients[0], gradients[-1], GRADIENTS)
     assert seen == [2] * (1 if reentrant is None else 3)  # checkpointing runs it twice
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -136,7 +137,7 @@ def test_two_processes_train_as_one_does(method: str, stage: Callable, tmp_path:
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert left.keys() == right.keys() == PROJECTION
     for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4)
+        assert_close(left[name], right[name], share=1e-3)
 
 
 def test_pictures_are_described_on_the_way(stage: Callable, tmp_path: Path) -> None:

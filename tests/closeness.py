@@ -1,0 +1,38 @@
+"""How near two computations of the same numbers have to be."""
+
+import torch
+
+
+# float32 has 24 bits, so one operation is off by up to 6e-8 of its result. Sums of tens of products, a few layers
+# deep, come to some 1e-6 on the processors tried, and gradients, which pass every layer twice, to some more. A mistake
+# moves results by 1e-3 and more.
+VALUES, GRADIENTS = 1e-5, 1e-4
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """
+    The largest difference of two elements, as a share of the largest element that is expected.
+
+    Kernels add in different orders. What that costs grows with what is added, not with what is left of it: where large
+    numbers cancel, an element may be nothing but rounding. So a bound in terms of each element alone (`rtol`) does not
+    hold on every processor, and a fixed one (`atol`) says nothing without the size of the numbers.
+    """
+    difference, largest = (float(each.detach().abs().max()) for each in (found - expected, expected))
+    return difference / largest if largest else float("inf") if difference else 0.0
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, share: float = VALUES) -> None:
+    """
+    Assert that two tensors of the same shape and dtype, computed in different ways, have the same numbers.
+
+    The same computation on the same shapes gives the same bits on every processor: compare these with `torch.equal`.
+
+    Args:
+        found: what is tested.
+        expected: what it has to be; not all of it nought, to which nothing is near.
+        share: the deviation that is allowed, of the largest element expected; `VALUES` or `GRADIENTS`.
+    """
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert expected.any(), "everything expected is nought"
+    found_deviation = deviation(found, expected)
+    assert found_deviation <= share, f"{found_deviation:.2g} of the largest element; {share:.0e} is allowed"
