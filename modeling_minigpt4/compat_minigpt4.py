@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
 import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -56,6 +58,26 @@ def argument_names(forward: Callable[..., Any]) -> tuple[frozenset[str], str]:
     return names, next((name for name in (CACHE, *CACHE_NAMES) if name in names), CACHE)
 
 
+def checkpoint_with_gradients_only(layer_class: type[GradientCheckpointingLayer]) -> None:
+    """
+    Let layers checkpoint where there are gradients only, as since 5.24.
+
+    Before, they also leave the cache out where there is nothing to checkpoint, so that replies which another thread
+    writes while a model trains would be about their last token alone.
+    """
+    name = "gradient_checkpointing"
+    if CACHE == "cache" or isinstance(getattr(layer_class, name), property):
+        return
+
+    def checkpoints(layer: GradientCheckpointingLayer) -> bool:
+        return torch.is_grad_enabled() and bool(layer.__dict__.get(name, False))
+
+    def switch(layer: GradientCheckpointingLayer, value: bool) -> None:
+        layer.__dict__[name] = value
+
+    setattr(layer_class, name, property(checkpoints, switch))
+
+
 def tied_weights_keys(source: str) -> Any:
     """`_tied_weights_keys` of a model whose LM head is `source`, if its configuration ties them."""
     return ["lm_head.weight"] if IS_TRANSFORMERS_4 else {"lm_head.weight": source}
@@ -68,6 +90,7 @@ __all__ = [
     "GATHER_LOGITS",
     "IS_TRANSFORMERS_4",
     "argument_names",
+    "checkpoint_with_gradients_only",
     "takes_cache",
     "tied_weights_keys",
 ]

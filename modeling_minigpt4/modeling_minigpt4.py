@@ -35,6 +35,7 @@ from .compat_minigpt4 import (
     GATHER_LOGITS,
     IS_TRANSFORMERS_4,
     argument_names,
+    checkpoint_with_gradients_only,
     takes_cache,
     tied_weights_keys,
 )
@@ -47,7 +48,7 @@ from .configuration_minigpt4 import (
 )
 from .generation_minigpt4 import MiniGPT4GenerationMixin, compose_generation_config
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
-from .peft_minigpt4 import set_adapter_mode, trains_itself
+from .peft_minigpt4 import adapter_modules, trains_itself
 from .quantization_minigpt4 import QuantizationMixin
 from .whole_minigpt4 import WholeMixin
 
@@ -268,17 +269,21 @@ class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, QuantizationMixin, Pre
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "MiniGPT4PreTrainedModel":
-        """Set training mode, except for the parts of which nothing trains."""
+        """
+        Set training mode, except for the parts of which nothing trains.
+
+        These are never in it, not for a moment: another thread may be writing a reply.
+        """
         if mode:
             self.prepare_quantized_training()
-        super().train(mode)
         base = self._base()
-        for module in (base.vision_model, base.qformer, base.language_model):
-            if module is not None and not trains_itself(module):
-                module.eval()
-                set_adapter_mode(module, mode)
-                if mode:
-                    _keep_checkpointing(module)
+        parts = [part for part in (base.vision_model, base.qformer, base.language_model) if part is not None]
+        frozen = {module: part for part in parts if not trains_itself(part) for module in part.modules()}
+        adapters = {module for part in parts for module in adapter_modules(part)}
+        for module in self.modules():
+            own = mode and (module not in frozen or module in adapters or _keeps_checkpointing(module))
+            if module.training != own:
+                module.training = own
         return self
 
     def enable_input_require_grads(self) -> None:
@@ -318,16 +323,19 @@ def _outermost(module: nn.Module, names: set[str]) -> set[str]:
     return found
 
 
-def _keep_checkpointing(module: nn.Module) -> None:
+def _keeps_checkpointing(module: nn.Module) -> bool:
     """
-    Let the layers of a frozen part go on with gradient checkpointing, which transformers ties to training mode.
+    Whether a module of a frozen part is a layer that goes on with gradient checkpointing.
 
-    Gradients flow through the frozen language model to the projection, so its activations are what fills the memory.
-    Only the layer's own flag is set: modules inside stay in eval mode, and a layer with dropout of its own is left.
+    transformers ties that to training mode. Gradients flow through the frozen language model to the projection, so its
+    activations are what fills the memory. Only the layer's own flag is set: modules inside stay in eval mode, and a
+    layer with dropout of its own is left.
     """
-    for layer in module.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-            layer.training = not getattr(layer, "dropout", 0.0)
+    if not isinstance(module, GradientCheckpointingLayer) or getattr(module, "dropout", 0.0):
+        return False
+    checkpoint_with_gradients_only(type(module))
+    with torch.enable_grad():
+        return bool(module.gradient_checkpointing)
 
 
 class MiniGPT4Model(MiniGPT4PreTrainedModel):

@@ -73,14 +73,14 @@ def trains_itself(module: nn.Module) -> bool:
     return bool(trained) and any(name is not None for name in plain_names(module, trained).values())
 
 
-def set_adapter_mode(module: nn.Module, mode: bool) -> None:
-    """Set training mode of the adapter's own layers only: its dropout works, the frozen layers' own does not."""
+def adapter_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The adapter's own layers, whose dropout works in training while that of the frozen layers does not."""
     for wrapper in module.modules():
         if is_wrapper(wrapper):
-            wrapper.training = mode
+            yield wrapper
             for name, child in wrapper.named_children():
                 if name not in INNER_NAMES:
-                    child.train(mode)
+                    yield from child.modules()
 
 
 def keep_to_language_model(peft_config: Any) -> Any:
