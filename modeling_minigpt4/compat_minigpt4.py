@@ -2,12 +2,16 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
+from transformers.integrations import peft as peft_integration
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
@@ -78,6 +82,20 @@ def checkpoint_with_gradients_only(layer_class: type[GradientCheckpointingLayer]
     setattr(layer_class, name, property(checkpoints, switch))
 
 
+_PEFT_LOCK = threading.RLock()
+
+
+@contextmanager
+def installed_peft() -> Iterator[None]:
+    """
+    Let transformers put adapters into a model with the PEFT that is installed.
+
+    5.24 asks for PEFT 0.22 there, which came later, for the sake of prompts that are learned as a cache.
+    """
+    with _PEFT_LOCK, mock.patch.object(peft_integration, "MIN_PEFT_VERSION", "0.21.0"):
+        yield
+
+
 def tied_weights_keys(source: str) -> Any:
     """`_tied_weights_keys` of a model whose LM head is `source`, if its configuration ties them."""
     return ["lm_head.weight"] if IS_TRANSFORMERS_4 else {"lm_head.weight": source}
@@ -91,6 +109,7 @@ __all__ = [
     "IS_TRANSFORMERS_4",
     "argument_names",
     "checkpoint_with_gradients_only",
+    "installed_peft",
     "takes_cache",
     "tied_weights_keys",
 ]

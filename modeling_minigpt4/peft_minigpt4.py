@@ -6,9 +6,10 @@ and `save_pretrained`. This module keeps it to the language model and saves both
 """
 
 import copy
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import cached_file
+
+from .compat_minigpt4 import installed_peft
 
 
 # Where the adapter lies in a checkpoint. In a folder of its own, because transformers takes a repository with an
@@ -157,13 +161,23 @@ def find_file(path: Any, filename: str, hub_options: Mapping[str, Any], subfolde
     return found
 
 
+def _of_transformers(name: str) -> Callable[..., Any]:
+    """A method that transformers' models have, for adapters of the installed PEFT."""
+
+    @functools.wraps(getattr(PeftAdapterMixin, name))
+    def method(self: "PeftMixin", *args: Any, **kwargs: Any) -> Any:
+        with installed_peft():
+            return getattr(super(PeftMixin, self), name)(*args, **kwargs)
+
+    return method
+
+
 class PeftMixin:
     """An adapter on the language model, in the way transformers has them (`add_adapter`, `disable_adapters`, …)."""
 
     # What the class that this is mixed into brings.
     config: Any
     peft_config: Any
-    active_adapters: Any
     base_model_prefix: str
     named_parameters: Any
     state_dict: Any
@@ -174,6 +188,14 @@ class PeftMixin:
     _marked: Any
     _keys_to_ignore_on_save: Any
     _hf_peft_config_loaded: bool
+
+    load_adapter = _of_transformers("load_adapter")
+    set_adapter = _of_transformers("set_adapter")
+    disable_adapters = _of_transformers("disable_adapters")
+    enable_adapters = _of_transformers("enable_adapters")
+    active_adapters = _of_transformers("active_adapters")
+    get_adapter_state_dict = _of_transformers("get_adapter_state_dict")
+    delete_adapter = _of_transformers("delete_adapter")
 
     @property
     def has_adapter(self) -> bool:
@@ -200,7 +222,7 @@ class PeftMixin:
         config, had_one = keep_to_language_model(adapter_config), self.has_adapter
         trained = [parameter for _, parameter in self._outside_language_model() if parameter.requires_grad]
         try:
-            with self._marked():
+            with self._marked(), installed_peft():
                 super().add_adapter(config, adapter_name)  # type: ignore[misc]
         except Exception as error:
             self._hf_peft_config_loaded = had_one
