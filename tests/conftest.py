@@ -73,9 +73,8 @@ class Backbones:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if deprecations.WANTED:
-        for kind in ("DeprecationWarning", "FutureWarning"):
-            config.addinivalue_line("filterwarnings", f"error::{kind}:.*{deprecations.OURS}")
+    for line in deprecations.filters() if deprecations.WANTED else ():
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(scope="session", autouse=True)

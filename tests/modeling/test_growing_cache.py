@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from modeling_minigpt4.compat_minigpt4 import CACHE
 from modeling_minigpt4.generation_minigpt4 import GrowingLayer, with_growing_layers
 
 
@@ -125,11 +126,11 @@ def test_replies_are_those_of_the_plain_cache(options: dict, make_model, make_in
     replies = []
     for cache in (None, DynamicCache()):
         torch.manual_seed(0)
-        given = {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else {CACHE: cache}
         output = model.generate(
             **inputs, **given, generation_config=GenerationConfig(**settings), return_dict_in_generate=True
         )
-        kinds = {type(layer) for layer in output.past_key_values.layers}
+        kinds = {type(layer) for layer in getattr(output, CACHE).layers}
         assert kinds == {GrowingLayer if cache is None else DynamicLayer}  # one that is given stays as it is
         replies.append(output.sequences)
     assert torch.equal(*replies)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from closeness import VALUES, deviation
+from closeness import SHARE, deviation
 from ranks import start
 from safetensors.torch import load_file
 
@@ -68,7 +68,7 @@ def one_and_two(stage: Callable, uneven_pairs_file: Path, tmp_path: Path) -> Cal
 @pytest.mark.parametrize("command", MAINS)
 def test_two_processes_train_as_one_with_twice_the_batch(command: str, one_and_two: Callable) -> None:
     one, two = one_and_two(command)
-    assert largest_deviation(one, two) <= VALUES
+    assert largest_deviation(one, two) <= SHARE
     steps = list(zip(logs(one), logs(two), strict=True))
     assert len(steps) == 4
     assert any(single["grad_norm"] > SETTINGS["max_grad_norm"] for single, _ in steps), "nothing was clipped"
@@ -129,7 +129,7 @@ def test_accelerate_launches_two_processes(stage: Callable, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-2000:]
     assert "samples: 8 drawn" in done.stdout, done.stdout
     assert cli.main(["stage1", *stage(output="one", per_device_train_batch_size=4)]) == 0
-    assert largest_deviation(tmp_path / "one", tmp_path / "run") <= VALUES
+    assert largest_deviation(tmp_path / "one", tmp_path / "run") <= SHARE
 
 
 @pytest.mark.gpu
@@ -140,4 +140,4 @@ def test_two_gpus_train_as_one_with_twice_the_batch(stage: Callable, uneven_pair
         arguments = stage(output=folder, per_device_train_batch_size=4 // number, **fields)
         with start(["stage1", *arguments], ranks=number) as ranks:
             assert ranks.wait(300) == [0] * number, ranks.output()
-    assert largest_deviation(tmp_path / "one", tmp_path / "two") <= VALUES
+    assert largest_deviation(tmp_path / "one", tmp_path / "two") <= SHARE

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from closeness import VALUES
+from closeness import SHARE
 from ranks import Ranks, start
 from safetensors import safe_open
 from test_accelerate_configs import prepare
@@ -136,9 +136,9 @@ def test_sharded_training_equals_that_of_one_process(
 ) -> None:
     whole = train_whole(**VARIANTS[name])
     sharded, _ = train_sharded(**VARIANTS[name])
-    assert largest_deviation(whole, sharded) <= VALUES
+    assert largest_deviation(whole, sharded) <= SHARE
     if "LoRA" in name:
-        assert largest_deviation(whole, sharded, "peft/adapter_model.safetensors") <= VALUES
+        assert largest_deviation(whole, sharded, "peft/adapter_model.safetensors") <= SHARE
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_tied_embeddings_are_sharded_together(
 ) -> None:
     tied = other_language_model(parts, tmp_path / "tied", tie_word_embeddings=True)
     fields = {"language_model": tied, "train_parts": "language_model"}
-    assert largest_deviation(train_whole(**fields), train_sharded(**fields)[0]) <= VALUES
+    assert largest_deviation(train_whole(**fields), train_sharded(**fields)[0]) <= SHARE
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_layers_that_are_forgotten_after_their_forward(
     """Answers are scored by a backward pass of their own within the forward one, amid the layers' coming and going."""
     deep = other_language_model(parts, tmp_path / "deep", num_hidden_layers=4)
     fields = {"language_model": deep, "gradient_checkpointing": checkpointing}
-    assert largest_deviation(train_whole(**fields), train_sharded(**fields)[0]) <= VALUES
+    assert largest_deviation(train_whole(**fields), train_sharded(**fields)[0]) <= SHARE
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_sharded_models_train_from_stored_features(train_sharded: Callable, tmp_
     plain, _ = train_sharded()
     stored, ranks = train_sharded(output="stored", cache_features=tmp_path / "features")
     assert "16 computed now" in ranks.output(0)
-    assert largest_deviation(plain, stored) <= VALUES
+    assert largest_deviation(plain, stored) <= SHARE
 
 
 # ---- saving and resuming --------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_a_sharded_model_trains_like_a_whole_one_and_is_written_whole(
 ) -> None:
     whole = train_whole()
     folder, ranks = train_sharded(before=shard_on_cpus_and_tell)
-    assert largest_deviation(whole, folder) <= VALUES
+    assert largest_deviation(whole, folder) <= SHARE
     for one, other in zip(logs(whole), logs(folder), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-4)
@@ -269,7 +269,7 @@ def test_two_gpus_share_the_weights(train_sharded: Callable, stage: Callable, tm
     sharded, _ = train_sharded(before=None, **fields)
     whole = stage(output="whole", per_device_train_batch_size=4, **SETTINGS, **fields)
     assert cli.main(["stage1", *whole]) == 0
-    assert largest_deviation(tmp_path / "whole", sharded) <= VALUES
+    assert largest_deviation(tmp_path / "whole", sharded) <= SHARE
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
