@@ -73,6 +73,7 @@ def open_table(path: Path) -> Dataset:
     try:
         if ending == ".json":
             return Dataset.from_list(read_annotations(path))
+        _refuse_path(path)
         options = {"sep": "\t"} if ending == ".tsv" else {}
         file = DataFilesList([str(path.absolute())], [(str(path.stat().st_mtime),)])  # the latter tells its version
         return load_dataset(FILE_TYPES[ending], data_files=DataFilesDict(train=file), split="train", **options)
@@ -111,19 +112,33 @@ def open_dataset(
     """
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            _refuse_path(path)
             saved = load_from_disk(str(path))
             if isinstance(saved, DatasetDict) and split not in saved:
                 raise KeyError(f"its splits are {', '.join(saved)}")
             return saved[split] if isinstance(saved, DatasetDict) else saved
         wanted = {"split": split, "revision": revision, "streaming": streaming}
         if path.is_dir():
+            _refuse_path(path)
             return load_dataset(str(path), config, data_files=_files_of(path), **wanted)
         return load_dataset(name, config, **wanted)
+    except RecipeError:
+        raise
     except Exception as error:  # the many ways in which `datasets` says that something is not there
         raise RecipeError(
             f"{name} with the split {split} cannot be opened ({root_reason(error)}); name a dataset of the Hub, a "
             "folder with pictures and metadata, or a file with --dataset_name."
         ) from error
+
+
+def _refuse_path(path: Path) -> None:
+    """Refuse the few names that `datasets` reads as something else even where a file is found already."""
+    text = str(path.absolute())
+    if "::" in text or os.path.expandvars(text) != text or (os.sep == "/" and "\\" in text):
+        raise RecipeError(
+            f"{path} has `::`, a backslash, or the name of an environment variable behind `$` in its path, which "
+            "`datasets` takes for something else; rename it, or name a link to it."
+        )
 
 
 def _files_of(folder: Path) -> DataFilesDict | None:

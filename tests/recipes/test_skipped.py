@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from damaged import CAPTIONS, PICTURES, jpeg
+from damaged import CAPTIONS, PICTURES, jpeg, sample, write_tar
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
@@ -124,16 +124,20 @@ def test_counts_come_from_workers_too(stage: Callable, tmp_path: Path) -> None:
 
 
 def test_a_batch_of_bad_samples_changes_nothing(stage: Callable, tmp_path: Path) -> None:
-    """Trained alone, its loss is nought and so is its gradient; weight decay is off to see that."""
-    data = write_pairs(tmp_path / "data", [(b"", "a"), (b"", "b")])
-    fields = {"dataset_name": data, "max_steps": 2, "max_bad_share": 1, "weight_decay": 0}
-    trainer = stage1_pretrain.main(stage(**fields))
-    assert losses_of(trainer) == [0, 0]
+    """Its loss is nought and so is its gradient; weight decay is off to see that."""
+    samples = [sample(0, picture=b""), sample(1, picture=b""), sample(2), sample(3)]
+    data = write_tar(tmp_path / "data.tar", samples)
+    fields = {"dataset_name": data, "shuffle_buffer": 1, "max_bad_share": 0.5, "weight_decay": 0}
+    trainer = stage1_pretrain.main(stage(**fields, max_steps=2, save_strategy="steps", save_steps=1))
+    bad, good = losses_of(trainer)
+    assert bad == 0 < good
     stage1_pretrain.main(stage("fresh", max_steps=1, learning_rate=0, original_schedule=False, weight_decay=0))
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "fresh"))
+    names = ("run/checkpoint-1", "fresh", "run")
+    first, second, last = (load_file(tmp_path / name / "model.safetensors") for name in names)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert trainer.samples.skipped == trainer.samples.drawn == 4
+    assert not all(torch.equal(first[name], last[name]) for name in first)
+    assert (trainer.samples.skipped, trainer.samples.drawn) == (2, 4)
 
 
 @pytest.mark.parametrize("share, stops", [(0.1, True), (0.19, True), (0.2, False), (1, False)])
