@@ -331,7 +331,7 @@ def _keeps_checkpointing(module: nn.Module) -> bool:
     activations are what fills the memory. Only the layer's own flag is set: modules inside stay in eval mode, and a
     layer with dropout of its own is left.
     """
-    if not isinstance(module, GradientCheckpointingLayer) or getattr(module, "dropout", 0.0):
+    if not isinstance(module, GradientCheckpointingLayer) or getattr(module, "dropout", None):
         return False
     checkpoint_with_gradients_only(type(module))
     with torch.enable_grad():
