@@ -2,8 +2,9 @@
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-from processing_minigpt4 import MiniGPT4ImageProcessor, MiniGPT4Processor
+from processing_minigpt4 import MiniGPT4DataCollator, MiniGPT4ImageProcessor, MiniGPT4Processor
 
 from .configuration_minigpt4 import MiniGPT4Config
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
@@ -14,6 +15,8 @@ AutoConfig.register("minigpt4", MiniGPT4Config)
 AutoModel.register(MiniGPT4Config, MiniGPT4Model)
 AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor)
 AutoImageProcessor.register(MiniGPT4Config, slow_image_processor_class=MiniGPT4ImageProcessor)
+# There is none for videos; pipelines of 5.x would take the image processor's code for one and ask whether to run it.
+VIDEO_PROCESSOR_MAPPING.register(MiniGPT4Config, None)
 
 # AutoModelForVision2Seq went with transformers 5.0, where AutoModelForImageTextToText is its name;
 # AutoModelForMultimodalLM came with 5.x. Whichever is there knows the model.
@@ -25,6 +28,7 @@ for _auto_class in {AutoModelForImageTextToText, AutoModelForVision2Seq, AutoMod
 __all__ = [
     "AutoModelForVision2Seq",
     "MiniGPT4Config",
+    "MiniGPT4DataCollator",
     "MiniGPT4ForConditionalGeneration",
     "MiniGPT4ImageProcessor",
     "MiniGPT4Model",

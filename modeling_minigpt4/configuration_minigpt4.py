@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .compat_minigpt4 import CACHE_NAMES
+
 
 # transformers 4.57 leaves "blip_2_vision_model" out of CONFIG_MAPPING, so these two are looked up here first.
 _BLIP2_CONFIGS: dict[str, type[PretrainedConfig]] = {
@@ -100,6 +102,8 @@ class MiniGPT4Config(PretrainedConfig):
 
     model_type = "minigpt4"
     sub_configs = _SubConfigs()
+    # Outputs that are no predictions, which `Trainer.predict` and `evaluate` would gather beside the logits.
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states"]
 
     def __init__(
         self,
@@ -138,6 +142,8 @@ class MiniGPT4Config(PretrainedConfig):
         self.backbones = copy.deepcopy(dict(backbones or {}))
         # transformers ties the LM head by the outer flag, which therefore follows the language model's own.
         kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+        if kwargs.get("pad_token_id") is None:  # which trainers look for here
+            kwargs["pad_token_id"] = pad_token_id(self.text_config)
         super().__init__(**kwargs)
         self._check()
 
@@ -194,6 +200,14 @@ class MiniGPT4Config(PretrainedConfig):
         for name in ("num_query_tokens", "projector_num_layers", "patch_merge_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be 1 or more.")
+
+
+def pad_token_id(text_config: PretrainedConfig) -> int | None:
+    """The pad token of a language model; EOS, or the first of several, where it has none."""
+    pad, eos = (getattr(text_config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    if pad is None or pad < 0:  # early LLaMAs have -1
+        pad = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
+    return pad if isinstance(pad, int) else None
 
 
 def vision_hidden_size(vision_config: PretrainedConfig) -> int:

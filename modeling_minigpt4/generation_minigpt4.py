@@ -5,9 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+)
 
 from .compat_minigpt4 import CACHE, IS_TRANSFORMERS_4
 from .configuration_minigpt4 import MiniGPT4Config
@@ -107,19 +115,37 @@ class WordProcessors(LogitsProcessorList):
     """
     Logits processors that do not see image placeholders, which have no score; each counts as another id of its row.
 
-    4.57 looks every id of the prompt up in the scores, for repetition_penalty among others.
+    4.57 looks every id of the prompt up in the scores, for repetition_penalty among others. Those that look at what
+    follows what see placeholders, and get a score for them, lest they take them for words.
     """
+
+    FOLLOWERS = (NoRepeatNGramLogitsProcessor, EncoderNoRepeatNGramLogitsProcessor)
 
     def __init__(self, processors: Sequence[Any], image_token_id: int) -> None:
         super().__init__(processors)
         self.image_token_id = image_token_id
+        for processor in processors:
+            if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+                processor.encoder_input_ids = words_only(processor.encoder_input_ids, image_token_id)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
-        if input_ids.shape[1] == 0:
-            return super().__call__(input_ids, scores, **kwargs)
-        places = input_ids == self.image_token_id
-        others = input_ids.masked_fill(places, -1).amax(-1, keepdim=True).clamp(min=0)
-        return super().__call__(torch.where(places, others, input_ids), scores, **kwargs)
+        words, size = words_only(input_ids, self.image_token_id), scores.shape[-1]
+        for processor in self:
+            alone = LogitsProcessorList([processor])
+            if isinstance(processor, self.FOLLOWERS):
+                room = (0, self.image_token_id + 1 - size)
+                scores = alone(input_ids, F.pad(scores, room, value=-torch.inf), **kwargs)[:, :size]
+            else:
+                scores = alone(words, scores, **kwargs)
+        return scores
+
+
+def words_only(input_ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """Ids whose placeholders are another id of their row, 0 where there is none."""
+    if input_ids.shape[1] == 0:
+        return input_ids
+    places = input_ids == image_token_id
+    return torch.where(places, input_ids.masked_fill(places, -1).amax(-1, keepdim=True).clamp(min=0), input_ids)
 
 
 def penalize_replies_only(processors: Sequence[Any], prompt_length: int) -> None:
@@ -202,6 +228,13 @@ def compose_generation_config(
     return generation_config
 
 
+def _flat(value: Any) -> set[Any]:
+    """All whole numbers in nested lists, and in the keys of a mapping."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return set().union(*map(_flat, value))
+    return {value} if isinstance(value, int) else set()
+
+
 class _TextFirst:
     """A model as it is, but for the name of its main input."""
 
@@ -253,15 +286,47 @@ class MiniGPT4GenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         """Keep image placeholders from penalties, and the whole prompt where `penalize_prompt` is False."""
+        self._check_for_placeholders(generation_config, kwargs.get("negative_prompt_ids"))
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         source = generation_config if hasattr(generation_config, "penalize_prompt") else self.generation_config
         if not getattr(source, "penalize_prompt", True):
             penalize_replies_only(processors, getattr(generation_config, "_prompt_length", 0))
         return WordProcessors(processors, self.config.image_token_id)
 
+    def _check_for_placeholders(self, generation_config: GenerationConfig, negative_prompt_ids: Any) -> None:
+        """Raise a `ValueError` for options that ask for the score of an image placeholder, or for a second picture."""
+        placeholder = self.config.image_token_id
+        for name in ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"):
+            if placeholder in _flat(getattr(generation_config, name, None)):
+                raise ValueError(
+                    f"`{name}` holds the image placeholder {placeholder}, which is no word of the language model and "
+                    "is never written; leave it out."
+                )
+        if negative_prompt_ids is not None and bool((negative_prompt_ids == placeholder).any()):
+            raise ValueError(
+                f"`negative_prompt_ids` hold the image placeholder {placeholder}, but only the prompt sees pictures; "
+                "take it out."
+            )
+
+    def heal_tokens(self, input_ids: torch.Tensor, tokenizer: Any = None) -> Any:
+        """
+        See [`~transformers.GenerationMixin.heal_tokens`].
+
+        Raises:
+            ValueError: if there are pictures in the prompt, which it would lose.
+        """
+        if bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "`token_healing` writes the prompt anew as text, which would lose its image placeholders "
+                f"{self.config.image_token_id}; leave it out."
+            )
+        return super().heal_tokens(input_ids, tokenizer)
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """An assistant that knows text only gets the prompt without pictures."""
+        """An assistant that knows text only gets the prompt without pictures; guesses from the prompt are words."""
         assistant = kwargs.get("assistant_model")
+        if assistant is None and kwargs["generation_config"].prompt_lookup_num_tokens is not None:
+            return TextCandidates(super()._get_candidate_generator(*args, **kwargs), self.config)
         if assistant is None or "pixel_values" in inspect.signature(assistant.forward).parameters:
             return super()._get_candidate_generator(*args, **kwargs)
         kwargs["input_ids"] = kwargs["input_ids"].masked_fill(kwargs["input_ids"] == self.config.image_token_id, 0)
@@ -289,9 +354,9 @@ class MiniGPT4GenerationMixin(GenerationMixin):
             input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
         return super().generate(input_ids, *args, **kwargs)
 
-    def estimate_tokens(self, input_dict: dict[str, Any]) -> int:
+    def estimate_tokens(self, input_dict: Any) -> int:
         """Tokens of a batch, for the Trainer's count of operations: text and placeholders, not pixels."""
-        ids = input_dict.get("input_ids")
+        ids = input_dict.get("input_ids") if isinstance(input_dict, Mapping) else None  # GRPO's batches are lists
         return 0 if ids is None else int(ids.numel())
 
     if IS_TRANSFORMERS_4:

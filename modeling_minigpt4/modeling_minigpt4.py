@@ -26,6 +26,10 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.modeling_utils import set_zero3_state
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import can_return_tuple, logging
 
 from .backbones import HUB_OPTIONS, PARTS, BackbonesMixin, load_backbone_config, normalize_source, part_of
@@ -48,6 +52,7 @@ from .configuration_minigpt4 import (
 )
 from .generation_minigpt4 import MiniGPT4GenerationMixin, compose_generation_config
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
+from .labels_minigpt4 import mask_image_labels, mask_look_ups, scored_elsewhere
 from .peft_minigpt4 import adapter_modules, trains_itself
 from .quantization_minigpt4 import QuantizationMixin
 from .whole_minigpt4 import WholeMixin
@@ -147,22 +152,6 @@ def _mismatch(places: int, tokens: int, image_token_id: int) -> str:
         f"{image_token_id} exactly once per image token, so prepare text and images together with this model's "
         "processor, and do not let truncation cut an image."
     )
-
-
-def mask_image_labels(
-    module: "MiniGPT4ForConditionalGeneration", args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """
-    Set the labels of image placeholders to -100, before any forward, also one that a trainer has put in its place.
-
-    TRL labels every token of `messages` data and indexes the vocabulary with the labels, where a placeholder has no
-    row. A hook on the module runs whatever `forward` has become.
-    """
-    for key in ("labels", "shift_labels"):
-        labels = kwargs.get(key)
-        if labels is not None:
-            kwargs = {**kwargs, key: labels.masked_fill(labels == module.config.image_token_id, -100)}
-    return args, kwargs
 
 
 class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, QuantizationMixin, PreTrainedModel):
@@ -279,6 +268,8 @@ class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, QuantizationMixin, Pre
         base = self._base()
         parts = [part for part in (base.vision_model, base.qformer, base.language_model) if part is not None]
         frozen = {module: part for part in parts if not trains_itself(part) for module in part.modules()}
+        if isinstance(embeddings := base.get_input_embeddings(), nn.Embedding):
+            frozen[embeddings] = embeddings  # NEFTune's noise is that of `_noisy`, even if the language model trains
         adapters = {module for part in parts for module in adapter_modules(part)}
         for module in self.modules():
             own = mode and (module not in frozen or module in adapters or _keeps_checkpointing(module))
@@ -363,6 +354,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         self.language_projection = build_projection(config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)
         self.language_model_arguments, self.cache_name = argument_names(self.language_model.forward)
+        self.set_input_embeddings(self.get_input_embeddings())
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -370,6 +362,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
+        mask_look_ups(value, self.config)
 
     def get_decoder(self) -> PreTrainedModel:
         return self.language_model
@@ -538,13 +531,16 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         if pixel_values is not None or vision_features is not None:
             if input_ids is None:
                 raise ValueError(
-                    "Pictures need `input_ids`, whose placeholders tell their places; embeddings given as "
-                    "`inputs_embeds` must hold the image tokens already."
+                    f"Pictures need `input_ids`, whose placeholders {self.config.image_token_id} tell their places; "
+                    "embeddings given as `inputs_embeds` must hold the image tokens already, which those of PEFT's "
+                    "prompt tuning and P-tuning do not (LoRA, IA3 and prefix tuning work)."
                 )
             images = self.get_image_features(pixel_values, vision_features, return_dict=True, **asked)
             image_tokens = images.pooler_output
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_tokens, image_positions)
+        if image_tokens is None and self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._no_picture().to(inputs_embeds)
         if position_ids is None and inputs_embeds is not None:
             position_ids = self._positions(attention_mask, inputs_embeds)
         options = {
@@ -567,6 +563,21 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             **{CACHE: outputs.get(CACHE)},
         )
 
+    def _no_picture(self) -> torch.Tensor:
+        """
+        Nought, with a gradient of nought for whatever trains of the vision side and the projection.
+
+        A training step on text alone would have nothing to do backward without it, and DDP would miss gradients.
+        """
+        if any(tensor.requires_grad for part in ("vision", "qformer") for tensor in self._parts().get(part, ())):
+            shape = (1, getattr(self.config.vision_config, "num_channels", 3), *self.config.image_size)
+            blank = torch.zeros(shape, device=self.vision_model.device)
+            tokens = self.get_image_features(blank, return_dict=True).pooler_output
+        else:
+            first = next(layer for layer in self.language_projection.modules() if isinstance(layer, nn.Linear))
+            tokens = self.language_projection(first.weight.new_zeros(1, first.in_features))
+        return tokens.sum() * 0
+
     def _embed(
         self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, places: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -578,7 +589,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         else:
             mask = input_ids == self.config.image_token_id
         # Placeholders lie outside the vocabulary, so any row of it stands in for the look-up.
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+        embeddings = self._noisy(self.get_input_embeddings()(input_ids.masked_fill(mask, 0)))
         if image_tokens is None:
             return embeddings
         if places is None:
@@ -587,6 +598,20 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         # Not `masked_scatter`, whose gradient asks the device how many places there are.
         whole = embeddings.flatten(0, 1).index_copy(0, places.to(embeddings.device), image_tokens)
         return whole.view_as(embeddings)
+
+    def _noisy(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """
+        Text embeddings with the noise of NEFTune (arXiv 2310.05914), while a trainer has set its strength.
+
+        transformers adds it in embeddings that are in training mode, which those of a frozen language model never are.
+        A step that has no gradients, such as a reply that another thread writes, has no noise.
+        """
+        module = self.get_input_embeddings()
+        alpha = getattr(module, "neftune_noise_alpha", None)
+        if alpha is None or module.training or not (self.training and torch.is_grad_enabled()):
+            return embeddings
+        most = alpha / embeddings.shape[1:].numel() ** 0.5
+        return embeddings + torch.empty_like(embeddings).uniform_(-most, most)
 
     @staticmethod
     def _positions(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
@@ -601,7 +626,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         return positions.clamp(min=0)[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device)
 
 
-class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, MiniGPT4GenerationMixin):
+class MiniGPT4ForConditionalGeneration(MiniGPT4GenerationMixin, MiniGPT4PreTrainedModel):
     r"""
     MiniGPT-4: answers in text about pictures and text (arXiv 2304.10592).
 
@@ -730,7 +755,11 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, MiniGPT4Generati
         hidden_states = outputs.last_hidden_state if logits_to_keep is None else outputs.last_hidden_state[:, keep]
         logits = adjust_logits(self.lm_head(hidden_states), self.config.text_config)
         loss = None
-        if labels is not None:
+        if labels is None:
+            outside = (self.training and torch.is_grad_enabled()) or kwargs.get("num_items_in_batch") is not None
+            if outside and outputs.image_hidden_states is not None:
+                logits = scored_elsewhere(logits, self.config.image_token_id)
+        else:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return MiniGPT4CausalLMOutputWithPast(
@@ -838,6 +867,11 @@ def _select_strategy(vision_config: PretrainedConfig) -> str:
     height, width = vision_image_size(vision_config)
     return "default" if tokens == (height // patch) * (width // patch) + 1 else "full"
 
+
+# Trainer shifts labels before it smooths them for classes in the first of these, and `transformers serve` tells by the
+# other that a model sees.
+for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    _names[MiniGPT4Config.model_type] = MiniGPT4ForConditionalGeneration.__name__
 
 MiniGPT4Model.register_for_auto_class("AutoModel")
 MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

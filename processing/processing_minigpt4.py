@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .batch_minigpt4 import MiniGPT4Batch
 from .chat_templates_minigpt4 import (
     available_chat_templates,
     knows_parts,
@@ -19,6 +20,7 @@ from .chat_templates_minigpt4 import (
 )
 from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
+from .placeholder_minigpt4 import PlaceholderMixin
 from .processing_compat_minigpt4 import IS_TRANSFORMERS_4, RENDERING
 from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, truncate_rows
 
@@ -48,8 +50,11 @@ _OWN_OPTIONS = (
     "return_text_replacement_offsets",
 )
 
+# What other models take beside text and pictures, under all names that callers use.
+_OTHER_MODALITIES = ("videos", "video", "audio", "audios")
 
-class MiniGPT4Processor(ProcessorMixin):
+
+class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
     r"""
     Prepare text and pictures for [`MiniGPT4ForConditionalGeneration`].
 
@@ -107,6 +112,8 @@ class MiniGPT4Processor(ProcessorMixin):
             self.image_token_id = len(tokenizer)
         self.num_image_tokens = num_image_tokens
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        if tokenizer is not None:
+            self._teach_tokenizer()
 
     @classmethod
     def from_backbones(
@@ -205,14 +212,15 @@ class MiniGPT4Processor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` of shape (texts, longest text), `pixel_values` of shape (images, 3,
             height, width); with `return_mm_token_type_ids`, 1 where image tokens are. `offset_mapping` tells the
-            characters of the text as it was passed; all tokens of a picture have those of its `<image>`.
+            characters of the text as it was passed; all tokens of a picture have those of its `<image>`. Labels that
+            are put into the batch lose its image placeholders ([`MiniGPT4Batch`]).
 
         Raises:
             ValueError: if placeholders and pictures do not match, an image cannot be read, the batch is empty, or
                 truncation would cut a picture.
         """
-        if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
-            raise ValueError("MiniGPT-4 takes text and images only; leave `videos` and `audio` out.")
+        if unknown := [name for name in _OTHER_MODALITIES if not _is_empty(kwargs.pop(name, None))]:
+            raise ValueError(f"MiniGPT-4 takes text and images only; leave `{'` and `'.join(unknown)}` out.")
         if images is None and text is None:
             raise ValueError("There is nothing to process; pass `text`, `images` or both.")
         kwargs.pop("segment_mark", None)  # transformers 4.57 hands variables of the chat template on to here
@@ -234,7 +242,7 @@ class MiniGPT4Processor(ProcessorMixin):
         if images is not None:
             image_options = {**image_options, "return_tensors": None}
             data.update(self.image_processor(self.image_processor.fetch_images(images), **image_options))
-        return BatchFeature(data, tensor_type=tensors)
+        return MiniGPT4Batch(data, tensor_type=tensors, image_token_id=self.image_token_id)
 
     def _match(self, texts: list[str], images: Any) -> list[Any] | None:
         """The pictures as one flat list, after checking that every text has as many as it has places for."""
@@ -417,6 +425,11 @@ class MiniGPT4Processor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing: `None`, or lists of nothing."""
+    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_empty, value)))
 
 
 def _is_jinja(text: str) -> bool:

@@ -36,10 +36,12 @@ CHAT = [
     {"role": "assistant", "content": "A red cat."},
 ]
 CODE = {
+    "batch_minigpt4.py",
     "chat_templates_minigpt4.py",
     "conversations_minigpt4.py",
     "image_opening_minigpt4.py",
     "image_processing_minigpt4.py",
+    "placeholder_minigpt4.py",
     "processing_minigpt4.py",
     "segments_minigpt4.py",
 }
