@@ -103,7 +103,7 @@ class MiniGPT4Config(PretrainedConfig):
     model_type = "minigpt4"
     sub_configs = _SubConfigs()
     # Outputs that are no predictions, which `Trainer.predict` and `evaluate` would gather beside the logits.
-    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states", "image_outputs"]
 
     def __init__(
         self,
