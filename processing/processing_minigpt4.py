@@ -18,13 +18,14 @@ from .chat_templates_minigpt4 import (
     wrap_chat_template,
 )
 from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations
+from .image_opening_minigpt4 import Color
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
 from .processing_compat_minigpt4 import IS_TRANSFORMERS_4, RENDERING
 from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, truncate_rows
 
 
 class MiniGPT4ImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
-    background_color: str | list[int] | tuple[int, ...] | None
+    background_color: Color | None
 
 
 class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict

@@ -40,6 +40,7 @@ CODE = {
     "conversations_minigpt4.py",
     "image_opening_minigpt4.py",
     "image_processing_minigpt4.py",
+    "processing_compat_minigpt4.py",
     "processing_minigpt4.py",
     "segments_minigpt4.py",
 }
