@@ -1,8 +1,11 @@
 """Conversations in one form: every message a list of text and image parts, and no text that passes for a picture."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+from .image_opening_minigpt4 import without_content
 
 
 # Unicode reserves these code points for internal use: no text has them, and none of them reaches the tokenizer.
@@ -118,7 +121,13 @@ def _normalize_part(part: Any, image_token: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """What an error calls a value, in a few words and without the content of a picture."""
+    if isinstance(value, (bytes, bytearray)):
+        return f"{len(value)} bytes"
+    shorten = reprlib.Repr()
+    shorten.maxstring = shorten.maxother = 30  # of what stands inside of a value
+    shown = without_content(value) if isinstance(value, str) else value
+    text = repr(shown) if isinstance(shown, str) else shorten.repr(shown)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

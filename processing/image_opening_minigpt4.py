@@ -6,7 +6,7 @@ import os
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -21,15 +21,15 @@ from transformers.utils import is_torch_tensor, logging
 
 logger = logging.get_logger(__name__)
 
+Color = str | list[int] | tuple[int, ...]  # a name that Pillow knows, or red, green and blue from 0 to 255
+
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\r\n]{40,}={0,2}\s*")  # no picture's is shorter
 _ENCODED = ("iVBORw", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
 _LONGEST_PATH = 4096
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
-def open_image(
-    image: Any, background_color: "str | Sequence[int] | None" = None, keep_transparency: bool = False
-) -> Any:
+def open_image(image: Any, background_color: Color | None = None, keep_transparency: bool = False) -> Any:
     """
     Turn whatever names a picture into the picture itself, upright and in RGB.
 
@@ -99,7 +99,7 @@ def _has_transparency(image: PIL.Image.Image) -> bool:
     return image.mode in _ALPHA_MODES or ("transparency" in image.info and image.mode in ("1", "L", "P", "RGB"))
 
 
-def on_background(image: PIL.Image.Image, color: "str | Sequence[int]") -> PIL.Image.Image:
+def on_background(image: PIL.Image.Image, color: Color) -> PIL.Image.Image:
     """A picture of mode RGBA in front of a colour, in RGB."""
     ground = PIL.Image.new("RGBA", image.size, (*as_color(color), 255))
     return PIL.Image.alpha_composite(ground, image).convert("RGB")
@@ -286,4 +286,4 @@ def _reason(error: Exception) -> str:
     return text if text and len(text) <= 200 and " at 0x" not in text else type(error).__name__
 
 
-__all__ = ["as_color", "inline_picture", "on_background", "open_image", "path_of_url", "without_content"]
+__all__ = ["Color", "as_color", "inline_picture", "on_background", "open_image", "path_of_url", "without_content"]

@@ -15,7 +15,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import is_torch_tensor
 
-from .image_opening_minigpt4 import as_color, logger, on_background, open_image
+from .image_opening_minigpt4 import Color, as_color, logger, on_background, open_image
 
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
@@ -71,7 +71,7 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         image_mean: "float | Sequence[float] | None" = None,
         image_std: "float | Sequence[float] | None" = None,
-        background_color: "str | Sequence[int] | None" = None,
+        background_color: Color | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -108,7 +108,7 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         do_normalize: bool | None = None,
         image_mean: "float | Sequence[float] | None" = None,
         image_std: "float | Sequence[float] | None" = None,
-        background_color: "str | Sequence[int] | None" = None,
+        background_color: Color | None = None,
         return_tensors: str | None = None,
         data_format: "str | ChannelDimension" = ChannelDimension.FIRST,
         input_data_format: "str | ChannelDimension | None" = None,

@@ -19,6 +19,7 @@ from .chat_templates_minigpt4 import (
     wrap_chat_template,
 )
 from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations
+from .image_opening_minigpt4 import Color
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
 from .placeholder_minigpt4 import PlaceholderMixin
 from .processing_compat_minigpt4 import IS_TRANSFORMERS_4, RENDERING
@@ -26,7 +27,7 @@ from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, trun
 
 
 class MiniGPT4ImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
-    background_color: str | list[int] | tuple[int, ...] | None
+    background_color: Color | None
 
 
 class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict

@@ -430,3 +430,14 @@ def test_what_is_no_colour_gets_a_sentence(color: Any) -> None:
         with pytest.raises(ValueError, match="`background_color` is") as told:
             use()
         assert one_sentence(told.value)
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [encoded(photo()), TEXT.encode(), {"image": TEXT}, [encoded(photo())], [[TEXT]]])
+def test_no_error_about_a_chat_prints_a_picture(content: Any) -> None:
+    for chat in ([{"role": "user", "content": content}], [content], [{"role": 3, "content": content}]):
+        with pytest.raises(ValueError) as told:
+            make_processor(byte_tokenizer()).apply_chat_template(chat)
+        assert one_sentence(told.value) and TEXT[20:40] not in str(told.value) and "IHDR" not in str(told.value)
