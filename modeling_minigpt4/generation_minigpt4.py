@@ -111,6 +111,18 @@ class SeparatorCriteria(StoppingCriteria):
         return torch.tensor(found, device=input_ids.device)
 
 
+def end_of_reply(reply: Sequence[int], separator: str, pieces: Mapping[int, str], ends: Sequence[int]) -> int | None:
+    """Where a reply's separator ends, unless it has ended before, by one of `ends`."""
+    text = ""
+    for place, token in enumerate(reply):
+        text += pieces.get(token, "\0")
+        if separator in text:
+            return place + 1
+        if token in ends:
+            break
+    return None
+
+
 class WordProcessors(LogitsProcessorList):
     """
     Logits processors that do not see image placeholders, which have no score; each counts as another id of its row.
@@ -274,14 +286,19 @@ class MiniGPT4GenerationMixin(GenerationMixin):
         generation_config._prompt_length = kwargs["input_ids_length"]
         return super()._prepare_generated_length(generation_config=generation_config, **kwargs)
 
+    def _separator(self, generation_config: GenerationConfig) -> tuple[str, dict[int, str]] | None:
+        """The separator and its pieces (`SeparatorCriteria`), if replies end at one."""
+        # A config that the caller made has no such field, unless to switch it off with `separator=""`.
+        source = generation_config if hasattr(generation_config, "separator") else self.generation_config
+        if not (separator := getattr(source, "separator", None)):
+            return None
+        return separator, {int(token): text for token, text in source.separator_pieces.items()}
+
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         """Add the template's separator, which the checkpoint's generation config spells in token ids."""
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        # A config that the caller made has no such field, unless to switch it off with `separator=""`.
-        source = generation_config if hasattr(generation_config, "separator") else self.generation_config
-        if separator := getattr(source, "separator", None):
-            pieces = {int(token): text for token, text in source.separator_pieces.items()}
-            criteria.append(SeparatorCriteria(separator, pieces, getattr(generation_config, "_prompt_length", 0)))
+        if separator := self._separator(generation_config):
+            criteria.append(SeparatorCriteria(*separator, getattr(generation_config, "_prompt_length", 0)))
         return criteria
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
@@ -352,7 +369,39 @@ class MiniGPT4GenerationMixin(GenerationMixin):
         pictures = kwargs.get("pixel_values", kwargs.get("vision_features"))
         if pictures is not None and kwargs.get("inputs_embeds") is None:
             input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
-        return super().generate(input_ids, *args, **kwargs)
+        found = super().generate(input_ids, *args, **kwargs)
+        config = kwargs.get("generation_config", args[0] if args else None)
+        if config is None or self.config.image_token_id not in _flat(config.suppress_tokens):
+            return found
+        return self._close_replies(found, config, 0 if input_ids is None else input_ids.shape[1])
+
+    def _close_replies(self, found: Any, generation_config: GenerationConfig, start: int) -> Any:
+        """
+        Put EOS behind replies that end at the separator.
+
+        GRPO and RLOO of TRL look for it, and would take the pads there for words. They are known by the placeholder,
+        which they suppress.
+        """
+        eos, separator = generation_config.eos_token_id, self._separator(generation_config)
+        if separator is None or eos is None:
+            return found
+        ends = [eos] if isinstance(eos, int) else list(eos)
+        rows = found if isinstance(found, torch.Tensor) else found.sequences
+        places = [end_of_reply(row, *separator, ends) for row in rows[:, start:].tolist()]
+        if rows.shape[1] - start in places:
+            pad = (
+                self.generation_config.pad_token_id
+                if generation_config.pad_token_id is None
+                else generation_config.pad_token_id
+            )
+            rows = F.pad(rows, (0, 1), value=ends[0] if pad is None else pad)
+        for row, place in zip(rows, places, strict=True):
+            if place is not None:
+                row[start + place] = ends[0]
+        if isinstance(found, torch.Tensor):
+            return rows
+        found.sequences = rows
+        return found
 
     def estimate_tokens(self, input_dict: Any) -> int:
         """Tokens of a batch, for the Trainer's count of operations: text and placeholders, not pixels."""

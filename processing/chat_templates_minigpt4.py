@@ -12,7 +12,7 @@ from .processing_compat_minigpt4 import RENDERING
 
 _FOLDER = Path(__file__).parent / "chat_templates"
 _WRAPPED = "wrapped"
-_SEPARATOR = "###"
+SEPARATOR = "###"
 _WRAPPED_ALREADY = "minigpt4 = namespace"
 
 
@@ -98,9 +98,9 @@ def _end_of_turn(tokenizer: Any, template: str) -> str:
 
 def separator_of(template: str, tokenizer: Any) -> str | None:
     """The text `###` if the template ends replies with it, as the Vicuna templates do; None for every other."""
-    if _SEPARATOR not in template:
+    if SEPARATOR not in template:
         return None
-    return _SEPARATOR if _around_reply(template, tokenizer)[1].startswith(_SEPARATOR) else None
+    return SEPARATOR if _around_reply(template, tokenizer)[1].startswith(SEPARATOR) else None
 
 
 def reply_opening_of(template: str, tokenizer: Any) -> str:
@@ -155,6 +155,7 @@ def _jinja_string(text: str) -> str:
 
 
 __all__ = [
+    "SEPARATOR",
     "available_chat_templates",
     "knows_parts",
     "load_chat_template",

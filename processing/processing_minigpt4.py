@@ -11,6 +11,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 
 from .batch_minigpt4 import MiniGPT4Batch
 from .chat_templates_minigpt4 import (
+    SEPARATOR,
     available_chat_templates,
     knows_parts,
     load_chat_template,
@@ -363,7 +364,8 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         """
         Text of ids, of one row or of a batch.
 
-        Image tokens are left out with `skip_special_tokens`, and become one `<image>` per picture without.
+        With `skip_special_tokens`, image tokens are left out, and so is a separator at the very end, which is the
+        template's EOS; without, each picture is one `<image>`.
         """
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, (list, tuple)) and ids and not isinstance(ids[0], int):
@@ -371,7 +373,9 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         ids = [ids] if isinstance(ids, int) else list(ids)
         placeholder = "" if skip_special_tokens else self.image_token
         options = {"skip_special_tokens": skip_special_tokens, **kwargs}
-        return decode_ids(self.tokenizer, ids, placeholder, self.image_token_id, self.num_image_tokens, options)
+        text = decode_ids(self.tokenizer, ids, placeholder, self.image_token_id, self.num_image_tokens, options)
+        ends = skip_special_tokens and text.rstrip().endswith(SEPARATOR) and self.separator is not None
+        return text.rstrip().removesuffix(SEPARATOR) if ends else text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of a batch of ids; see `decode`."""

@@ -171,11 +171,11 @@ def test_logged_loss_is_the_mean_over_the_answers(layout: Callable, train: Calla
 def test_placeholders_carry_no_loss(layout: Callable, train: Callable, pictures) -> None:
     trainer = train(layout(pictures))
     model, batch = trainer.model, first_batch(trainer)
-    places = batch["labels"] == model.config.image_token_id
-    assert places.any()  # TRL does label them
-    masked = {**batch, "labels": batch["labels"].masked_fill(places, -100)}
+    places = batch["input_ids"] == model.config.image_token_id
+    assert places.any() and (batch["labels"][places] == -100).all()
+    labelled = {**batch, "labels": batch["labels"].masked_fill(places, model.config.image_token_id)}
     with_places, without = (
-        trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(10)) for inputs in (batch, masked)
+        trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(10)) for inputs in (labelled, batch)
     )
     assert torch.equal(with_places, without)
 
