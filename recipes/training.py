@@ -13,8 +13,10 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from transformers import set_seed
 from trl import SFTConfig, TrlParser
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4.checks_minigpt4 import why_missing
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
+from modeling_minigpt4.peft_minigpt4 import find_peft_folder
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.configs import shipped_configs
@@ -90,6 +92,9 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for name in ("model_name_or_path", "vision", "qformer", "language_model"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise RecipeError(f"--{name} is {getattr(self, name)!r}; it has to be a repository or a folder.")
 
 
 @dataclass
@@ -286,6 +291,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
     template = {} if args.chat_template is None else {"chat_template": args.chat_template}
     try:
         if args.model_name_or_path:
+            check_saved(args.model_name_or_path)
             model = MiniGPT4ForConditionalGeneration.from_pretrained(
                 args.model_name_or_path, backbones=parts, **options
             )
@@ -315,6 +321,32 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{one_line(error)}.") from error
     return model, processor
+
+
+def check_saved(path: str) -> tuple[Any, str]:
+    """
+    Make sure that a folder or repository holds a model of this package, as far as its configuration tells.
+
+    Returns:
+        What `find_peft_folder` tells: where an adapter that PEFT saved by itself is, or None, and the model below it.
+
+    Raises:
+        RecipeError: if there is none, or if it is another's.
+    """
+    try:
+        found, base = find_peft_folder(path, {})
+        fields, _ = MiniGPT4Config.get_config_dict(base)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"--model_name_or_path {path} cannot be opened: {why_missing(path)}; name the folder that a stage has "
+            "written, or a repository with such a model."
+        ) from error
+    if (kind := fields.get("model_type")) != MiniGPT4Config.model_type:
+        raise RecipeError(
+            f"--model_name_or_path {base} is a model of the type {kind!r} and not one of this package; a language "
+            "model alone is named with --language_model."
+        )
+    return found, base
 
 
 def add_adapter(model: MiniGPT4ForConditionalGeneration, args: ModelArguments) -> None:
@@ -366,7 +398,7 @@ def _dtype(args: ModelArguments, training: StageArguments) -> torch.dtype:
 
 
 def _resolve(part: str, source: str) -> str:
-    """The folder of a shipped backbone for `tiny`; everything else as it is."""
+    """The folder of a shipped backbone for `tiny`; every other name as it is."""
     if source != TINY:
         return source
     from recipes_minigpt4 import tiny

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import RecipeError, cli, plan
@@ -267,3 +268,59 @@ def test_a_run_never_overwrites_another_model(refuse: Callable, tmp_path: Path) 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "holds a 'llama' model" in refuse()
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["stage1", "plan"])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"vision": "/nowhere"}, ("vision backbone /nowhere", "there is no such folder; name another")),
+        ({"language_model": "./nowhere"}, ("language_model backbone ./nowhere", "there is no such folder")),
+        ({"qformer": "None"}, ("'None'", "null in YAML")),
+        ({"model_name_or_path": "/nowhere"}, ("--model_name_or_path /nowhere", "there is no such folder")),
+        (
+            {"model_name_or_path": "runs/nowhere"},
+            ("runs/nowhere cannot be opened", "a stage has written"),
+        ),
+    ],
+)
+def test_models_that_are_not_there_are_told(fields: dict, named: tuple[str, ...], command: str, refuse) -> None:
+    told = refuse(command, **fields)
+    assert all(word in told for word in named), told
+    assert "from_pretrained" not in told  # another door
+
+
+@pytest.mark.parametrize("command", ["stage1", "plan"])
+def test_swapped_parts_are_told_from_their_configurations(command: str, refuse, parts: dict[str, str]) -> None:
+    llama, blip2 = parts["language_model"], parts["vision"]
+    assert f"The vision backbone {llama} is a 'llama' model, which takes input_ids" in refuse(command, vision=llama)
+    assert f"--model_name_or_path {llama} is a model of the type 'llama'" in refuse(command, model_name_or_path=llama)
+    assert "without a Q-Former" in refuse(command, qformer=llama)
+    (Path(blip2).parent / "bert").mkdir(exist_ok=True)
+    BertConfig(vocab_size=40, hidden_size=16).save_pretrained(Path(blip2).parent / "bert")
+    told = refuse(command, language_model=Path(blip2).parent / "bert")
+    assert "is a 'bert' model, which reads in both directions" in told
+
+
+def test_a_vision_side_is_no_language_model(stage, parts: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    assert cli.main(["stage1", *stage(language_model=parts["vision"])]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and "tensors of the language_model, so it is a model of another kind" in lines[0], lines
+
+
+def test_yaml_names_parts_by_text(refuse: Callable, tmp_path: Path) -> None:
+    for text, told in (("qformer: None", "null in YAML"), ("vision: 5", "--vision is 5")):
+        (tmp_path / "own.yaml").write_text(
+            f"{text}\nlanguage_model: tiny\nuse_cpu: true\noutput_dir: {tmp_path}/run\n"
+        )
+        vision = ["--vision", "tiny"] if "qformer" in text else []
+        assert told in refuse(arguments=["--config", str(tmp_path / "own.yaml"), *vision])
+
+
+def test_a_command_without_anything_says_what_would_do(refuse: Callable, tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true"]
+    assert "--config tiny_stage1" in refuse(arguments=arguments)
