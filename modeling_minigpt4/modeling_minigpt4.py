@@ -756,6 +756,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4GenerationMixin, MiniGPT4PreTrain
         """
         if (answers is None) != (answer_positions is None) or (answers is not None and labels is not None):
             raise ValueError("Give `answers` and `answer_positions` together, and without `labels`.")
+        if labels is not None and not torch.compiler.is_compiling():
+            check_inputs(input_ids if inputs_embeds is None else inputs_embeds, labels=labels)
         if answers is not None and not self._tells_more(kwargs):
             kwargs["answer_positions"] = answer_positions  # for whoever leaves out what nobody reads of the last layer
         outputs = self.model(

@@ -14,6 +14,8 @@ SEGMENT_MARK = "\ufdd1"  # where a template begins a reply, which is tokenized o
 LENGTH_MARK = "\ufdd4"  # behind a text, with a number: how many of its tokens are kept
 _RESERVED = dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4"))
 
+# What a part of a picture may hold beside it: columns of `datasets`, OpenAI's and others' hints.
+_BESIDE_IMAGE = ("type", "text", "detail", "index", "cache_control", "min_pixels", "max_pixels")
 _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
@@ -85,6 +87,8 @@ def _normalize_message(message: Any, image_token: str) -> dict[str, Any]:
         normalized["content"] = [{"type": "text", "text": protect_text(content, image_token)}]
     elif isinstance(content, (list, tuple)):
         normalized["content"] = [_normalize_part(part, image_token) for part in content]
+    elif "content" not in message and not message.get("tool_calls"):
+        raise ValueError(f"A message has no `content`, only {', '.join(sorted(map(str, message)))}; write it there.")
     elif content is None:
         normalized["content"] = []  # as of a message that calls tools only; 4.57 reads the field of every message
     else:
