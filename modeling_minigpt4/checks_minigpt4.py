@@ -85,7 +85,11 @@ def warn_about_size(config: Any, skeleton: Callable[[], torch.nn.Module]) -> Non
     text = config.text_config
     width = text.hidden_size
     about = 12 * getattr(text, "num_hidden_layers", 0) * width**2 + text.vocab_size * width
-    if about < LARGE or torch.empty(0).device.type == "meta" or is_deepspeed_zero3_enabled():
+    if about < LARGE or is_deepspeed_zero3_enabled():
+        return
+    probe = torch.nn.Module()
+    probe.register_parameter("weight", torch.nn.Parameter(torch.empty(0)))  # accelerate moves it as it is registered
+    if probe.weight.device.type == "meta":
         return
     count = sum(parameter.numel() for parameter in skeleton().parameters())
     size = count * torch.get_default_dtype().itemsize / 1e9

@@ -18,7 +18,7 @@ from .chat_templates_minigpt4 import (
     separator_of,
     wrap_chat_template,
 )
-from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations, protect_text
+from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations, place_images, protect_text
 from .image_opening_minigpt4 import Color
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
 from .placeholder_minigpt4 import PlaceholderMixin
@@ -248,12 +248,8 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
     def _match(self, texts: list[str], images: Any) -> list[Any] | None:
         """The pictures as one flat list, after checking that every text has as many as it has places for."""
         places = [text.count(self.image_token) for text in texts]
-        typed = protect_text(self.image_token, self.image_token)
-        if len(flatten_images(images)) > sum(places) and any(typed in text for text in texts):
-            raise ValueError(
-                f"{self.image_token} in the content of a message is text and no place for a picture; write the "
-                'content as parts: [{"type": "image"}, {"type": "text", "text": "…"}].'
-            )
+        if len(flatten_images(images)) > sum(places):
+            self._refuse_typed(*texts)
         nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
         if nested and len(images) == len(texts):
             given = [len(flatten_images(entry)) for entry in images]
@@ -270,6 +266,14 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
                 f"images; write {self.image_token} once where each image goes, and pass as many images."
             )
         return flat or None
+
+    def _refuse_typed(self, *texts: str) -> None:
+        """Tell how a picture is placed, if somebody has typed its placeholder into a message, as LLaVA's users do."""
+        if any(protect_text(self.image_token, self.image_token) in text for text in texts):
+            raise ValueError(
+                f"{self.image_token} in the content of a message is text and no place for a picture; write the "
+                'content as parts: [{"type": "image"}, {"type": "text", "text": "…"}].'
+            )
 
     def _encode(self, texts: list[str], options: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Tokenize, truncate and pad: `input_ids`, `attention_mask` and, if asked for, `offset_mapping`, as lists."""
@@ -342,6 +346,15 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         if self.image_token != "<image>":
             template = template.replace("<image>", self.image_token)
         chats, batched = normalize_conversations(conversation, self.image_token)
+        if kwargs.get("tokenize") and (images := kwargs.pop("images", None)) is not None:
+            flat = flatten_images(images)
+            if (places := place_images(chats, flat)) != len(flat):
+                texts = (part.get("text") or "" for chat in chats for message in chat for part in message["content"])
+                self._refuse_typed(*texts if places < len(flat) else ())
+                raise ValueError(
+                    f"The messages have {places} places for {len(flat)} images; give every image a part of its own: "
+                    '{"type": "image"}.'
+                )
         if kwargs.get("tokenize") and "segment_mark" in template:
             kwargs["segment_mark"] = SEGMENT_MARK
         with RENDERING:

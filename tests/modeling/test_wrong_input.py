@@ -182,7 +182,6 @@ def test_shapes_are_told_where_there_are_no_values(make_model, make_inputs) -> N
     model = make_model().to("meta")
     inputs = {name: value.to("meta") for name, value in make_inputs(model, [ROW]).items() if name != "attention_mask"}
     places = torch.arange(1, 5, device="meta")
-    model(**inputs, image_positions=places)  # which asks for no value
     with pytest.raises(InputError, match=r"`labels` have the shape \(1, 6\)"):
         model(**inputs, image_positions=places, labels=inputs["input_ids"][:, 1:])
 
