@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .checks_minigpt4 import check_dtype, why_missing
 from .compat_minigpt4 import DEFAULT_DTYPE
 from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
 from .quantization_minigpt4 import stored_quantization
@@ -34,6 +35,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     "qformer": ("model.qformer.", "model.query_tokens"),
     "language_model": ("model.language_model.", "lm_head."),
 }
+
+# What a dict that names a backbone may hold.
+SOURCE_KEYS = ("name_or_path", "revision", "subfolder", "fingerprint")
+
+# A backbone that holds less than one tensor in so many is none of the part; old names and fused ones are fewer.
+FEW = 10
 
 # As the name of a backbone: the repository or folder of the checkpoint itself, mostly with a `subfolder`.
 HERE = "."
@@ -54,11 +61,27 @@ def normalize_source(source: "str | os.PathLike[str] | Mapping[str, Any]") -> di
     Args:
         source: repository id, `"repository@revision"`, folder, or a dict with `name_or_path` and, optionally,
             `revision`, `subfolder` and `fingerprint`. A folder becomes absolute, so that it is found from anywhere.
+
+    Raises:
+        TypeError: for a model, or anything else that is no name.
+        ValueError: for a dict without a name or with unknown keys, and for a None that became a text.
     """
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        raise TypeError(
+            f"A backbone is a repository, a folder or a dict with `name_or_path`, and not a {type(source).__name__}; "
+            "save a model with `save_pretrained`, and name that folder."
+        )
     spec = dict(source) if isinstance(source, Mapping) else {"name_or_path": os.fspath(source)}
     if not spec.get("name_or_path"):
         raise ValueError(f"A backbone needs a `name_or_path`: a repository id or a folder. Got {source!r}.")
+    if unknown := sorted(map(str, spec.keys() - SOURCE_KEYS)):
+        raise ValueError(f"A backbone has no {', '.join(unknown)}; its keys are {', '.join(SOURCE_KEYS)}.")
     name = str(spec["name_or_path"])
+    if name.lower() in ("none", "null") and not os.path.isdir(name):
+        raise ValueError(
+            f"A backbone is called {name!r}, which is a text; leave the part out, or write None in Python and null in "
+            "YAML."
+        )
     if os.path.isdir(name):
         name = str(Path(name).resolve())
     elif "@" in name and "revision" not in spec:
@@ -121,11 +144,15 @@ def load_backbone_config(
 def _not_found(part: str, source: Mapping[str, Any]) -> str:
     if part not in PARTS:
         return f"The {part} {describe(source)} has no weights; save it again, or check the name, network and access."
-    return (
-        f"The {part} backbone {describe(source)} cannot be opened: no configuration or weights were found there. If "
-        f'it has moved, pass `backbones={{"{part}": "new folder or repository"}}` to `from_pretrained`; if it is on '
-        "the Hub, check the name, the network and your access."
-    )
+    remedy = "name another folder or repository"
+    if source.get("fingerprint"):  # a checkpoint names it
+        remedy = (
+            f'if it has moved, name the new place with `backbones={{"{part}": "folder or repository"}}`, or with '
+            f"--{part} on the command line"
+        )
+    reason = why_missing(str(source["name_or_path"]))
+    network = "; check its name, the network and your access, or " if "reached" in reason else "; "
+    return f"The {part} backbone {describe(source)} cannot be opened: {reason}{network}{remedy}."
 
 
 class StoredTensor(torch.Tensor):
@@ -369,6 +396,11 @@ def collect(
     wanted = {name: shape for name, shape in shapes.items() if part_of(name) == part}
     checkpoint = Checkpoint(source, part, hub_options)
     names = match_names(part, wanted, checkpoint, head, base_prefix)
+    if (found_here := len(names.keys() & wanted.keys())) * FEW < len(wanted):
+        raise ValueError(
+            f"{describe(source)} holds {found_here} of the {len(wanted)} tensors of the {part}, so it is a model of "
+            f"another kind; name the {part} backbone that is meant."
+        )
     needed = {name: key for name, key in names.items() if name not in set(skip)}
     check_shapes(needed, wanted, checkpoint, f"name the {part} backbone that this checkpoint was made with.")
     found = fingerprint(part, names, checkpoint)
@@ -449,6 +481,9 @@ class BackbonesMixin(PeftMixin):
             ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with.
         """
         load = super().from_pretrained  # type: ignore[misc]
+        check_dtype(kwargs)
+        if unknown := sorted(set(map(str, backbones or {})) - set(PARTS)):
+            raise ValueError(f"`backbones` names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
         adapter, pretrained_model_name_or_path = find_peft_folder(pretrained_model_name_or_path, kwargs)
         where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
@@ -469,8 +504,6 @@ class BackbonesMixin(PeftMixin):
         for part, source in config.backbones.items():
             if source["name_or_path"] == HERE:
                 config.backbones[part] = _inside(pretrained_model_name_or_path, source, where)
-        if unknown := set(backbones or {}) - set(PARTS):
-            raise ValueError(f"`backbones` names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}.")
         for part, source in (backbones or {}).items():
             # Of where it was, only what tells the weights apart still holds.
             known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
@@ -510,6 +543,7 @@ class BackbonesMixin(PeftMixin):
         **kwargs: Any,
     ) -> Any:
         """Merge the tensors of a checkpoint and of `config.backbones` and let transformers load the whole."""
+        check_dtype(kwargs)
         skeleton = cls._skeleton(config)
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         if config.tie_word_embeddings:

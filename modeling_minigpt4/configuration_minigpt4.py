@@ -14,8 +14,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .checks_minigpt4 import is_positive, is_whole
 from .compat_minigpt4 import CACHE_NAMES
 
 
@@ -32,6 +34,10 @@ def _build_sub_config(
     """Turn a config, a dict or the name of a model type into the config object of one part."""
     if isinstance(value, PretrainedConfig):
         return value
+    if not isinstance(value, (str, Mapping)):
+        raise TypeError(
+            f"`{name}` is a {type(value).__name__}; it has to be a configuration, a dict or the name of a model type."
+        )
     options = {"model_type": value} if isinstance(value, str) else copy.deepcopy(dict(value))
     model_type = options.pop("model_type", default)
     config_class = _BLIP2_CONFIGS.get(model_type)
@@ -127,9 +133,19 @@ class MiniGPT4Config(PretrainedConfig):
         if qformer_config is not None:
             default_qformer = Blip2QFormerConfig.model_type
             self.qformer_config = _build_sub_config("qformer_config", qformer_config, default_qformer)
+            if not isinstance(self.qformer_config, Blip2QFormerConfig):
+                raise ValueError(
+                    f"`qformer_config` is that of a {self.qformer_config.model_type!r} model; it has to be a "
+                    "Blip2QFormerConfig, or None."
+                )
             # Cross-attention reads the encoder's output: one width, decided by the encoder.
             self.qformer_config.encoder_hidden_size = vision_hidden_size(self.vision_config)
 
+        if not is_whole(getattr(self.text_config, "vocab_size", None), 1):
+            raise ValueError(
+                f"`text_config` is that of a {self.text_config.model_type!r} model without a vocabulary; it has to be "
+                "that of a decoder, such as LlamaConfig."
+            )
         self.num_query_tokens = num_query_tokens
         self.image_token_id = self.text_config.vocab_size if image_token_id is None else image_token_id
         self.projector_num_layers = projector_num_layers
@@ -139,6 +155,8 @@ class MiniGPT4Config(PretrainedConfig):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.patch_merge_size = patch_merge_size
         self.vision_post_layernorm_eps = vision_post_layernorm_eps
+        if not isinstance(backbones or {}, Mapping):
+            raise TypeError(f"`backbones` is a {type(backbones).__name__}; it has to be a dict of parts.")
         self.backbones = copy.deepcopy(dict(backbones or {}))
         # transformers ties the LM head by the outer flag, which therefore follows the language model's own.
         kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
@@ -176,6 +194,21 @@ class MiniGPT4Config(PretrainedConfig):
             )
         return tokens // self.patch_merge_size
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        A configuration from its fields; see [`~transformers.PretrainedConfig.from_dict`].
+
+        Raises:
+            ValueError: for the fields of another model, which transformers would take for none and fill with defaults.
+        """
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"This is a {kind!r} model and no MiniGPT-4; a vision encoder and a language model are joined by "
+                "`MiniGPT4ForConditionalGeneration.from_backbones`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, without the places that the parts were once read from: `backbones` tells what others need."""
         fields: dict[str, Any] = super().to_dict()
@@ -187,6 +220,20 @@ class MiniGPT4Config(PretrainedConfig):
     def _check(self) -> None:
         """Raise a `ValueError` for values that no model could be built from."""
         vocab_size = self.text_config.vocab_size
+        for name in ("num_query_tokens", "projector_num_layers", "patch_merge_size"):
+            if not is_whole(getattr(self, name), 1):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be 1 or more, a whole number.")
+        if not is_positive(self.vision_post_layernorm_eps):
+            raise ValueError(
+                f"`vision_post_layernorm_eps` is {self.vision_post_layernorm_eps!r}; it must be a number above 0."
+            )
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act` is {self.projector_hidden_act!r}, which transformers does not know; use "
+                "'gelu', 'relu', 'silu', …"
+            )
+        if not is_whole(self.image_token_id, 0):
+            raise ValueError(f"`image_token_id` is {self.image_token_id!r}; it must be a whole number.")
         if self.image_token_id < vocab_size:
             raise ValueError(
                 f"`image_token_id` is {self.image_token_id}, a token of the language model itself (vocabulary of "
@@ -197,9 +244,6 @@ class MiniGPT4Config(PretrainedConfig):
                 f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}; it must be 'default' "
                 "(drop the CLS token) or 'full' (keep every token)."
             )
-        for name in ("num_query_tokens", "projector_num_layers", "patch_merge_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be 1 or more.")
 
 
 def pad_token_id(text_config: PretrainedConfig) -> int | None:

@@ -17,6 +17,7 @@ from transformers.generation import (
     StoppingCriteria,
 )
 
+from .checks_minigpt4 import check_length
 from .compat_minigpt4 import CACHE, IS_TRANSFORMERS_4
 from .configuration_minigpt4 import MiniGPT4Config
 
@@ -369,6 +370,8 @@ class MiniGPT4GenerationMixin(GenerationMixin):
         pictures = kwargs.get("pixel_values", kwargs.get("vision_features"))
         if pictures is not None and kwargs.get("inputs_embeds") is None:
             input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
+        if input_ids is not None and input_ids.ndim == 2:
+            check_length(input_ids.shape[1], self.config.text_config, room=1)
         found = super().generate(input_ids, *args, **kwargs)
         config = kwargs.get("generation_config", args[0] if args else None)
         if config is None or self.config.image_token_id not in _flat(config.suppress_tokens):

@@ -33,6 +33,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import can_return_tuple, logging
 
 from .backbones import HUB_OPTIONS, PARTS, BackbonesMixin, load_backbone_config, normalize_source, part_of
+from .checks_minigpt4 import (
+    check_inputs,
+    check_length,
+    check_part,
+    check_pixels,
+    out_of_range,
+    warn_about_size,
+)
 from .compat_minigpt4 import (
     CACHE,
     CACHE_NAMES,
@@ -386,6 +394,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         """
         if "kwargs" not in self.vision_model_arguments:  # such as CNNs, which have no attentions
             kwargs = {name: value for name, value in kwargs.items() if name in self.vision_model_arguments}
+        if not (torch.compiler.is_compiling() or kwargs.get("interpolate_pos_encoding")):
+            check_pixels(pixel_values, self.config)
         vision = self.vision_model(pixel_values.to(self.vision_model.dtype), **{**kwargs, "return_dict": True})
         features = vision.last_hidden_state
         if features.ndim == 4:  # feature map (B, C, H, W) → (B, H·W, C)
@@ -521,6 +531,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        rows = input_ids if inputs_embeds is None else inputs_embeds
+        if rows is not None and not torch.compiler.is_compiling():
+            check_inputs(rows, attention_mask, None, vision_features, image_positions, cached=cache is not None)
+            check_length(rows.shape[1], self.config.text_config)
         asked = {
             "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
             "output_hidden_states": (
@@ -580,6 +594,17 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
     def _embed(
         self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeddings of text and pictures; ids and places out of range are told where they are met on the CPU."""
+        if torch.compiler.is_compiling():
+            return self._place(input_ids, image_tokens, places)
+        try:
+            return self._place(input_ids, image_tokens, places)
+        except IndexError as error:
+            raise out_of_range(input_ids, places, self.config) from error
+
+    def _place(
+        self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, places: torch.Tensor | None
     ) -> torch.Tensor:
         """Look up text tokens and put image tokens, in order, where the placeholders are."""
         if places is None:
@@ -644,6 +669,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4GenerationMixin, MiniGPT4PreTrain
 
     def __init__(self, config: MiniGPT4Config) -> None:
         super().__init__(config)
+        warn_about_size(config, lambda: self._skeleton(config))
         # The language model's own class brings the right head: with or without a bias, under whatever name.
         causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         check_head(causal_lm)
@@ -730,6 +756,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4GenerationMixin, MiniGPT4PreTrain
         """
         if (answers is None) != (answer_positions is None) or (answers is not None and labels is not None):
             raise ValueError("Give `answers` and `answer_positions` together, and without `labels`.")
+        if labels is not None and not torch.compiler.is_compiling():
+            check_inputs(input_ids if inputs_embeds is None else inputs_embeds, labels=labels)
         if answers is not None and not self._tells_more(kwargs):
             kwargs["answer_positions"] = answer_positions  # for whoever leaves out what nobody reads of the last layer
         outputs = self.model(
@@ -835,10 +863,13 @@ def compose_config(
         ValueError: if the parts do not fit together.
     """
     sources = {"vision": vision, "qformer": qformer, "language_model": language_model}
+    if missing := [part for part in ("vision", "language_model") if sources[part] is None]:
+        raise ValueError(f"`{missing[0]}` is None; name a repository or folder. Only `qformer` can be left out.")
     sources = {part: normalize_source(source) for part, source in sources.items() if source is not None}
     found: dict[str, PretrainedConfig] = {}
     for part in sources:
         found[part], sources[part] = load_backbone_config(part, sources[part], hub_options)
+        check_part(part, found[part], sources[part]["name_or_path"])
 
     options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
     options.setdefault("text_config", found["language_model"].get_text_config())

@@ -1,7 +1,7 @@
 """Conversations in one form: every message a list of text and image parts, and no text that passes for a picture."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ SEGMENT_MARK = "\ufdd1"  # where a template begins a reply, which is tokenized o
 LENGTH_MARK = "\ufdd4"  # behind a text, with a number: how many of its tokens are kept
 _RESERVED = dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4"))
 
+# What a part of a picture may hold beside it: columns of `datasets`, OpenAI's and others' hints.
+_BESIDE_IMAGE = ("type", "text", "detail", "index", "cache_control", "min_pixels", "max_pixels")
 _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
@@ -45,6 +47,14 @@ def normalize_conversations(conversation: Any, image_token: str) -> tuple[list[l
             raise ValueError("A conversation of the batch has no messages; leave it out, or give it at least one.")
         normalized.append([_normalize_message(message, image_token) for message in messages])
     return normalized, batched
+
+
+def place_images(chats: Sequence[Sequence[Mapping[str, Any]]], images: Sequence[Any]) -> int:
+    """Put pictures that came apart from normalized chats into the parts that wait for one; returns how many do."""
+    parts = [part for chat in chats for message in chat for part in message["content"] if part == {"type": "image"}]
+    for part, image in zip(parts, images, strict=False):
+        part["image"] = image
+    return len(parts)
 
 
 def without_marks(text: str) -> str:
@@ -85,6 +95,8 @@ def _normalize_message(message: Any, image_token: str) -> dict[str, Any]:
         normalized["content"] = [{"type": "text", "text": protect_text(content, image_token)}]
     elif isinstance(content, (list, tuple)):
         normalized["content"] = [_normalize_part(part, image_token) for part in content]
+    elif "content" not in message and not message.get("tool_calls"):
+        raise ValueError(f"A message has no `content`, only {', '.join(sorted(map(str, message)))}; write it there.")
     elif content is None:
         normalized["content"] = []  # as of a message that calls tools only; 4.57 reads the field of every message
     else:
@@ -109,10 +121,20 @@ def _normalize_part(part: Any, image_token: str) -> dict[str, Any]:
     if kind in ("image", "image_url"):
         found = [key for key in _IMAGE_KEYS if key in part]
         if not found:
+            if unknown := sorted(str(key) for key in part if key not in _BESIDE_IMAGE):
+                raise ValueError(
+                    f"A part of the type {kind!r} has the key {unknown[0]!r}, which is none for a picture; use one of "
+                    f'{", ".join(_IMAGE_KEYS)}, as in {{"type": "image", "image": picture}}.'
+                )
             return {"type": "image"}  # a place for a picture that is passed apart
         image, name = part[found[0]], found[0].removeprefix("image_")
         if kind == "image_url" and isinstance(image, Mapping):
-            image = image.get("url")
+            if not image.get("url"):
+                raise ValueError(
+                    f"An image_url part has no `url`, only {', '.join(sorted(map(str, image))) or 'nothing'}; write "
+                    '{"type": "image_url", "image_url": {"url": "https://…"}}.'
+                )
+            image = image["url"]
         return {"type": "image", name: image}
     raise ValueError(
         f"A part of a message has the type {kind!r} and the keys {sorted(map(str, part))}; MiniGPT-4 takes text and "
@@ -136,6 +158,7 @@ __all__ = [
     "LITERAL_MARK",
     "SEGMENT_MARK",
     "normalize_conversations",
+    "place_images",
     "protect_text",
     "without_marks",
 ]

@@ -19,7 +19,7 @@ from .chat_templates_minigpt4 import (
     separator_of,
     wrap_chat_template,
 )
-from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations
+from .conversations_minigpt4 import SEGMENT_MARK, normalize_conversations, place_images, protect_text
 from .image_opening_minigpt4 import Color
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
 from .placeholder_minigpt4 import PlaceholderMixin
@@ -249,6 +249,8 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
     def _match(self, texts: list[str], images: Any) -> list[Any] | None:
         """The pictures as one flat list, after checking that every text has as many as it has places for."""
         places = [text.count(self.image_token) for text in texts]
+        if len(flatten_images(images)) > sum(places):
+            self._refuse_typed(*texts)
         nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
         if nested and len(images) == len(texts):
             given = [len(flatten_images(entry)) for entry in images]
@@ -266,6 +268,14 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
             )
         return flat or None
 
+    def _refuse_typed(self, *texts: str) -> None:
+        """Tell how a picture is placed, if somebody has typed its placeholder into a message, as LLaVA's users do."""
+        if any(protect_text(self.image_token, self.image_token) in text for text in texts):
+            raise ValueError(
+                f"{self.image_token} in the content of a message is text and no place for a picture; write the "
+                'content as parts: [{"type": "image"}, {"type": "text", "text": "…"}].'
+            )
+
     def _encode(self, texts: list[str], options: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Tokenize, truncate and pad: `input_ids`, `attention_mask` and, if asked for, `offset_mapping`, as lists."""
         with_spans = bool(options.get("return_offsets_mapping"))
@@ -282,12 +292,16 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         )
         if options.get("truncation") not in (None, False, "do_not_truncate"):
             limit = self.tokenizer.model_max_length if max_length is None else max_length
+            if limit < 0:
+                raise ValueError(f"`max_length` is {limit}; it must be 0 or more.")
             truncate_rows(rows, limit, self.tokenizer.truncation_side, self.image_token_id)
         joined = [row.joined() for row in rows]
         length = padded_length(
             [len(ids) for ids, _ in joined], options.get("padding"), max_length, options.get("pad_to_multiple_of")
         )
         side = options.get("padding_side") or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"`padding_side` is {side!r}; it is 'left' or 'right'.")
         padded = [self._pad(row, ids, spans, length, side) for row, (ids, spans) in zip(rows, joined, strict=True)]
         data: dict[str, list[Any]] = {"input_ids": [ids for ids, _, _ in padded]}
         if options.get("return_attention_mask") is not False:
@@ -333,6 +347,15 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         if self.image_token != "<image>":
             template = template.replace("<image>", self.image_token)
         chats, batched = normalize_conversations(conversation, self.image_token)
+        if kwargs.get("tokenize") and (images := kwargs.pop("images", None)) is not None:
+            flat = flatten_images(images)
+            if (places := place_images(chats, flat)) != len(flat):
+                texts = (part.get("text") or "" for chat in chats for message in chat for part in message["content"])
+                self._refuse_typed(*texts if places < len(flat) else ())
+                raise ValueError(
+                    f"The messages have {places} places for {len(flat)} images; give every image a part of its own: "
+                    '{"type": "image"}.'
+                )
         if kwargs.get("tokenize") and "segment_mark" in template:
             kwargs["segment_mark"] = SEGMENT_MARK
         with RENDERING:
@@ -472,6 +495,10 @@ def _cut_behind_prompt(text: str, opening: str, separator: str) -> str:
 
 def _locate(source: Any) -> tuple[str, dict[str, Any]]:
     """Name and fetching options of a repository, `"repository@revision"`, folder, or a dict of these."""
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        raise ValueError(
+            f"A backbone is a {type(source).__name__}; name a repository or folder, or a dict with `name_or_path`."
+        )
     spec = dict(source) if isinstance(source, Mapping) else {"name_or_path": os.fspath(source)}
     name = str(spec["name_or_path"])
     if not os.path.isdir(name) and "@" in name:

@@ -40,6 +40,7 @@ from modeling_minigpt4.version import __version__
 from recipes_minigpt4 import CommandParser, RecipeError, one_line, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
 from recipes_minigpt4.features import VISION_SIDE
+from recipes_minigpt4.ranges import SEED, Range, in_range
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.ablation_report import (
     DIRECTIONS,
@@ -66,6 +67,7 @@ from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 STAGES = {1: stage1_pretrain, 2: stage2_finetune}
 # Settings of a stage that are this command's, not a variant's.
 OWN_SETTINGS = ("config", "output_dir", "seed", "model_name_or_path")
+SCENES = Range("a whole number from 3 on", lambda value: value >= 3)  # one in three has a held-out pair
 SCENES_SEED = 1  # of scenes that nothing was chosen on; the settings of the stages were chosen on those of seed 0
 
 
@@ -354,15 +356,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1,2", help="default: 0,1,2")
     parser.add_argument(
-        "--scenes", type=int, default=240, help="to evaluate on, a third with held-out pairs; default: %(default)s"
+        "--scenes",
+        type=in_range(SCENES),
+        default=240,
+        help="to evaluate on, a third with held-out pairs; default: %(default)s",
     )
     parser.add_argument(
         "--cache-features", type=Path, metavar="DIR", help="keeps features of frozen vision sides; default: none"
     )
-    args = parser.parse_args(arguments)
-    if args.scenes < 3:
-        raise RecipeError(f"--scenes is {args.scenes}; it has to be 3 or more.")
-    return args
+    return parser.parse_args(arguments)
 
 
 def _names(text: str) -> list[str]:
@@ -374,6 +376,7 @@ def _names(text: str) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) < 2**32 for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of different numbers from 0 to {2**32 - 1}")
-    return [int(part) for part in parts]
+    seeds = [in_range(SEED)(part) for part in parts]
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return seeds

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value, interleav
 from processing_minigpt4.image_opening_minigpt4 import inline_picture, path_of_url, without_content
 from recipes_minigpt4 import TINY, RecipeError
 from recipes_minigpt4.files import open_dataset, open_table, read_annotations, refuse_address, writable_cache
+from recipes_minigpt4.ranges import check_ranges
 from recipes_minigpt4.streams import shuffle_blocks, shuffle_shards
 from recipes_minigpt4.tars import stream_tars, tars_named
 
@@ -97,8 +98,7 @@ class DataArguments:
             self.dataset_name = [self.dataset_name]
         if self.dataset_weights is not None:
             self.dataset_weights = _numbers("dataset_weights", self.dataset_weights)
-        if not 0 <= self.max_bad_share <= 1:
-            raise RecipeError(f"max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1.")
+        check_ranges(self)
 
 
 def _numbers(option: str, values: Any) -> list[float]:
@@ -130,8 +130,6 @@ def load_pairs(args: DataArguments, stage: int, seed: int = 42) -> Dataset | Ite
     """
     if not args.dataset_name:
         raise RecipeError("No data: name a dataset, a folder or a file with --dataset_name.")
-    if args.num_samples is not None and args.num_samples < 1:
-        raise RecipeError(f"--num_samples is {args.num_samples}; it has to be 1 or more, or left out.")
     weights = check_weights(args)
     # Types are there to be mixed, and cost time for every sample.
     typed = len(args.dataset_name) > 1

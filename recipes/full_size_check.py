@@ -37,6 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
 from recipes_minigpt4 import RecipeError
+from recipes_minigpt4.ranges import POSITIVE, in_range
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
 
 
@@ -336,7 +337,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stored-dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
                         help="type of the backbones on the disk; they are loaded in bfloat16")  # fmt: skip
     parser.add_argument("--shard-size", default="2GB", help="largest size of one file")
-    parser.add_argument("--limit", type=float,
+    parser.add_argument("--limit", type=in_range(POSITIVE, float),
                         help=f"highest peak memory, in times of the weights; default: {LIMIT}, and none for small and "
                         "medium, which take less than the interpreter or little more")  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="keep the weights, and use them in the next run")

@@ -38,6 +38,7 @@ from recipes_minigpt4.plan_model import (
 )
 from recipes_minigpt4.plan_parallel import Parallelism, hold, memory_per_process, read_parallelism
 from recipes_minigpt4.plan_report import format_plan
+from recipes_minigpt4.ranges import check_ranges
 from recipes_minigpt4.stage2_finetune import Stage2Arguments
 from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, _dtype, find_config
 
@@ -64,6 +65,9 @@ class PlanArguments:
         default=None, metadata={"help": "GPUs of all machines. Default: those of accelerate_config, or 1."}
     )
     hours: float | None = field(default=None, metadata={"help": "Time that the run may take."})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass
@@ -159,8 +163,6 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Stag
     stage = tell_stage(arguments)
     kinds = (ModelArguments, DataArguments, PlannedStage1 if stage == 1 else PlannedStage2, PlanArguments)
     model, data, training, plan = StageParser("plan", kinds).parse(arguments)
-    if plan.hours is not None and not 0 < plan.hours < float("inf"):
-        raise RecipeError(f"--hours is {plan.hours:g}; it has to be a time above 0.")
     return model, data, training, plan, stage
 
 

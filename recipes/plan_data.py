@@ -60,8 +60,6 @@ def measure_sources(args: DataArguments, stage: int) -> list[Source]:
     """
     if not args.dataset_name:
         raise RecipeError("No data: name a dataset, a folder or a file with --dataset_name.")
-    if args.num_samples is not None and args.num_samples < 1:
-        raise RecipeError(f"--num_samples is {args.num_samples}; it has to be 1 or more, or left out.")
     check_weights(args)
     sources = [_measure(name, args, stage) for name in args.dataset_name]
     if args.streaming or len(sources) > 1:
@@ -189,12 +187,9 @@ def plan_schedule(training: StageArguments, sources: list[Source], processes: in
     Steps as the Trainer counts them.
 
     Raises:
-        RecipeError: for sizes that are no sizes, and for data without end or of unknown size without `max_steps`.
+        RecipeError: for data without end or of unknown size without `max_steps`.
     """
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    for name, value in (("per_device_train_batch_size", batch), ("gradient_accumulation_steps", accumulation)):
-        if value < 1:
-            raise RecipeError(f"{name} is {value}; it has to be 1 or more.")
     samples = None if any(source.samples is None for source in sources) else sum(s.samples or 0 for s in sources)
     per_epoch = None
     if samples is not None and not sources[0].streams:

@@ -15,10 +15,18 @@ from transformers.pytorch_utils import Conv1D
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
 from modeling_minigpt4.modeling_minigpt4 import compose_config
-from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, find_peft_folder, plain_names
+from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, plain_names
 from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.quantization import quantization_config
-from recipes_minigpt4.training import NO_MODEL, ModelArguments, StageArguments, _dtype, _resolve, add_adapter
+from recipes_minigpt4.training import (
+    NO_MODEL,
+    ModelArguments,
+    StageArguments,
+    _dtype,
+    _resolve,
+    add_adapter,
+    check_saved,
+)
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -62,13 +70,7 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
 
 def _saved_config(path: str) -> tuple[MiniGPT4Config, Any]:
     """Configuration of a checkpoint, and that of the adapter of PEFT it has, or None."""
-    found, base = find_peft_folder(path, {})
-    fields, _ = MiniGPT4Config.get_config_dict(base)
-    if fields.get("model_type") != MiniGPT4Config.model_type:
-        raise RecipeError(
-            f"{base} is a model of the type {fields.get('model_type')!r} and not one of this package; a language "
-            "model alone is named with --language_model."
-        )
+    found, base = check_saved(path)
     config = MiniGPT4Config.from_pretrained(base)
     subfolder = config.__dict__.pop("language_model_adapter", None)
     if found is None and subfolder is None:

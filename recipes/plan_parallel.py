@@ -72,8 +72,6 @@ def read_parallelism(path: str | None, num_processes: int | None) -> Parallelism
     Raises:
         RecipeError: if the file is none of accelerate's, or for something that a plan does not know.
     """
-    if num_processes is not None and num_processes < 1:
-        raise RecipeError(f"--num_processes is {num_processes}; it has to be 1 or more.")
     if path is None:
         processes = num_processes or 1
         return Parallelism("ddp" if processes > 1 else "single", processes)

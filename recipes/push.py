@@ -138,7 +138,7 @@ def read_config(folder: Path) -> MiniGPT4Config:
     file = folder / "config.json"
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        config = MiniGPT4Config.from_pretrained(folder)
+        config = MiniGPT4Config.from_pretrained(folder) if kind == MiniGPT4Config.model_type else None
     except FileNotFoundError as error:
         found = sorted(folder.glob("checkpoint-*"))
         hint = f", such as {found[-1]}" if found else ""
@@ -147,7 +147,7 @@ def read_config(folder: Path) -> MiniGPT4Config:
         ) from error
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(f"{file} cannot be read ({one_line(error)}); save the model again.") from error
-    if kind != MiniGPT4Config.model_type:
+    if config is None:
         raise RecipeError(
             f"{folder} holds a {kind!r} model; this command pushes MiniGPT-4's, and `hf upload` any other."
         )

@@ -61,7 +61,8 @@ def quantization_config(name: str, dtype: torch.dtype) -> Any:
         RecipeError: for an unknown name, one that nothing trains through, or a package that is not installed.
     """
     if name not in QUANTIZATIONS:
-        raise RecipeError(f"There is no quantization {name!r}; use {', '.join(QUANTIZATIONS)}, or leave it out.")
+        names = ", ".join(known for known, (_, build) in QUANTIZATIONS.items() if build is not _torchao_int4)
+        raise RecipeError(f"There is no quantization {name!r}; use {names}, or leave it out.")
     package, build = QUANTIZATIONS[name]
     if build is not _torchao_int4 and importlib.util.find_spec(package) is None:
         raise RecipeError(f"quantization {name} needs the package {package}; run `pip install {package}`.")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import stage1_rows
 from recipes_minigpt4.running import train_and_save
+from recipes_minigpt4.settings import check_start
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model
 
@@ -31,6 +32,7 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Stag
 def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
     """Train stage 1; returns the trainer, whose `model` is trained and whose `state.log_history` holds the losses."""
     model_args, data_args, training_args = parse(arguments)
+    check_start(model_args, data_args, training_args)
 
     # Model: frozen backbones and a new projection
     model, processor = load_model(model_args, training_args)

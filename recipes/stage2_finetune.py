@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import stage2_rows
 from recipes_minigpt4.running import train_and_save
+from recipes_minigpt4.settings import check_start
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model
 
@@ -42,6 +43,7 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Stag
 def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
     """Train stage 2; returns the trainer, whose `model` is trained and whose `state.log_history` holds the losses."""
     model_args, data_args, training_args = parse(arguments)
+    check_start(model_args, data_args, training_args)
 
     # Model: the adapter of stage 1 and its frozen backbones
     model, processor = load_model(model_args, training_args)

@@ -14,7 +14,7 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from recipes_minigpt4 import RecipeError, sharded
+from recipes_minigpt4 import RecipeError, one_line, sharded
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.faults import STOP, FiniteSteps, FiniteStepsCallback
@@ -105,7 +105,10 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
             )
         if isinstance(rows, IterableDataset) and settings is not None and settings.max_steps <= 0:
             raise RecipeError("A stream of samples has no end; say how long to train with --max_steps.")
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except (ValueError, ImportError, NotImplementedError, OSError) as error:  # settings that do not go together
+            raise RecipeError(f"{one_line(error)}.") from error
         self.dataset_name, self.stage = dataset_name, stage
         self._images, self._clock = 0, time.perf_counter()
         enough = ENOUGH if isinstance(self.train_dataset, IterableDataset) else min(ENOUGH, len(self.train_dataset))

@@ -13,13 +13,17 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from transformers import set_seed
 from trl import SFTConfig, TrlParser
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4.checks_minigpt4 import why_missing
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
+from modeling_minigpt4.peft_minigpt4 import find_peft_folder
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.faults import SKIP, STOP
 from recipes_minigpt4.quantization import quantization_config
+from recipes_minigpt4.ranges import check_ranges
+from recipes_minigpt4.settings import check_evaluation, check_json, check_settings
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -85,6 +89,12 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers: eager, sdpa, flash_attention_2, …"}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for name in ("model_name_or_path", "vision", "qformer", "language_model"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise RecipeError(f"--{name} is {getattr(self, name)!r}; it has to be a repository or a folder.")
 
 
 @dataclass
@@ -165,6 +175,8 @@ class StageArguments(SFTConfig):
         return str(self)  # of transformers, which hides tokens; a dataclass's own would show them
 
     def __post_init__(self) -> None:
+        check_ranges(self)
+        check_json(self)
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
@@ -178,11 +190,10 @@ class StageArguments(SFTConfig):
                 "transformers 5 writes weights on the first machine only; let all machines share output_dir, and "
                 "leave --save_on_each_node out."
             )
-        if self.panel_steps is not None and self.panel_steps < 1:
-            raise RecipeError(f"panel_steps is a number of steps from 1 on, not {self.panel_steps}.")
         if self.panel_images and self.panel_steps is None:
             raise RecipeError("panel_images needs panel_steps, the steps between two looks at the pictures.")
         super().__post_init__()
+        check_settings(self)
 
     @property
     def device(self) -> torch.device:
@@ -199,7 +210,7 @@ class StageParser(TrlParser):
         super().__init__(dataclass_types=dataclass_types, usage=usage, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        raise RecipeError(f"{message}.")
+        raise RecipeError(f"{message.rstrip('.')}.")
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """
@@ -220,7 +231,8 @@ class StageParser(TrlParser):
             )
         except RecipeError:
             raise
-        except (yaml.YAMLError, ValueError) as error:  # also what the settings of transformers and TRL refuse
+        except (yaml.YAMLError, ValueError, TypeError, OSError, ImportError) as error:
+            # Also what the settings of transformers and TRL refuse, each in its way.
             kind = "The configuration is no YAML: " if isinstance(error, yaml.YAMLError) else ""
             raise RecipeError(f"{kind}{one_line(error)}.") from error
         for unknown in (text for text in (*in_file, *in_command) if text.startswith("-")):
@@ -230,6 +242,9 @@ class StageParser(TrlParser):
             raise RecipeError(f"There is no argument {name!r}; {hint}")
         if in_command:
             raise RecipeError(f"Nothing takes the value {in_command[0]!r}; write --FIELD VALUE.")
+        for settings in parsed:
+            if isinstance(settings, StageArguments):
+                check_evaluation(settings)
         return tuple(parsed)
 
 
@@ -249,7 +264,10 @@ def find_config(name: str) -> Path:
     )
 
 
-NO_MODEL = "No model: name --vision, --language_model and perhaps --qformer, or an adapter with --model_name_or_path."
+NO_MODEL = (
+    "No model: name --vision, --language_model and perhaps --qformer, or an adapter with --model_name_or_path; "
+    "--config tiny_stage1 has all that a first run needs."
+)
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -273,6 +291,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
     template = {} if args.chat_template is None else {"chat_template": args.chat_template}
     try:
         if args.model_name_or_path:
+            check_saved(args.model_name_or_path)
             model = MiniGPT4ForConditionalGeneration.from_pretrained(
                 args.model_name_or_path, backbones=parts, **options
             )
@@ -302,6 +321,32 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{one_line(error)}.") from error
     return model, processor
+
+
+def check_saved(path: str) -> tuple[Any, str]:
+    """
+    Make sure that a folder or repository holds a model of this package, as far as its configuration tells.
+
+    Returns:
+        What `find_peft_folder` tells: where an adapter that PEFT saved by itself is, or None, and the model below it.
+
+    Raises:
+        RecipeError: if there is none, or if it is another's.
+    """
+    try:
+        found, base = find_peft_folder(path, {})
+        fields, _ = MiniGPT4Config.get_config_dict(base)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"--model_name_or_path {path} cannot be opened: {why_missing(path)}; name the folder that a stage has "
+            "written, or a repository with such a model."
+        ) from error
+    if (kind := fields.get("model_type")) != MiniGPT4Config.model_type:
+        raise RecipeError(
+            f"--model_name_or_path {base} is a model of the type {kind!r} and not one of this package; a language "
+            "model alone is named with --language_model."
+        )
+    return found, base
 
 
 def add_adapter(model: MiniGPT4ForConditionalGeneration, args: ModelArguments) -> None:
@@ -346,14 +391,14 @@ def read_peft_config(value: Any) -> Any:
 def _dtype(args: ModelArguments, training: StageArguments) -> torch.dtype:
     if args.dtype == "auto":
         return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise RecipeError(f"There is no dtype {args.dtype!r}; use float32, bfloat16, float16 or auto.")
+    dtype = getattr(torch, str(args.dtype), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise RecipeError(f"--dtype is {args.dtype!r}; it has to be float32, bfloat16, float16 or auto.")
     return dtype
 
 
 def _resolve(part: str, source: str) -> str:
-    """The folder of a shipped backbone for `tiny`; everything else as it is."""
+    """The folder of a shipped backbone for `tiny`; every other name as it is."""
     if source != TINY:
         return source
     from recipes_minigpt4 import tiny

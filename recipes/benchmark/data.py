@@ -21,9 +21,9 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from recipes_minigpt4.batches import StageCollator
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_processor
-from recipes_minigpt4.benchmark.options import positive
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, judge
 from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4.ranges import COUNT, in_range
 from recipes_minigpt4.rows import stage1_rows
 
 
@@ -37,8 +37,10 @@ BARS = (Bar("tar to batch", ("ratios", "ours", "median"), ">=", 0.7),)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this benchmark takes."""
-    parser.add_argument("--pictures", type=positive, default=PICTURES, metavar="N", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help="default: %(default)s")
+    parser.add_argument("--pictures", type=in_range(COUNT), default=PICTURES, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=in_range(COUNT), default=BATCH_SIZE, metavar="N", help="default: %(default)s"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from recipes_minigpt4.benchmark.models import (
     build_processor,
     peer_inputs,
 )
-from recipes_minigpt4.benchmark.options import positive
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
+from recipes_minigpt4.ranges import COUNT, in_range
 from recipes_minigpt4.rows import INSTRUCTIONS
 
 
@@ -31,9 +31,9 @@ BARS = (Bar("generation", ("ratios", "ours", "median"), ">=", 1.0),)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this benchmark takes."""
-    parser.add_argument("--images", type=positive, default=IMAGES, metavar="N", help="default: %(default)s")
+    parser.add_argument("--images", type=in_range(COUNT), default=IMAGES, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="per picture; default: %(default)s"
+        "--new-tokens", type=in_range(COUNT), default=NEW_TOKENS, metavar="N", help="per picture; default: %(default)s"
     )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.models import SIZES
+from recipes_minigpt4.ranges import COUNT, SEED, in_range
 
 
 def add_common(parser: argparse.ArgumentParser, with_models: bool) -> None:
@@ -15,11 +16,11 @@ def add_common(parser: argparse.ArgumentParser, with_models: bool) -> None:
         threads = torch.get_num_threads()
         parser.add_argument("--size", choices=list(SIZES), default="mid", help="of the models; default: %(default)s")
         parser.add_argument(
-            "--threads", type=positive, default=threads, metavar="N", help="of torch; default: %(default)s"
+            "--threads", type=in_range(COUNT), default=threads, metavar="N", help="of torch; default: %(default)s"
         )
-    parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=in_range(COUNT), default=7, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights and pictures; default: %(default)s"
+        "--seed", type=in_range(SEED), default=0, metavar="N", help="of weights and pictures; default: %(default)s"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="gets the report as JSON")
 
@@ -28,10 +29,3 @@ def check_output(path: Path | None) -> None:
     """Raise a `RecipeError` if a report cannot be written there; better before the minutes than after."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise RecipeError(f"{path} cannot be written; name a file in a folder that exists with --output.")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, as `argparse` reads it."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)

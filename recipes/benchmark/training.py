@@ -16,9 +16,9 @@ from torch import nn
 from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.measure import compare, count_flops, matmul, take_turns
 from recipes_minigpt4.benchmark.memory import measure_sides
-from recipes_minigpt4.benchmark.options import positive
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
 from recipes_minigpt4.benchmark.sides import ANSWER_TOKENS, BATCH_SIZE, Batch, Workload, build_sides
+from recipes_minigpt4.ranges import COUNT, in_range
 
 
 WARM_UP = 2  # steps of every side that are not timed
@@ -35,9 +35,15 @@ BARS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this benchmark takes."""
-    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--answer-tokens", type=positive, default=ANSWER_TOKENS, metavar="N", help="per row; default: %(default)s"
+        "--batch-size", type=in_range(COUNT), default=BATCH_SIZE, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=in_range(COUNT),
+        default=ANSWER_TOKENS,
+        metavar="N",
+        help="per row; default: %(default)s",
     )
 
 

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_minigpt4 import AutoModelForVision2Seq
 from recipes_minigpt4 import CommandParser, RecipeError, stage1_pretrain, stage2_finetune
+from recipes_minigpt4.ranges import SEED, in_range
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import score
@@ -114,11 +115,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read `--output-dir` and `--seed`."""
     parser = CommandParser(prog="minigpt4 demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of both stages, default: %(default)s")
-    args = parser.parse_args(arguments)
-    if not 0 <= args.seed < 2**32:
-        raise RecipeError(f"--seed must be between 0 and {2**32 - 1}, not {args.seed}.")
-    return args
+    parser.add_argument("--seed", type=in_range(SEED), default=0, help="of both stages, default: %(default)s")
+    return parser.parse_args(arguments)
 
 
 def prepare_folder(folder: Path, parts: Sequence[str] = ("stage1", "adapter")) -> Path:

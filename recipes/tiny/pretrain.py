@@ -43,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from recipes_minigpt4.ranges import COUNT, POSITIVE, SEED, in_range
 from recipes_minigpt4.tiny import corpus
 from recipes_minigpt4.tiny.scenes import (
     BACKGROUNDS,
@@ -556,14 +557,21 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="gets the folders blip2/ and llama/")
     parts = {"vision": make_vision, "sharpen": sharpen, "language": make_language, "harden": harden}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--vision-steps", type=int, default=3000)
-    parser.add_argument("--language-steps", type=int, default=4000)
-    parser.add_argument("--language-lr", type=float, default=3e-3, help="highest learning rate of the language model")
+    parser.add_argument("--vision-steps", type=in_range(COUNT), default=3000)
+    parser.add_argument("--language-steps", type=in_range(COUNT), default=4000)
+    parser.add_argument(
+        "--language-lr",
+        type=in_range(POSITIVE, float),
+        default=3e-3,
+        help="of the language model, the highest",
+    )
     parser.add_argument("--language-from", type=Path, help="folder of a language model to go on from")
-    parser.add_argument("--sharpen-steps", type=int, default=800)
-    parser.add_argument("--harden-steps", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; sums, hence weights, may depend on it")
+    parser.add_argument("--sharpen-steps", type=in_range(COUNT), default=800)
+    parser.add_argument("--harden-steps", type=in_range(COUNT), default=1500)
+    parser.add_argument("--seed", type=in_range(SEED), default=0)
+    parser.add_argument(
+        "--threads", type=in_range(COUNT), default=1, help="torch threads; sums, hence weights, may depend on it"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)

@@ -39,6 +39,7 @@ MODEL_CODE = {
     "backbones.py",
     "generation_minigpt4.py",
     "heads_minigpt4.py",
+    "checks_minigpt4.py",
     "labels_minigpt4.py",
     "compat_minigpt4.py",
     "peft_minigpt4.py",

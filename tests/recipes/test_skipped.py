@@ -131,7 +131,7 @@ def test_a_batch_of_bad_samples_changes_nothing(stage: Callable, tmp_path: Path)
     trainer = stage1_pretrain.main(stage(**fields, max_steps=2, save_strategy="steps", save_steps=1))
     bad, good = losses_of(trainer)
     assert bad == 0 < good
-    stage1_pretrain.main(stage("fresh", max_steps=1, learning_rate=0, original_schedule=False, weight_decay=0))
+    stage1_pretrain.main(stage("fresh", max_steps=1, learning_rate=1e-30, original_schedule=False, weight_decay=0))
     names = ("run/checkpoint-1", "fresh", "run")
     first, second, last = (load_file(tmp_path / name / "model.safetensors") for name in names)
     assert first.keys() == second.keys()
