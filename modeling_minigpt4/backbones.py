@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .compat_minigpt4 import DEFAULT_DTYPE
-from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
+from .peft_minigpt4 import PeftMixin, find_peft_folder
 from .quantization_minigpt4 import stored_quantization
 
 
@@ -535,6 +535,7 @@ class BackbonesMixin(PeftMixin):
             )
         model._own_tensors = own
         model.freeze_backbones()
+        model._remember_backbones()
         model._choose_what_to_save()
         return (model, info) if output_loading_info else model
 
@@ -576,14 +577,12 @@ class BackbonesMixin(PeftMixin):
                 "save with `full=True`."
             )
         try:
-            self._choose_what_to_save(full)
             self.config.backbones = {} if full else _relative(backbones, save_directory)
             with self._adapter_aside(save_directory, args, kwargs) as (args, kwargs):
                 super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
             _remove_older(save_directory, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
         finally:
             self.config.backbones = backbones
-            self._choose_what_to_save()
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload what `push_to_hub` has saved, with this project's card in the place of transformers' general one."""
@@ -593,26 +592,6 @@ class BackbonesMixin(PeftMixin):
             cards = importlib.import_module("recipes_minigpt4.card")
             card.write_text(cards.render_card(self, repo_id=repo_id), encoding="utf-8")
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
-
-    def _choose_what_to_save(self, full: bool = False) -> None:
-        """
-        Tell transformers which tensors to leave out of checkpoints: frozen ones that a backbone provides.
-
-        The Trainer looks at the same list when it resumes, and does not warn about what is left out on purpose.
-        """
-        prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        tensors = self.state_dict(keep_vars=True)
-        trained = {name for name, tensor in tensors.items() if tensor.requires_grad}
-        plain = plain_names(self, tensors)  # type: ignore[arg-type]
-        self._keys_to_ignore_on_save = {
-            name
-            for name in plain
-            if not full
-            and plain[name] is not None
-            and part_of(prefix + name) in self.config.backbones
-            and name not in trained
-            and f"{prefix}{plain[name]}" not in self._own_tensors
-        }
 
 
 def _relative(backbones: Mapping[str, Any], folder: "str | os.PathLike[str]") -> dict[str, Any]:

@@ -76,6 +76,7 @@ class WholeMixin:
     _skeleton: Any
     _choose_what_to_save: Any
     _keys_to_ignore_on_save: Any
+    changed_tensors: Any
 
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", *args: Any, full: bool = False, **kwargs: Any
@@ -87,14 +88,18 @@ class WholeMixin:
             ValueError: before anything is written, if a tensor is missing or not whole, as in one process of several
                 that share the weights (FSDP, ZeRO-3); hand over gathered ones as `state_dict`.
         """
-        self._choose_what_to_save(full)
         options = {**dict(zip(("is_main_process", "state_dict"), args, strict=False)), **kwargs}
-        if options.get("is_main_process", True):
-            self._check_whole(options.get("state_dict"))
-        with unsharded_class(self):
-            super().save_pretrained(save_directory, *args, full=full, **kwargs)  # type: ignore[misc]
+        changed = set() if full else self.changed_tensors(options.get("state_dict"))
+        try:
+            self._choose_what_to_save(full, changed)
+            if options.get("is_main_process", True):
+                self._check_whole(options.get("state_dict"), changed)
+            with unsharded_class(self):
+                super().save_pretrained(save_directory, *args, full=full, **kwargs)  # type: ignore[misc]
+        finally:
+            self._choose_what_to_save()
 
-    def _check_whole(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+    def _check_whole(self, tensors: Mapping[str, torch.Tensor] | None, changed: Collection[str]) -> None:
         """Refuse to save what is no whole tensor of the shape that the configuration says."""
         if getattr(self, "_tp_size", None) is not None or getattr(self.config, "distributed_config", None):
             return  # transformers has split the tensors, and puts them together itself
@@ -105,7 +110,7 @@ class WholeMixin:
         needed = {
             name
             for name in own.keys() - self._keys_to_ignore_on_save
-            if own[name].requires_grad and (name in given or id(own[name]) not in there)
+            if (own[name].requires_grad or name in changed) and (name in given or id(own[name]) not in there)
         }
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
         shapes = {name: tuple(tensor.shape) for name, tensor in self._skeleton(self.config).state_dict().items()}
