@@ -59,6 +59,7 @@ class UnchangedMixin:
     named_modules: Any
     state_dict: Any
     _own_tensors: frozenset[str]
+    _new_projection: Any
     _skeleton: Any
 
     # What the backbones have provided, by the names of the whole model without an adapter.
@@ -92,12 +93,17 @@ class UnchangedMixin:
         in_decoder = name.startswith(_DECODER) and self.is_language_model_quantized
         return is_exact(tensor) and isinstance(tensor, nn.Parameter) if in_decoder else not tensor.is_quantized
 
-    def frozen_tensors(self, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def frozen_tensors(
+        self, given: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """
         The tensors that a checkpoint leaves out as long as they are what their backbones provide.
 
         Args:
             given: tensors that are to be saved in the place of the model's own.
+
+        Returns:
+            The tensors, and their names in the whole model without an adapter.
         """
         own = self.state_dict(keep_vars=True)
         tensors = {**own, **(given or {})}
@@ -108,7 +114,8 @@ class UnchangedMixin:
             exact = self._is_comparable(name, own.get(name, tensors[name]))
             if full not in self._own_tensors and not trained and exact:
                 frozen[name] = tensors[name]
-        return {**frozen, **_offloaded(self, [name for name, tensor in frozen.items() if tensor.is_meta])}  # type: ignore[arg-type]
+        frozen.update(_offloaded(self, {name for name, tensor in frozen.items() if tensor.is_meta}))  # type: ignore[arg-type]
+        return frozen, names
 
     def changed_tensors(self, given: Mapping[str, torch.Tensor] | None = None) -> set[str]:
         """
@@ -119,23 +126,23 @@ class UnchangedMixin:
         Args:
             given: tensors that are to be saved in the place of the model's own.
         """
-        frozen = self.frozen_tensors(given)
+        frozen, names = self.frozen_tensors(given)
         parts = {name: Part(tensor) for name, tensor in frozen.items() if not is_spread(tensor) and not tensor.is_meta}
-        names = self._names_of_backbones(frozen)
         shapes: dict[str, torch.Size] | None = None
         changed = set()
         for name in list(parts):
             known = self._provided.get(names[name])
             if known is not None and parts[name].tensor.shape != known.shape:
-                shapes = self._shapes() if shapes is None else shapes
+                shapes = self._shapes(names.values()) if shapes is None else shapes
                 if parts.pop(name).tensor.shape == shapes.get(names[name]):  # otherwise it is a part of a tensor
                     changed.add(name)
         found = digests({name: part.tensor for name, part in parts.items()})
-        return changed | self.compare(parts, found)
+        return changed | self.compare(parts, names, found)
 
     def compare(
         self,
         parts: Mapping[str, Part],
+        names: Mapping[str, str],
         found: Mapping[str, int],
         whole: bool = False,
         agree: Callable[[set[str]], set[str]] = set,
@@ -145,11 +152,11 @@ class UnchangedMixin:
 
         Args:
             parts: what this process holds of each tensor.
+            names: theirs in the whole model; see `frozen_tensors`.
             found: the digests of these parts.
             whole: that `found` are those of the whole tensors.
             agree: told the names that a file shows to have changed in this process, gives those of all processes.
         """
-        names = self._names_of_backbones({name: part.tensor for name, part in parts.items()})
         changed, cast = set(), {}
         for name, part in parts.items():
             known = self._provided.get(names[name])
@@ -207,9 +214,14 @@ class UnchangedMixin:
             if not (tensors[name].requires_grad or name in changed or full_name in self._own_tensors)
         }
 
-    def _shapes(self) -> dict[str, torch.Size]:
-        """Shapes that the configuration says, by the names of the whole model."""
-        return {name: tensor.shape for name, tensor in self._skeleton(self.config).state_dict().items()}
+    def _shapes(self, names: Collection[str]) -> dict[str, torch.Size]:
+        """Shapes that the configuration says of tensors, by the names of the whole model; maybe of others too."""
+        if all(part_of(name) is None for name in names):  # building the whole model takes longer than saving does
+            with torch.device("meta"):
+                tensors = self._new_projection(self.config)
+        else:
+            tensors = self._skeleton(self.config).state_dict()
+        return {name: tensor.shape for name, tensor in tensors.items()}
 
     def _tied_to(self) -> str:
         """Name of the embeddings in the whole model, which the LM head may share."""
@@ -238,7 +250,7 @@ def _is_cast(stored: torch.Tensor, known: Provided, part: Part) -> bool:
     return expected.shape == tensor.shape and torch.equal(expected, tensor)
 
 
-def _offloaded(module: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+def _offloaded(module: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Tensors that accelerate keeps elsewhere while they are not used, in memory or on a disk."""
     if not names:
         return {}

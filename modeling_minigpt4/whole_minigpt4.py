@@ -73,7 +73,7 @@ class WholeMixin:
     config: Any
     base_model_prefix: str
     state_dict: Any
-    _skeleton: Any
+    _shapes: Any
     _choose_what_to_save: Any
     _keys_to_ignore_on_save: Any
     changed_tensors: Any
@@ -113,9 +113,9 @@ class WholeMixin:
             if (own[name].requires_grad or name in changed) and (name in given or id(own[name]) not in there)
         }
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._skeleton(self.config).state_dict().items()}
-        plain = plain_names(self, given)  # type: ignore[arg-type]
-        check_whole(given, needed, {name: shapes.get(f"{prefix}{plain[name]}") for name in given})
+        plain = {name: f"{prefix}{inner}" for name, inner in plain_names(self, given).items() if inner is not None}  # type: ignore[arg-type]
+        shapes = self._shapes(plain.values())
+        check_whole(given, needed, {name: shapes.get(inner) for name, inner in plain.items()})
 
 
 __all__ = ["WholeMixin", "check_whole", "unsharded_class", "whole_shape"]
