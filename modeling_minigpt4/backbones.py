@@ -516,6 +516,8 @@ class BackbonesMixin(PeftMixin):
             shapes.pop("lm_head.weight", None)
         merged = cls._new_projection(config) if checkpoint is None else read_adapter(checkpoint, shapes, config)
         own = frozenset(merged)
+        if not issubclass(cls, type(skeleton)):  # the model without a head
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(f"{cls.base_model_prefix}.")}
         for part, source in config.backbones.items():
             names = skeleton.lm_head_name, skeleton.decoder_name
             dtype = _target_dtype(config, kwargs)
@@ -625,21 +627,22 @@ def read_adapter(
 ) -> dict[str, torch.Tensor]:
     """The checkpoint's own tensors, after checking that none is missing, unknown or of another shape."""
     where = describe(checkpoint.source)
-    keys = set(checkpoint.keys())
+    # The model without a head has saved names of its own.
+    keys = {name if (name := f"model.{key}") in shapes else key: key for key in checkpoint.keys()}  # noqa: SIM118
     own = {name for name in shapes if part_of(name) not in config.backbones}
-    if missing := sorted(own - keys):
+    if missing := sorted(own - keys.keys()):
         raise ValueError(
             f"{where} lacks {', '.join(missing[:3])}, which is trained and in no backbone; the folder is incomplete "
             "or its configuration was changed, so download or save it again."
         )
-    if unknown := sorted(keys - shapes.keys()):
+    if unknown := sorted(keys.keys() - shapes.keys()):
         raise ValueError(
             f"{where} holds {', '.join(unknown[:3])}, which its configuration has no place for; restore the "
             "config.json that it was saved with (`projector_num_layers`, `qformer_config`)."
         )
     remedy = "it was trained for another language model or vision encoder, so load it with those."
-    check_shapes({name: name for name in keys}, shapes, checkpoint, remedy)
-    return {name: checkpoint.tensor(name) for name in keys}
+    check_shapes(keys, shapes, checkpoint, remedy)
+    return {name: checkpoint.tensor(key) for name, key in keys.items()}
 
 
 def _find_generation_config(path: Any, options: Mapping[str, Any]) -> GenerationConfig | None:

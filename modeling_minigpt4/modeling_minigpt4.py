@@ -151,7 +151,8 @@ def _mismatch(places: int, tokens: int, image_token_id: int) -> str:
     return (
         f"Image features and image tokens do not match, tokens: {places}, features: {tokens}; `input_ids` need "
         f"{image_token_id} exactly once per image token, so prepare text and images together with this model's "
-        "processor, and do not let truncation cut an image."
+        f"processor (with `processor.image_token_id = {image_token_id}`, which moves when tokens are added), and do "
+        "not let truncation cut an image."
     )
 
 

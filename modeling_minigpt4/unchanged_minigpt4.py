@@ -6,7 +6,8 @@ version counter of a tensor. A digest of every tensor is taken when the model is
 which reads no file. Only for tensors that were cast since, the backbone's file is read, once.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class UnchangedMixin:
     _own_tensors: frozenset[str]
     _new_projection: Any
     _skeleton: Any
+    _keys_to_ignore_on_save: Any
 
     # What the backbones have provided, by the names of the whole model without an adapter.
     _provided: Mapping[str, Provided] = {}
@@ -83,10 +85,13 @@ class UnchangedMixin:
 
     def _names_of_backbones(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Names of tensors whose part has a backbone → their names in the whole model without an adapter."""
+        return {name: full for name, full in self._whole_names(tensors) if part_of(full) in self.config.backbones}
+
+    def _whole_names(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        plain = plain_names(self, tensors)  # type: ignore[arg-type]
-        full = {name: prefix + inner for name, inner in plain.items() if inner is not None}
-        return {name: inner for name, inner in full.items() if part_of(inner) in self.config.backbones}
+        for name, inner in plain_names(self, tensors).items():  # type: ignore[arg-type]
+            if inner is not None:
+                yield name, prefix + inner
 
     def _is_comparable(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor is an ordinary one: of a quantized decoder, neither packed weights nor their scales."""
@@ -214,6 +219,47 @@ class UnchangedMixin:
             if not (tensors[name].requires_grad or name in changed or full_name in self._own_tensors)
         }
 
+    def tell_changed(self, changed: Collection[str], given: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Warn that a checkpoint holds more than the projection, and how much of what its backbones provide."""
+        if not changed:
+            return
+        tensors = {**self.state_dict(keep_vars=True), **(given or {})}
+        names = self._names_of_backbones(tensors)
+        told, share = [], 0.0
+        for part in self.config.backbones:
+            ours = [name for name, full in names.items() if part_of(full) == part]
+            written = [name for name in ours if name in changed]
+            size, whole = (_megabytes(tensors[name] for name in some) for some in (written, ours))
+            if written:
+                told.append(f"{len(written)} tensors of the {part} backbone ({size:,.1f} of {whole:,.1f} MB)")
+                share = max(share, size / whole)
+        logger.warning(
+            f"{' and '.join(told)} are no longer what is stored there, by a merged adapter, other training or an "
+            "edit, and are saved beside the projection."
+            + (" That is most of it: `full=True` saves a folder that needs no backbone." if share > 0.5 else "")
+        )
+
+    def _leave_out_tied(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Keep an LM head that is the embeddings out of checkpoints, where a copy of them stands for it.
+
+        Raises:
+            ValueError: if it is another matrix, though the configuration says that it is the embeddings.
+        """
+        if not self.config.tie_word_embeddings or _HEAD not in tensors:
+            return
+        embeddings = tensors.get(next((n for n, full in self._whole_names(tensors) if full == self._tied_to()), ""))
+        if embeddings is None or is_spread(head := tensors[_HEAD]) or is_spread(embeddings) or head.is_meta:
+            return
+        same = head.data_ptr() == embeddings.data_ptr() or torch.equal(head.to(embeddings.device), embeddings)
+        if not same:
+            raise ValueError(
+                f"{_HEAD} is no longer the embeddings' matrix, but the configuration says that it is, so it would be "
+                "lost; set `model.config.tie_word_embeddings` and `model.config.text_config.tie_word_embeddings` to "
+                "False to keep both."
+            )
+        self._keys_to_ignore_on_save.add(_HEAD)
+
     def _shapes(self, names: Collection[str]) -> dict[str, torch.Size]:
         """Shapes that the configuration says of tensors, by the names of the whole model; maybe of others too."""
         if all(part_of(name) is None for name in names):  # building the whole model takes longer than saving does
@@ -227,11 +273,15 @@ class UnchangedMixin:
         """Name of the embeddings in the whole model, which the LM head may share."""
         embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
         name = next(name for name, module in self.named_modules() if module is embeddings)
-        return self._names_of_backbones({f"{name}.weight": embeddings.weight}).get(f"{name}.weight", "")
+        return next((full for _, full in self._whole_names({f"{name}.weight": embeddings.weight})), "")
 
 
 _DECODER = ("model.language_model.", "language_model.", "lm_head.")
 _HEAD = "lm_head.weight"
+
+
+def _megabytes(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(prod(getattr(one, "ds_shape", one.shape)) * one.element_size() for one in tensors) / 1e6
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

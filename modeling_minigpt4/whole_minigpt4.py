@@ -22,21 +22,21 @@ def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def check_whole(
-    tensors: Mapping[str, torch.Tensor], needed: Collection[str], shapes: Mapping[str, tuple[int, ...] | None]
+    tensors: Mapping[str, torch.Tensor], needed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> None:
     """
     Refuse to write a part of a tensor, or none of it.
 
     Args:
         tensors: name → what is about to be written.
-        needed: names that have to be among them.
+        needed: names that have to be among them → why.
         shapes: name → shape that the configuration says, None or left out where it says nothing.
 
     Raises:
         ValueError: naming the first tensor that is missing, empty, or of another shape.
     """
     if missing := sorted(needed - tensors.keys()):
-        raise ValueError(f"{missing[0]} trains but is not among the tensors to save; {REMEDY}")
+        raise ValueError(f"{missing[0]} {needed[missing[0]]} but is not among the tensors to save; {REMEDY}")
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         expected = shapes.get(name) or whole_shape(tensor)
@@ -77,6 +77,9 @@ class WholeMixin:
     _choose_what_to_save: Any
     _keys_to_ignore_on_save: Any
     changed_tensors: Any
+    check_adapter_is_apart: Any
+    tell_changed: Any
+    _leave_out_tied: Any
 
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", *args: Any, full: bool = False, **kwargs: Any
@@ -86,10 +89,13 @@ class WholeMixin:
 
         Raises:
             ValueError: before anything is written, if a tensor is missing or not whole, as in one process of several
-                that share the weights (FSDP, ZeRO-3); hand over gathered ones as `state_dict`.
+                that share the weights (FSDP, ZeRO-3); hand over gathered ones as `state_dict`. Also for an adapter
+                that is merged but still there, and for a head that is tied no longer.
         """
+        self.check_adapter_is_apart()
         options = {**dict(zip(("is_main_process", "state_dict"), args, strict=False)), **kwargs}
         changed = set() if full else self.changed_tensors(options.get("state_dict"))
+        self.tell_changed(changed, options.get("state_dict"))
         try:
             self._choose_what_to_save(full, changed)
             if options.get("is_main_process", True):
@@ -104,11 +110,12 @@ class WholeMixin:
         if getattr(self, "_tp_size", None) is not None or getattr(self.config, "distributed_config", None):
             return  # transformers has split the tensors, and puts them together itself
         own = self.state_dict(keep_vars=True)
+        self._leave_out_tied({**own, **(tensors or {})})
         given = own if tensors is None else tensors
         given = {name: tensor for name, tensor in given.items() if name not in self._keys_to_ignore_on_save}
         there = {id(own[name]) for name in given.keys() & own.keys()}  # under one of the names of a tied tensor
         needed = {
-            name
+            name: "trains" if own[name].requires_grad else "is no longer what its backbone provides"
             for name in own.keys() - self._keys_to_ignore_on_save
             if (own[name].requires_grad or name in changed) and (name in given or id(own[name]) not in there)
         }
