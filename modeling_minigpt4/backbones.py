@@ -552,8 +552,10 @@ class BackbonesMixin(PeftMixin):
         r"""
         Save configuration, generation config, code, and the tensors that no backbone provides.
 
-        Those are the projection and whatever else was trained; an adapter of PEFT lies in the folder `peft` beside
-        them, in PEFT's own format. Takes every option of [`~transformers.PreTrainedModel.save_pretrained`].
+        Those are the projection, whatever else was trained, and frozen tensors that are no longer their backbones' (a
+        merged adapter, averaged weights, an edit in place, a resized vocabulary), of which a warning tells how much it
+        is; an adapter of PEFT lies in the folder `peft` beside them, in PEFT's own format. Takes every option of
+        [`~transformers.PreTrainedModel.save_pretrained`].
 
         Args:
             save_directory: folder to write.

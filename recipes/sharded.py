@@ -119,7 +119,8 @@ def changed_tensors(trainer: Any) -> set[str]:
     for name, tensor in frozen.items():
         if isinstance(tensor, DTensor):
             shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-            parts[name] = Part(tensor.detach().to_local().view(shape), start[0] if start else 0)
+            local: Any = tensor.detach()
+            parts[name] = Part(local.to_local().view(shape), start[0] if start else 0)
         elif hasattr(tensor, "ds_shape"):  # a share of all values, in their order
             share = tensor.ds_tensor.detach()
             parts[name] = Part(share, share.numel() * trainer.accelerator.process_index)
