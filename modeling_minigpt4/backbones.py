@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .checks_minigpt4 import check_dtype, why_missing
 from .compat_minigpt4 import DEFAULT_DTYPE
-from .peft_minigpt4 import PeftMixin, find_peft_folder, plain_names
+from .peft_minigpt4 import PeftMixin, find_peft_folder
 from .quantization_minigpt4 import stored_quantization
 
 
@@ -550,6 +550,8 @@ class BackbonesMixin(PeftMixin):
             shapes.pop("lm_head.weight", None)
         merged = cls._new_projection(config) if checkpoint is None else read_adapter(checkpoint, shapes, config)
         own = frozenset(merged)
+        if not issubclass(cls, type(skeleton)):  # the model without a head
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(f"{cls.base_model_prefix}.")}
         for part, source in config.backbones.items():
             names = skeleton.lm_head_name, skeleton.decoder_name
             dtype = _target_dtype(config, kwargs)
@@ -569,6 +571,7 @@ class BackbonesMixin(PeftMixin):
             )
         model._own_tensors = own
         model.freeze_backbones()
+        model._remember_backbones()
         model._choose_what_to_save()
         return (model, info) if output_loading_info else model
 
@@ -583,8 +586,10 @@ class BackbonesMixin(PeftMixin):
         r"""
         Save configuration, generation config, code, and the tensors that no backbone provides.
 
-        Those are the projection and whatever else was trained; an adapter of PEFT lies in the folder `peft` beside
-        them, in PEFT's own format. Takes every option of [`~transformers.PreTrainedModel.save_pretrained`].
+        Those are the projection, whatever else was trained, and frozen tensors that are no longer their backbones' (a
+        merged adapter, averaged weights, an edit in place, a resized vocabulary), of which a warning tells how much it
+        is; an adapter of PEFT lies in the folder `peft` beside them, in PEFT's own format. Takes every option of
+        [`~transformers.PreTrainedModel.save_pretrained`].
 
         Args:
             save_directory: folder to write.
@@ -610,14 +615,12 @@ class BackbonesMixin(PeftMixin):
                 "save with `full=True`."
             )
         try:
-            self._choose_what_to_save(full)
             self.config.backbones = {} if full else _relative(backbones, save_directory)
             with self._adapter_aside(save_directory, args, kwargs) as (args, kwargs):
                 super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
             _remove_older(save_directory, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
         finally:
             self.config.backbones = backbones
-            self._choose_what_to_save()
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload what `push_to_hub` has saved, with this project's card in the place of transformers' general one."""
@@ -627,26 +630,6 @@ class BackbonesMixin(PeftMixin):
             cards = importlib.import_module("recipes_minigpt4.card")
             card.write_text(cards.render_card(self, repo_id=repo_id), encoding="utf-8")
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
-
-    def _choose_what_to_save(self, full: bool = False) -> None:
-        """
-        Tell transformers which tensors to leave out of checkpoints: frozen ones that a backbone provides.
-
-        The Trainer looks at the same list when it resumes, and does not warn about what is left out on purpose.
-        """
-        prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        tensors = self.state_dict(keep_vars=True)
-        trained = {name for name, tensor in tensors.items() if tensor.requires_grad}
-        plain = plain_names(self, tensors)  # type: ignore[arg-type]
-        self._keys_to_ignore_on_save = {
-            name
-            for name in plain
-            if not full
-            and plain[name] is not None
-            and part_of(prefix + name) in self.config.backbones
-            and name not in trained
-            and f"{prefix}{plain[name]}" not in self._own_tensors
-        }
 
 
 def _relative(backbones: Mapping[str, Any], folder: "str | os.PathLike[str]") -> dict[str, Any]:
@@ -680,21 +663,22 @@ def read_adapter(
 ) -> dict[str, torch.Tensor]:
     """The checkpoint's own tensors, after checking that none is missing, unknown or of another shape."""
     where = describe(checkpoint.source)
-    keys = set(checkpoint.keys())
+    # The model without a head has saved names of its own.
+    keys = {name if (name := f"model.{key}") in shapes else key: key for key in checkpoint.keys()}  # noqa: SIM118
     own = {name for name in shapes if part_of(name) not in config.backbones}
-    if missing := sorted(own - keys):
+    if missing := sorted(own - keys.keys()):
         raise ValueError(
             f"{where} lacks {', '.join(missing[:3])}, which is trained and in no backbone; the folder is incomplete "
             "or its configuration was changed, so download or save it again."
         )
-    if unknown := sorted(keys - shapes.keys()):
+    if unknown := sorted(keys.keys() - shapes.keys()):
         raise ValueError(
             f"{where} holds {', '.join(unknown[:3])}, which its configuration has no place for; restore the "
             "config.json that it was saved with (`projector_num_layers`, `qformer_config`)."
         )
     remedy = "it was trained for another language model or vision encoder, so load it with those."
-    check_shapes({name: name for name in keys}, shapes, checkpoint, remedy)
-    return {name: checkpoint.tensor(name) for name in keys}
+    check_shapes(keys, shapes, checkpoint, remedy)
+    return {name: checkpoint.tensor(key) for name, key in keys.items()}
 
 
 def _find_generation_config(path: Any, options: Mapping[str, Any]) -> GenerationConfig | None:

@@ -63,6 +63,7 @@ from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, 
 from .labels_minigpt4 import mask_image_labels, mask_look_ups, scored_elsewhere
 from .peft_minigpt4 import adapter_modules, trains_itself
 from .quantization_minigpt4 import QuantizationMixin
+from .unchanged_minigpt4 import UnchangedMixin
 from .whole_minigpt4 import WholeMixin
 
 
@@ -158,11 +159,12 @@ def _mismatch(places: int, tokens: int, image_token_id: int) -> str:
     return (
         f"Image features and image tokens do not match, tokens: {places}, features: {tokens}; `input_ids` need "
         f"{image_token_id} exactly once per image token, so prepare text and images together with this model's "
-        "processor, and do not let truncation cut an image."
+        f"processor (with `processor.image_token_id = {image_token_id}`, which moves when tokens are added), and do "
+        "not let truncation cut an image."
     )
 
 
-class MiniGPT4PreTrainedModel(WholeMixin, BackbonesMixin, QuantizationMixin, PreTrainedModel):
+class MiniGPT4PreTrainedModel(WholeMixin, UnchangedMixin, BackbonesMixin, QuantizationMixin, PreTrainedModel):
     config_class = MiniGPT4Config
     base_model_prefix = "model"
     input_modalities = ("image", "text")

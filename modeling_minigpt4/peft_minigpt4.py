@@ -314,6 +314,27 @@ class PeftMixin:
         tensors = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
+    def check_adapter_is_apart(self) -> None:
+        """
+        Refuse what a folder cannot hold: an adapter that is part of the weights already, or one that PEFT looks after.
+
+        Raises:
+            ValueError: saying what to do first.
+        """
+        wrappers = [child for child in self.modules() if is_wrapper(child)]  # type: ignore[attr-defined]
+        if any(getattr(wrapper, "merged", False) for wrapper in wrappers):
+            raise ValueError(
+                "The adapter is merged into the weights and still there, so it would count twice when it is loaded; "
+                "unmerge it (`unmerge_adapter()` of the PeftModel, `unmerge()` of each layer), or have it merged for "
+                "good with `merge_and_unload()`."
+            )
+        names = self.state_dict() if wrappers and not self.has_adapter else {}
+        if any(name is None for name in plain_names(self, names).values()):  # type: ignore[arg-type]
+            raise ValueError(
+                "PEFT has wrapped this model, and saves the adapter by `save_pretrained` of the PeftModel; use that, "
+                "or `merge_and_unload()` first. Adapters of `model.add_adapter` are saved with the model."
+            )
+
     def stored_names(self) -> dict[str, str]:
         """Names of the active adapter's tensors in PEFT's file → their names in the model."""
         tensors = self.state_dict()
@@ -339,22 +360,25 @@ class PeftMixin:
         Yields:
             The options with the tensors to save.
         """
-        if not self.has_adapter:
+        if not any(is_wrapper(child) for child in self.modules()):  # type: ignore[attr-defined]
             yield args, kwargs
             return
         kwargs = {**kwargs, **dict(zip(("is_main_process", "state_dict"), args[:2], strict=False))}
         is_main_process, tensors = kwargs.pop("is_main_process", True), kwargs.pop("state_dict", None)
-        if is_main_process:
+        if is_main_process and self.has_adapter:
             self._save_adapter(Path(folder) / ADAPTER_FOLDER, tensors)
         tensors = self.state_dict() if tensors is None else tensors
         kept = {name: plain for name, plain in plain_names(self, tensors).items() if plain is not None}  # type: ignore[arg-type]
         tensors = {plain: tensors[name] for name, plain in kept.items() if name not in self._keys_to_ignore_on_save}
-        self._hf_peft_config_loaded, self.config.language_model_adapter = False, ADAPTER_FOLDER
+        had_one = self.has_adapter
+        self._hf_peft_config_loaded = False
+        if had_one:
+            self.config.language_model_adapter = ADAPTER_FOLDER
         try:
             yield (is_main_process, tensors, *args[2:]), kwargs
         finally:
-            self._hf_peft_config_loaded = True
-            del self.config.language_model_adapter
+            self._hf_peft_config_loaded = had_one
+            self.config.__dict__.pop("language_model_adapter", None)
 
     def _get_files_timestamps(self, working_dir: "str | os.PathLike[str]") -> Any:
         """Files that an upload may leave out if they have not changed; the adapter is written before this is asked."""

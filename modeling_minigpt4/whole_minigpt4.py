@@ -22,21 +22,21 @@ def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def check_whole(
-    tensors: Mapping[str, torch.Tensor], needed: Collection[str], shapes: Mapping[str, tuple[int, ...] | None]
+    tensors: Mapping[str, torch.Tensor], needed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> None:
     """
     Refuse to write a part of a tensor, or none of it.
 
     Args:
         tensors: name → what is about to be written.
-        needed: names that have to be among them.
+        needed: names that have to be among them → why.
         shapes: name → shape that the configuration says, None or left out where it says nothing.
 
     Raises:
         ValueError: naming the first tensor that is missing, empty, or of another shape.
     """
     if missing := sorted(needed - tensors.keys()):
-        raise ValueError(f"{missing[0]} trains but is not among the tensors to save; {REMEDY}")
+        raise ValueError(f"{missing[0]} {needed[missing[0]]} but is not among the tensors to save; {REMEDY}")
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         expected = shapes.get(name) or whole_shape(tensor)
@@ -73,9 +73,13 @@ class WholeMixin:
     config: Any
     base_model_prefix: str
     state_dict: Any
-    _skeleton: Any
+    _shapes: Any
     _choose_what_to_save: Any
     _keys_to_ignore_on_save: Any
+    changed_tensors: Any
+    check_adapter_is_apart: Any
+    tell_changed: Any
+    _leave_out_tied: Any
 
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", *args: Any, full: bool = False, **kwargs: Any
@@ -85,32 +89,40 @@ class WholeMixin:
 
         Raises:
             ValueError: before anything is written, if a tensor is missing or not whole, as in one process of several
-                that share the weights (FSDP, ZeRO-3); hand over gathered ones as `state_dict`.
+                that share the weights (FSDP, ZeRO-3); hand over gathered ones as `state_dict`. Also for an adapter
+                that is merged but still there, and for a head that is tied no longer.
         """
-        self._choose_what_to_save(full)
+        self.check_adapter_is_apart()
         options = {**dict(zip(("is_main_process", "state_dict"), args, strict=False)), **kwargs}
-        if options.get("is_main_process", True):
-            self._check_whole(options.get("state_dict"))
-        with unsharded_class(self):
-            super().save_pretrained(save_directory, *args, full=full, **kwargs)  # type: ignore[misc]
+        changed = set() if full else self.changed_tensors(options.get("state_dict"))
+        self.tell_changed(changed, options.get("state_dict"))
+        try:
+            self._choose_what_to_save(full, changed)
+            if options.get("is_main_process", True):
+                self._check_whole(options.get("state_dict"), changed)
+            with unsharded_class(self):
+                super().save_pretrained(save_directory, *args, full=full, **kwargs)  # type: ignore[misc]
+        finally:
+            self._choose_what_to_save()
 
-    def _check_whole(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+    def _check_whole(self, tensors: Mapping[str, torch.Tensor] | None, changed: Collection[str]) -> None:
         """Refuse to save what is no whole tensor of the shape that the configuration says."""
         if getattr(self, "_tp_size", None) is not None or getattr(self.config, "distributed_config", None):
             return  # transformers has split the tensors, and puts them together itself
         own = self.state_dict(keep_vars=True)
+        self._leave_out_tied({**own, **(tensors or {})})
         given = own if tensors is None else tensors
         given = {name: tensor for name, tensor in given.items() if name not in self._keys_to_ignore_on_save}
         there = {id(own[name]) for name in given.keys() & own.keys()}  # under one of the names of a tied tensor
         needed = {
-            name
+            name: "trains" if own[name].requires_grad else "is no longer what its backbone provides"
             for name in own.keys() - self._keys_to_ignore_on_save
-            if own[name].requires_grad and (name in given or id(own[name]) not in there)
+            if (own[name].requires_grad or name in changed) and (name in given or id(own[name]) not in there)
         }
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._skeleton(self.config).state_dict().items()}
-        plain = plain_names(self, given)  # type: ignore[arg-type]
-        check_whole(given, needed, {name: shapes.get(f"{prefix}{plain[name]}") for name in given})
+        plain = {name: f"{prefix}{inner}" for name, inner in plain_names(self, given).items() if inner is not None}  # type: ignore[arg-type]
+        shapes = self._shapes(plain.values())
+        check_whole(given, needed, {name: shapes.get(inner) for name, inner in plain.items()})
 
 
 __all__ = ["WholeMixin", "check_whole", "unsharded_class", "whole_shape"]

@@ -278,6 +278,7 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
 
     def _encode(self, texts: list[str], options: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Tokenize, truncate and pad: `input_ids`, `attention_mask` and, if asked for, `offset_mapping`, as lists."""
+        self._check_placeholder()
         with_spans = bool(options.get("return_offsets_mapping"))
         max_length = options.get("max_length")
         rows = encode_rows(
@@ -309,6 +310,16 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         if with_spans:
             data["offset_mapping"] = [spans for _, _, spans in padded]
         return data
+
+    def _check_placeholder(self) -> None:
+        """Raise a `ValueError` if a token of text has the id of the image placeholder, as added ones may."""
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if token not in (None, "", self.image_token, self.tokenizer.unk_token):
+            raise ValueError(
+                f"The tokenizer's token {token!r} has the id {self.image_token_id}, which marks pictures, so text "
+                "would be taken for one. After adding tokens, call `model.resize_token_embeddings(len(processor."
+                "tokenizer))` and set `processor.image_token_id = model.config.image_token_id`."
+            )
 
     def _pad(
         self, row: Row, ids: list[int], spans: list[tuple[int, int]], length: int | None, side: str

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 import transformers.trainer
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from modeling_minigpt4.digest_minigpt4 import digests
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from modeling_minigpt4.unchanged_minigpt4 import Part
 from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.faults import SKIP
 
@@ -89,7 +92,7 @@ def gather(trainer: Any) -> dict[str, torch.Tensor]:
     All processes have to call it, for each gives its part.
     """
     model, saves = trainer.model, trainer.args.should_save
-    model._choose_what_to_save()
+    model._choose_what_to_save(changed=changed_tensors(trainer))
     tensors = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -101,6 +104,39 @@ def gather(trainer: Any) -> dict[str, torch.Tensor]:
         if saves:
             whole[id(tensor)] = gathered.to("cpu", copy=True)
     return {name: whole[id(tensor)] for name, tensor in tensors.items()} if saves else {}
+
+
+def changed_tensors(trainer: Any) -> set[str]:
+    """
+    Names of frozen tensors that are no longer their backbones', whichever process holds what has changed.
+
+    Digests of shards are added up; what a file has to tell, each process compares with its own share of the file. All
+    processes have to call it.
+    """
+    model = trainer.model
+    frozen, names = model.frozen_tensors()
+    parts, sums = {}, dict[str, int]()
+    for name, tensor in frozen.items():
+        if isinstance(tensor, DTensor):
+            shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            local: Any = tensor.detach()
+            parts[name] = Part(local.to_local().view(shape), start[0] if start else 0)
+        elif hasattr(tensor, "ds_shape"):  # a share of all values, in their order
+            share = tensor.ds_tensor.detach()
+            parts[name] = Part(share, share.numel() * trainer.accelerator.process_index)
+    found = digests({name: part.tensor for name, part in parts.items()}, {name: p.first for name, p in parts.items()})
+    for mesh, placements in {(t.device_mesh, t.placements) for t in frozen.values() if isinstance(t, DTensor)}:
+        these = [name for name in parts if getattr(frozen[name], "placements", None) == placements]
+        summed = [Partial() if placement.is_shard() else placement for placement in placements]
+        here = torch.tensor([found[name] for name in these], device=trainer.args.device)
+        whole: Any = DTensor.from_local(here, mesh, summed, run_check=False).full_tensor()
+        sums.update(zip(these, whole.tolist(), strict=True))
+
+    def agree(told: set[str]) -> set[str]:
+        return {name for each in gather_object([told]) for name in each}
+
+    changed = model.compare(parts, names, {**found, **sums}, whole=bool(sums), agree=agree)
+    return agree(changed | model.changed_tensors())
 
 
 def _gather_fsdp(tensor: torch.Tensor, trainer: Any) -> torch.Tensor:

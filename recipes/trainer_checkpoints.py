@@ -128,8 +128,10 @@ class CheckpointingMixin:
             self.model.reload_adapter(resume_from_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        plain = plain_names(self.model, load_result.missing_keys)
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if plain[name] is not None]
+        plain, left_out = plain_names(self.model, load_result.missing_keys), self.model._keys_to_ignore_on_save
+        missing = [name for name in load_result.missing_keys if plain[name] is not None]
+        # A checkpoint may hold frozen tensors too, those that are no longer their backbones'.
+        load_result.missing_keys[:] = left_out if set(missing) <= set(left_out) else missing
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:

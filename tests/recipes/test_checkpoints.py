@@ -282,3 +282,23 @@ def test_the_list_of_files_is_what_lies_there(stage: Callable, tmp_path: Path) -
     there = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix != ".bin"}
     del there["files.json"]
     assert listed == there and {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= there.keys()
+
+
+def test_frozen_weights_that_were_changed_are_in_checkpoints_and_come_back(
+    stage: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save, name = MiniGPT4Trainer._save_checkpoint, "model.vision_model.post_layernorm.bias"
+
+    def edit_and_save(self: MiniGPT4Trainer, *args: object) -> None:
+        self.model.get_parameter(name).data[0] = self.state.global_step
+        save(self, *args)
+
+    monkeypatch.setattr(MiniGPT4Trainer, "_save_checkpoint", edit_and_save)
+    stage1_pretrain.main(stage(**SAVING, max_steps=4))
+    for step in (2, 4):
+        assert load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")[name][0] == step
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    monkeypatch.undo()
+    stage1_pretrain.main(stage(**SAVING, max_steps=4, resume_from_checkpoint="latest"))
+    assert load_file(tmp_path / "run" / "model.safetensors")[name][0] == 2
+    assert "missing keys" not in caplog.text

@@ -272,6 +272,35 @@ def test_two_gpus_share_the_weights(train_sharded: Callable, stage: Callable, tm
     assert largest_deviation(tmp_path / "whole", sharded) <= SHARE
 
 
+def shard_on_cpus_and_edit() -> None:
+    """The same, and the second rank edits a weight that only it holds, and all of them one of the vision side."""
+    shard_on_cpus()
+    save = MiniGPT4Trainer.save_model
+
+    def save_model(self: MiniGPT4Trainer, *args: object, **kwargs: object) -> None:
+        weights = dict(self.model.named_parameters())
+        if self.args.process_index == 1:
+            weights["model.language_model.norm.weight"].to_local()[-1] += 1
+        weights["model.vision_model.post_layernorm.bias"].to_local().add_(1)
+        save(self, *args, **kwargs)
+
+    MiniGPT4Trainer.save_model = save_model
+
+
+def test_frozen_weights_that_any_rank_has_changed_are_written(train_sharded: Callable) -> None:
+    folder, _ = train_sharded(before=shard_on_cpus_and_edit)
+    changed = {"model.language_model.norm.weight", "model.vision_model.post_layernorm.bias"}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {name for name in file.keys() if "projection" not in name} == changed  # noqa: SIM118
+    loaded = MiniGPT4ForConditionalGeneration.from_pretrained(folder)
+    tensors = loaded.state_dict()
+    whole = MiniGPT4ForConditionalGeneration.from_backbones(
+        **{part: source["name_or_path"] for part, source in loaded.config.backbones.items()}
+    ).state_dict()
+    difference = tensors["model.language_model.norm.weight"] - whole["model.language_model.norm.weight"]
+    assert difference.count_nonzero() == 1 and difference[-1] == pytest.approx(1)
+
+
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
