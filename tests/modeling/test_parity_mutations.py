@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, convert_minigpt4_to_hf
+from modeling_minigpt4 import generation_minigpt4 as generation
 from modeling_minigpt4 import modeling_minigpt4 as modeling
 from recipes_minigpt4 import rows as recipes
 
@@ -173,11 +174,11 @@ def loss_does_not_shift(patch: Patch) -> None:
 
 
 def separator_is_not_heeded(patch: Patch) -> None:
-    patch.delattr(MiniGPT4ForConditionalGeneration, "_get_stopping_criteria")
+    patch.delattr(generation.MiniGPT4GenerationMixin, "_get_stopping_criteria")
 
 
 def penalty_counts_the_prompt(patch: Patch) -> None:
-    patch.setattr(modeling, "penalize_replies_only", lambda processors, prompt_length: None)
+    patch.setattr(generation, "penalize_replies_only", lambda processors, prompt_length: None)
 
 
 def earlier_replies_are_tokenized_apart(patch: Patch) -> None:
