@@ -11,7 +11,7 @@ from .configuration_minigpt4 import MiniGPT4Config
 
 
 def mask_image_labels(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """
     Set the labels of image placeholders to -100, before any forward, also one that a trainer has put in its place.
@@ -71,7 +71,8 @@ class ScoredElsewhere(torch.Tensor):
 def _leave_out(image_token_id: int, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Arguments of a cross-entropy whose targets ignore placeholders."""
     ignored = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
-    where, key = (args, 1) if len(args) > 1 else (kwargs, "target")
+    where: Any = args if len(args) > 1 else kwargs
+    key: Any = 1 if len(args) > 1 else "target"
     if not where[key].is_floating_point():
         where[key] = where[key].masked_fill(where[key] == image_token_id, ignored)
     return args, kwargs

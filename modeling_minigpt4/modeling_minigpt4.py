@@ -539,7 +539,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             image_tokens = images.pooler_output
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_tokens, image_positions)
-        if image_tokens is None and self.training and torch.is_grad_enabled():
+        if inputs_embeds is not None and image_tokens is None and self.training and torch.is_grad_enabled():
             inputs_embeds = inputs_embeds + self._no_picture().to(inputs_embeds)
         if position_ids is None and inputs_embeds is not None:
             position_ids = self._positions(attention_mask, inputs_embeds)
