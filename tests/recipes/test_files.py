@@ -311,7 +311,9 @@ def test_parquet_and_tar_in_capitals(tmp_path: Path, processor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, content", [("a.jsonl.gz", b"nonsense"), ("a.csv.gz", gzip.compress(b"")), ("a.gz", b"")]
+    "name, content",
+    [("a.jsonl.gz", b"nonsense"), ("a.csv.gz", gzip.compress(b"", mtime=0)), ("a.gz", b"")],
+    ids=["nonsense", "nothing", "empty"],
 )
 def test_damaged_compressed_files_get_a_sentence(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
