@@ -6,6 +6,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from modeling_minigpt4.checks_minigpt4 import InputError
 from recipes_minigpt4 import PreemptedError, RecipeError, one_line
 from recipes_minigpt4.checkpoints import (
     FILES,
@@ -60,6 +61,8 @@ def _train(trainer: MiniGPT4Trainer, folder: Path) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RecipeError as error:
         raise RecipeError(own_words(error, folder)) from error
+    except InputError as error:  # such as a row of more tokens than the model has positions
+        raise RecipeError(own_words(error, folder)) from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
@@ -93,7 +96,7 @@ def _save(trainer: MiniGPT4Trainer, folder: Path) -> None:
         ) from error
 
 
-def own_words(error: RecipeError, folder: Path) -> str:
+def own_words(error: ValueError, folder: Path) -> str:
     """
     The sentence of an error that ended training, and where to go on.
 

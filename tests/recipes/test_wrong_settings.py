@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -324,3 +325,11 @@ def test_yaml_names_parts_by_text(refuse: Callable, tmp_path: Path) -> None:
 def test_a_command_without_anything_says_what_would_do(refuse: Callable, tmp_path: Path) -> None:
     arguments = ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true"]
     assert "--config tiny_stage1" in refuse(arguments=arguments)
+
+
+def test_a_row_longer_than_the_positions_is_told(stage, parts: dict[str, str], tmp_path: Path, capsys) -> None:
+    shutil.copytree(parts["language_model"], tmp_path / "short")
+    file = tmp_path / "short" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 6}))
+    assert cli.main(["stage1", *stage(language_model=tmp_path / "short")]) == 2
+    assert "tokens, image tokens included, but the language model has 6 positions" in capsys.readouterr().err
