@@ -147,7 +147,7 @@ def test_an_adapter_holds_the_projection_and_nothing_else(adapter) -> None:
     files = {file.name for file in adapter.iterdir()}
     assert files == {
         "config.json", "generation_config.json", "model.safetensors", "configuration_minigpt4.py",
-        "modeling_minigpt4.py", "backbones.py", "generation_minigpt4.py", "heads_minigpt4.py",
+        "modeling_minigpt4.py", "backbones.py", "generation_minigpt4.py", "heads_minigpt4.py", "labels_minigpt4.py",
         "compat_minigpt4.py", "digest_minigpt4.py", "peft_minigpt4.py", "quantization_minigpt4.py",
         "unchanged_minigpt4.py", "whole_minigpt4.py",
     }  # fmt: skip
