@@ -313,7 +313,11 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
 
     def _check_placeholder(self) -> None:
         """Raise a `ValueError` if a token of text has the id of the image placeholder, as added ones may."""
-        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        own = type(self.tokenizer).convert_ids_to_tokens  # its object knows the placeholder too
+        try:
+            token = own(self.tokenizer, self.image_token_id)
+        except IndexError:  # of SentencePiece, which has no such id
+            return
         if token not in (None, "", self.image_token, self.tokenizer.unk_token):
             raise ValueError(
                 f"The tokenizer's token {token!r} has the id {self.image_token_id}, which marks pictures, so text "
