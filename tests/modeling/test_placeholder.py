@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -151,13 +152,13 @@ def test_logits_are_plain_tensors_for_everybody_else(model, batch) -> None:
     found = model.model.language_projection.weight.grad.clone()
     model.zero_grad()
     plain_loss(model(**batch), words(model, batch)).backward()
-    torch.testing.assert_close(found, model.model.language_projection.weight.grad)
+    assert_close(found, model.model.language_projection.weight.grad)
 
 
 def test_the_smoother_of_trainers_agrees_with_cross_entropy(model, batch) -> None:
     outputs = model.train()(**inputs_of(batch))
     smoothed = LabelSmoother(epsilon=0.0)(outputs, words(model, batch), shift_labels=True)
-    torch.testing.assert_close(smoothed, plain_loss(outputs, batch["labels"]))
+    assert_close(smoothed, plain_loss(outputs, batch["labels"]))
 
 
 # ---- embeddings -----------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_embeddings_give_placeholders_some_row(model, batch) -> None:
     tokens = model.get_image_features(batch["pixel_values"]).pooler_output
     own = found.masked_scatter(places[..., None], tokens.to(found.dtype))  # as code for other models does it
     logits = model(inputs_embeds=own, attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(logits, model(**inputs_of(batch)).logits)
+    assert_close(logits, model(**inputs_of(batch)).logits)
 
 
 def test_embeddings_that_are_set_or_resized_know_the_placeholder(model, batch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
@@ -148,7 +149,7 @@ def test_predictions_are_logits_alone(model, arguments, collate) -> None:
     assert found.predictions.shape == (3, batch["input_ids"].shape[1], model.config.text_config.vocab_size)
     with torch.no_grad():
         expected = model(**batch).logits
-    torch.testing.assert_close(torch.from_numpy(found.predictions[:2]), expected)
+    assert_close(torch.from_numpy(found.predictions[:2]), expected)
 
 
 def test_preprocessing_of_predictions_gets_the_logits(model, arguments, collate) -> None:
