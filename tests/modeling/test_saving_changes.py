@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -59,7 +60,7 @@ def comes_back(tmp_path: Path, make_inputs: Callable) -> Callable[..., set[str]]
             tensors = one.state_dict()
             assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
             # Kernels round by where a tensor lies in memory.
-            torch.testing.assert_close(score(one, make_inputs), expected, rtol=1e-5, atol=1e-5)
+            assert_close(score(one, make_inputs), expected)
         return saved_names(folder)
 
     return check
