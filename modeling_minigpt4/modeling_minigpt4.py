@@ -58,6 +58,7 @@ from .configuration_minigpt4 import (
     vision_image_size,
     vision_output_tokens,
 )
+from .digest_minigpt4 import digests  # noqa: F401  # 4.57 copies the files that are named here, and not theirs
 from .generation_minigpt4 import MiniGPT4GenerationMixin, compose_generation_config
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
 from .labels_minigpt4 import mask_image_labels, mask_look_ups, scored_elsewhere
