@@ -113,6 +113,12 @@ def max_positions(text_config: PretrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def has_learned_positions(text_config: PretrainedConfig) -> bool:
+    """Whether a language model looks positions up in a table, rather than to rotate or bias by them."""
+    names = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base", "alibi", "rotary")
+    return max_positions(text_config) is not None and not any(getattr(text_config, name, None) for name in names)
+
+
 def check_length(tokens: int, text_config: PretrainedConfig, room: int = 0) -> None:
     """Raise an `InputError` if there are more tokens than positions, `room` for a reply included."""
     limit = max_positions(text_config)
@@ -257,6 +263,7 @@ __all__ = [
     "check_length",
     "check_part",
     "check_pixels",
+    "has_learned_positions",
     "is_positive",
     "is_whole",
     "max_positions",

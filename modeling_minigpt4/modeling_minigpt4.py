@@ -38,6 +38,7 @@ from .checks_minigpt4 import (
     check_length,
     check_part,
     check_pixels,
+    has_learned_positions,
     out_of_range,
     warn_about_size,
 )
@@ -537,7 +538,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         rows = input_ids if inputs_embeds is None else inputs_embeds
         if rows is not None and not torch.compiler.is_compiling():
             check_inputs(rows, attention_mask, None, vision_features, image_positions, cached=cache is not None)
-            check_length(rows.shape[1], self.config.text_config)
+            if self.training or has_learned_positions(self.config.text_config):
+                check_length(rows.shape[1], self.config.text_config)
         asked = {
             "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
             "output_hidden_states": (

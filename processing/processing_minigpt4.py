@@ -56,7 +56,7 @@ _OWN_OPTIONS = (
 _OTHER_MODALITIES = ("videos", "video", "audio", "audios")
 
 
-class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
+class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
     r"""
     Prepare text and pictures for [`MiniGPT4ForConditionalGeneration`].
 
@@ -408,12 +408,14 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, (list, tuple)) and ids and not isinstance(ids[0], int):
             return self.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        ids = [ids] if isinstance(ids, int) else list(ids)
-        placeholder = "" if skip_special_tokens else self.image_token
-        options = {"skip_special_tokens": skip_special_tokens, **kwargs}
-        text = decode_ids(self.tokenizer, ids, placeholder, self.image_token_id, self.num_image_tokens, options)
+        text = self._decode_row([ids] if isinstance(ids, int) else list(ids), skip_special_tokens, kwargs)
         ends = skip_special_tokens and text.rstrip().endswith(SEPARATOR) and self.separator is not None
         return text.rstrip().removesuffix(SEPARATOR) if ends else text
+
+    def _decode_row(self, ids: list[int], skip_special_tokens: bool, kwargs: dict[str, Any]) -> str:
+        placeholder = "" if skip_special_tokens else self.image_token
+        options = {"skip_special_tokens": skip_special_tokens, **kwargs}
+        return decode_ids(self.tokenizer, ids, placeholder, self.image_token_id, self.num_image_tokens, options)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of a batch of ids; see `decode`."""
@@ -435,7 +437,7 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         """
         ids = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
         rows = [ids] if len(ids) and isinstance(ids[0], int) else ids
-        texts = self.batch_decode(rows, skip_special_tokens=skip_special_tokens, **kwargs)
+        texts = [self._decode_row(list(row), skip_special_tokens, kwargs) for row in rows]
         separator = self.separator
         if separator is None or not skip_special_tokens:
             return texts

@@ -22,7 +22,11 @@ import transformers  # noqa: F401  (it gives loggers their `warning_once`)
 OURS = "_minigpt4"  # in the name of every module, also of those that travel with a checkpoint
 WANTED = os.environ.get("DEPRECATIONS") == "error"
 # What users hand over, or transformers itself, and our overrides only pass on; the warnings are meant for these.
-PASSED_ON = ("Passing `generation_config` together with", "`label_smoothing_factor` is deprecated in `SFTTrainer`")
+PASSED_ON = (
+    "Passing `generation_config` together with",
+    "`label_smoothing_factor` is deprecated in `SFTTrainer`",
+    "The `'keep_end'` truncation mode",
+)
 BETWEEN = {"torch", "functools", "contextlib", "importlib"}  # they call what they are given
 
 
@@ -58,6 +62,8 @@ def _checked(log: Callable[..., None]) -> Callable[..., None]:
             raise DeprecationWarning(text)
         log(logger, message, *args, **kwargs)
 
+    if hasattr(log, "cache_clear"):  # `warning_once` remembers what it has said
+        checked.cache_clear = log.cache_clear  # type: ignore[attr-defined]
     return checked
 
 

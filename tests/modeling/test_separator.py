@@ -105,7 +105,7 @@ def chatting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     tokenizer = KINDS[request.param](folder / "llama")
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=1024,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "llama")
     parts = {"vision": backbones.vision, "language_model": str(folder / "llama")}

@@ -451,7 +451,9 @@ def sources(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             monkeypatch.setattr(
                 getattr(image_utils, library),
                 "get",
-                lambda url, **_: {"https://red.test/1": SimpleNamespace(content=content)}[url],
+                lambda url, **_: {
+                    "https://red.test/1": SimpleNamespace(content=content, raise_for_status=lambda: None)
+                }[url],
             )
     encoded = base64.b64encode(content).decode()
     return {
