@@ -1,7 +1,6 @@
 """Digests of weights: numbers that tell their bits apart, for the price of reading them once, on any device."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -52,7 +51,8 @@ def digest(tensor: torch.Tensor, first_row: int = 0, weights: Weights | None = N
         sums = torch.add(sums, lanes[:, -1], alpha=_ODD[1])
         for offset in ((2,) if tensor.element_size() >= 4 else (0, 4)) if count > 1 else ():
             sums = _fold(sums) + _weigh(_between(lanes, offset), weights(offset, count - 1, device))
-    return (_fold(sums) * weights(first_row, rows, device)).sum()
+    sums, places = _fold(sums), weights(first_row, rows, device)
+    return torch.dot(sums, places) if device.type == "cpu" else (sums * places).sum()
 
 
 def _fold(values: torch.Tensor) -> torch.Tensor:
@@ -95,17 +95,9 @@ def digests(tensors: Mapping[str, torch.Tensor], first_rows: Mapping[str, int] |
     places = {name: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
     once = {place: name for name, place in places.items()}
     weights = lru_cache(maxsize=None)(_weights)
-
-    def compute(name: str) -> torch.Tensor:
-        return digest(tensors[name], (first_rows or {}).get(name, 0), weights)
-
-    names = sorted(once.values(), key=lambda name: -tensors[name].nbytes)
+    names = list(once.values())
     with torch.no_grad():
-        if any(tensors[name].device.type != "cpu" for name in names) or torch.get_num_threads() == 1:
-            found = [compute(name) for name in names]
-        else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                found = list(pool.map(compute, names))
+        found = [digest(tensors[name], (first_rows or {}).get(name, 0), weights) for name in names]
         values: dict[str, int] = {}
         for device in {one.device for one in found}:  # one wait for each device
             there = [(name, one) for name, one in zip(names, found, strict=True) if one.device == device]

@@ -58,7 +58,7 @@ def is_wrapper(module: nn.Module) -> bool:
 def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
     """Names of tensors → their names without the adapter, None for those that belong to it."""
     wrappers = {name for name, child in module.named_modules() if is_wrapper(child)}
-    return {name: _plain_name(name, wrappers) for name in names}
+    return {name: _plain_name(name, wrappers) if wrappers else name for name in names}
 
 
 def _plain_name(name: str, wrappers: set[str]) -> str | None:

@@ -95,8 +95,9 @@ class UnchangedMixin:
 
     def _is_comparable(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor is an ordinary one: of a quantized decoder, neither packed weights nor their scales."""
-        in_decoder = name.startswith(_DECODER) and self.is_language_model_quantized
-        return is_exact(tensor) if isinstance(tensor, nn.Parameter) else not in_decoder
+        if isinstance(tensor, nn.Parameter):
+            return is_exact(tensor)
+        return not (name.startswith(_DECODER) and self.is_language_model_quantized)
 
     def frozen_tensors(
         self, given: Mapping[str, torch.Tensor] | None = None

@@ -103,7 +103,8 @@ class WholeMixin:
             with unsharded_class(self):
                 super().save_pretrained(save_directory, *args, full=full, **kwargs)  # type: ignore[misc]
         finally:
-            self._choose_what_to_save()
+            if full or changed:
+                self._choose_what_to_save()
 
     def _check_whole(self, tensors: Mapping[str, torch.Tensor] | None, changed: Collection[str]) -> None:
         """Refuse to save what is no whole tensor of the shape that the configuration says."""
