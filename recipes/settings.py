@@ -64,8 +64,15 @@ def _plain(value: Any) -> Any:
 # ---- whatever the machine -------------------------------------------------------------------------------------------
 
 
-def check_json(settings: Any) -> None:
-    """Refuse text that is neither JSON nor, where one is allowed, a file; transformers would take it as it is."""
+def check_texts(settings: Any) -> None:
+    """
+    Refuse text that is neither JSON nor, where one is allowed, a file, and ways to compile that torch does not have.
+
+    For before transformers looks at the settings: it takes such text as it is, and tells the environment to compile.
+
+    Raises:
+        RecipeError: that names the setting and its value.
+    """
     for name in (*JSON_ONLY, *JSON_OR_FILE):
         text = getattr(settings, name, None)
         if not isinstance(text, str) or (name in JSON_OR_FILE and Path(text).is_file()):
@@ -77,6 +84,9 @@ def check_json(settings: Any) -> None:
         if not isinstance(fields, dict):
             kinds = "a JSON object or a file that holds one" if name in JSON_OR_FILE else "a JSON object"
             raise RecipeError(f"--{name} is {text!r}; it has to be {kinds}.")
+    modes = torch._inductor.list_mode_options()
+    if settings.torch_compile_mode not in (None, *modes):
+        raise RecipeError(f"--torch_compile_mode is {settings.torch_compile_mode!r}; torch has {', '.join(modes)}.")
 
 
 def check_settings(settings: Any) -> None:
@@ -116,9 +126,6 @@ def check_settings(settings: Any) -> None:
             raise RecipeError(f"--report_to is {name!r}, which transformers does not know; {hint}, or none.")
     if not settings.output_dir:
         raise RecipeError("--output_dir is empty; name the folder that the run writes into.")
-    modes = torch._inductor.list_mode_options()
-    if settings.torch_compile and (settings.torch_compile_mode or "default") not in modes:
-        raise RecipeError(f"--torch_compile_mode is {settings.torch_compile_mode!r}; torch has {', '.join(modes)}.")
     _try_checkpointing(settings)
     if not settings.original_schedule:
         _try_schedule(settings)

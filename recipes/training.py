@@ -23,7 +23,7 @@ from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.faults import SKIP, STOP
 from recipes_minigpt4.quantization import quantization_config
 from recipes_minigpt4.ranges import check_ranges
-from recipes_minigpt4.settings import check_evaluation, check_json, check_settings
+from recipes_minigpt4.settings import check_evaluation, check_settings, check_texts
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class StageArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_json(self)
+        check_texts(self)
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
