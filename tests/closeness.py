@@ -25,7 +25,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, share: float = SHA
     """
     Assert that two tensors of the same shape and dtype, computed in different ways, have the same numbers.
 
-    The same computation on the same shapes gives the same bits on every processor: compare these with `torch.equal`.
+    What computes nothing, such as saving and loading weights, and what repeats a computation, such as a run that is
+    resumed, has to give the same bits: compare these with `torch.equal`. Logits of a loaded model are not among them.
+    MKL adds up a single row in another order where weights are not aligned to 16 bytes, as they may be in a file.
 
     Args:
         found: what is tested.

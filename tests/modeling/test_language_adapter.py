@@ -138,7 +138,7 @@ def test_adapter_trains_in_float32_on_a_bfloat16_model(backbones, tmp_path, make
     model.save_pretrained(tmp_path)
     again = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in again.parameters() if parameter.requires_grad} == {torch.float32}
-    assert torch.equal(score(again, make_inputs), score(model, make_inputs))
+    assert_close(score(again, make_inputs), score(model, make_inputs))
 
 
 # ---- one folder -----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_one_call_loads_both(loader, full, tuned, tmp_path, make_inputs) -> None
     shutil.move(tmp_path / "saved", tmp_path / "moved")
     again = loader.from_pretrained(tmp_path / "moved")
     assert type(again) is MiniGPT4ForConditionalGeneration and not again.training
-    assert torch.equal(score(again, make_inputs), expected)
+    assert_close(score(again, make_inputs), expected)
     assert trained(again) == trained(tuned)
     again.disable_adapters()
     assert not torch.equal(score(again, make_inputs), expected)
@@ -177,13 +177,11 @@ def test_saving_twice_and_the_model_without_a_head(tuned, tmp_path, make_inputs)
     change(again)
     again.save_pretrained(tmp_path / "two")
     expected = score(again, make_inputs)
-    assert torch.equal(
-        score(MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "two"), make_inputs), expected
-    )
+    assert_close(score(MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "two"), make_inputs), expected)
     bare = MiniGPT4Model.from_pretrained(tmp_path / "two")
     inputs = make_inputs(again, [[1, "image", 8, 30], [1, 7, "image", 9, 20, 21]])
     with torch.no_grad():
-        assert torch.equal(again.lm_head(bare(**inputs).last_hidden_state), expected)
+        assert_close(again.lm_head(bare(**inputs).last_hidden_state), expected)
 
 
 def test_full_folder_has_the_language_model_under_its_plain_names(tuned, backbones, tmp_path) -> None:
@@ -204,9 +202,7 @@ def test_trained_parts_travel_beside_an_adapter(backbones, tmp_path, make_inputs
     again = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "one")
     again.save_pretrained(tmp_path / "two")  # the tuned Q-Former is now frozen, and still the checkpoint's own
     expected = score(model, make_inputs)
-    assert torch.equal(
-        score(MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "two"), make_inputs), expected
-    )
+    assert_close(score(MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "two"), make_inputs), expected)
 
 
 def test_deleted_adapter_leaves_an_ordinary_checkpoint(backbones, tmp_path, make_inputs) -> None:
@@ -238,7 +234,7 @@ def test_adapter_of_peft_s_own_format_fits_a_wrapped_model(backbones, tmp_path, 
     base = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path)
     base.delete_adapter("default")
     wrapped = PeftModel.from_pretrained(base, tmp_path, subfolder="peft")
-    assert torch.equal(score(wrapped, make_inputs), score(model, make_inputs))
+    assert_close(score(wrapped, make_inputs), score(model, make_inputs))
 
 
 @pytest.mark.parametrize("loader", [MiniGPT4ForConditionalGeneration, AutoModelForImageTextToText])
@@ -250,10 +246,10 @@ def test_folder_that_peft_has_saved_loads_in_one_call(loader, backbones, tmp_pat
     wrapped.save_pretrained(tmp_path / "wrapped")
     assert not (tmp_path / "wrapped" / "config.json").exists()
     again = loader.from_pretrained(tmp_path / "wrapped")
-    assert torch.equal(score(again, make_inputs), score(wrapped, make_inputs))
+    assert_close(score(again, make_inputs), score(wrapped, make_inputs))
     assert trained(again) > PROJECTION
     again.save_pretrained(tmp_path / "ours")
-    assert torch.equal(score(loader.from_pretrained(tmp_path / "ours"), make_inputs), score(wrapped, make_inputs))
+    assert_close(score(loader.from_pretrained(tmp_path / "ours"), make_inputs), score(wrapped, make_inputs))
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -325,4 +321,4 @@ torch.save(model(**inputs).logits.detach(), {str(tmp_path / "logits.pt")!r})
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    assert_close(torch.load(tmp_path / "logits.pt"), expected)
