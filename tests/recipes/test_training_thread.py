@@ -57,7 +57,7 @@ def test_replies_and_losses_are_those_of_each_alone(
         lines = [f'{{"image": "{number}.png", "caption": "{text}"}}\n' for number, text in enumerate(texts)]
         (tmp_path / "rows.jsonl").write_text("".join(lines))
         data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"))
-        arguments = StageArguments(output_dir=str(tmp_path), min_learning_rate=0.0, **settings)
+        arguments = StageArguments(output_dir=str(tmp_path), original_schedule=False, **settings)
         rows = stage2_rows(load_pairs(data, 2), processor, data)
         return (
             model,
