@@ -207,7 +207,7 @@ def check_start(model_args: Any, data_args: Any, settings: Any) -> None:
             f"--output_dir {folder} holds a {kind!r} model, whose files would be overwritten; name another folder."
         )
     check_writable(folder, "--output_dir")
-    if settings.cache_features:
+    if settings.cache_features and not {"vision", "qformer"} & set(model_args.train_parts):  # refused by and by
         check_writable(Path(settings.cache_features), "--cache_features")
 
 

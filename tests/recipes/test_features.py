@@ -276,5 +276,5 @@ def test_mistakes_are_told_in_a_sentence(train: Callable, tmp_path: Path) -> Non
     with pytest.raises(RecipeError, match="stored as float32, bfloat16, float16, not as 'int8'"):
         train(cache_features_dtype="int8")
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match=r"cannot be kept in .*file"):
+    with pytest.raises(RecipeError, match=r"cannot be written into .*file"):
         train(cache_features=tmp_path / "file")
