@@ -27,10 +27,6 @@ PASSED_ON = (
     "`label_smoothing_factor` is deprecated in `SFTTrainer`",
     "The `'keep_end'` truncation mode",
 )
-    "Passing `generation_config` together with",
-    "`label_smoothing_factor` is deprecated in `SFTTrainer`",
-    "The `'keep_end'` truncation mode",
-)
 BETWEEN = {"torch", "functools", "contextlib", "importlib"}  # they call what they are given
 
 
