@@ -413,7 +413,7 @@ class MiniGPT4Processor(PlaceholderMixin, ProcessorMixin):
         options = {"skip_special_tokens": skip_special_tokens, **kwargs}
         text = decode_ids(self.tokenizer, ids, placeholder, self.image_token_id, self.num_image_tokens, options)
         ends = skip_special_tokens and text.rstrip().endswith(SEPARATOR) and self.separator is not None
-        return text.rstrip().removesuffix(SEPARATOR) if ends else text
+        return text.rstrip().rstrip(SEPARATOR) if ends else text  # "####" begins with one, where a reply is over
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of a batch of ids; see `decode`."""
