@@ -410,7 +410,7 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
             return self.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
         text = self._decode_row([ids] if isinstance(ids, int) else list(ids), skip_special_tokens, kwargs)
         ends = skip_special_tokens and text.rstrip().endswith(SEPARATOR) and self.separator is not None
-        return text.rstrip().removesuffix(SEPARATOR) if ends else text
+        return text.rstrip().rstrip(SEPARATOR) if ends else text  # "####" begins with one, where a reply is over
 
     def _decode_row(self, ids: list[int], skip_special_tokens: bool, kwargs: dict[str, Any]) -> str:
         placeholder = "" if skip_special_tokens else self.image_token

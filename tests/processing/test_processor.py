@@ -445,3 +445,14 @@ def test_number_of_tokens_of_pictures(processor):
 
 def test_what_one_placeholder_stands_for(processor):
     assert processor.replace_image_token({"pixel_values": None}, image_idx=0) == "<image>" * IMAGE_TOKENS
+
+
+@pytest.mark.parametrize("ending", ["###", "####", "###</s>", "###<pad>", " ###"])
+def test_a_reply_is_decoded_without_the_separator_that_ended_it(ending):
+    processor = make_processor(byte_tokenizer())
+    tokenizer = processor.tokenizer
+    ids = plain(tokenizer, "a red # cat" + ending)
+    assert processor.decode(ids, skip_special_tokens=True).rstrip() == "a red # cat"
+    assert processor.decode(ids) == tokenizer.decode(ids)
+    plain_processor = make_processor(byte_tokenizer(), chat_template="llama2")
+    assert "###" in plain_processor.decode(ids, skip_special_tokens=True)
