@@ -1,12 +1,10 @@
 """Digests of weights: numbers that tell their bits apart, for the price of reading them once, on any device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 
-
-Weights = Callable[[int, int, torch.device], torch.Tensor]
 
 # Odd numbers without structure, those of SplitMix64.
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
@@ -15,7 +13,7 @@ _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 _AT_ONCE = 1 << 24
 
 
-def digest(tensor: torch.Tensor, first_row: int = 0, weights: Weights | None = None) -> torch.Tensor:
+def digest(tensor: torch.Tensor, first_row: int = 0) -> torch.Tensor:
     """
     A number that tells the bits of a tensor and their places.
 
@@ -28,12 +26,11 @@ def digest(tensor: torch.Tensor, first_row: int = 0, weights: Weights | None = N
     Args:
         tensor: of any shape and dtype. Its rows are along the first axis.
         first_row: place of its first row in the whole tensor.
-        weights: gives the numbers that belong to places; by default they are computed.
 
     Returns:
         `torch.LongTensor` of shape `()`, on the tensor's device if that computes with integers.
     """
-    tensor, weights = tensor.detach(), weights or _weights
+    tensor = tensor.detach()
     if tensor.device.type not in ("cpu", "cuda"):
         tensor = tensor.cpu()
     if tensor.numel() == 0:
@@ -45,13 +42,13 @@ def digest(tensor: torch.Tensor, first_row: int = 0, weights: Weights | None = N
     lanes = lanes.view(lane)
     count, device = lanes.shape[1], lanes.device
     if lane != torch.int64:
-        sums = _weigh(lanes.to(torch.int64), weights(0, count, device))
+        sums = _weigh(lanes.to(torch.int64), _weights(0, count, device))
     else:
         sums = lanes[:, 0] * _ODD[0]  # whose first bytes no lane has that begins behind them
         sums = torch.add(sums, lanes[:, -1], alpha=_ODD[1])
         for offset in ((2,) if tensor.element_size() >= 4 else (0, 4)) if count > 1 else ():
-            sums = _fold(sums) + _weigh(_between(lanes, offset), weights(offset, count - 1, device))
-    sums, places = _fold(sums), weights(first_row, rows, device)
+            sums = _fold(sums) + _weigh(_between(lanes, offset), _weights(offset, count - 1, device))
+    sums, places = _fold(sums), _weights(first_row, rows, device)
     return torch.dot(sums, places) if device.type == "cpu" else (sums * places).sum()
 
 
@@ -67,8 +64,9 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
     return values ^ (values >> 31)
 
 
+@lru_cache(maxsize=64)
 def _weights(first: int, count: int, device: torch.device) -> torch.Tensor:
-    """Odd int64 numbers that belong to places, from `first` on, each unlike the others."""
+    """Odd int64 numbers that belong to places, from `first` on, each unlike the others; kept for the next save."""
     return _mix(torch.arange(first + 1, first + 1 + count, device=device) * _ODD[0]) | 1
 
 
@@ -94,10 +92,9 @@ def digests(tensors: Mapping[str, torch.Tensor], first_rows: Mapping[str, int] |
     """The digest of each tensor; those of one tensor under several names are computed once."""
     places = {name: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
     once = {place: name for name, place in places.items()}
-    weights = lru_cache(maxsize=None)(_weights)
     names = list(once.values())
-    with torch.no_grad():
-        found = [digest(tensors[name], (first_rows or {}).get(name, 0), weights) for name in names]
+    with torch.inference_mode():
+        found = [digest(tensors[name], (first_rows or {}).get(name, 0)) for name in names]
         values: dict[str, int] = {}
         for device in {one.device for one in found}:  # one wait for each device
             there = [(name, one) for name, one in zip(names, found, strict=True) if one.device == device]

@@ -100,18 +100,19 @@ class UnchangedMixin:
         return not (name.startswith(_DECODER) and self.is_language_model_quantized)
 
     def frozen_tensors(
-        self, given: Mapping[str, torch.Tensor] | None = None
+        self, given: Mapping[str, torch.Tensor] | None = None, own: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """
         The tensors that a checkpoint leaves out as long as they are what their backbones provide.
 
         Args:
             given: tensors that are to be saved in the place of the model's own.
+            own: the model's own, if they are at hand.
 
         Returns:
             The tensors, and their names in the whole model without an adapter.
         """
-        own = self.state_dict(keep_vars=True)
+        own = self.state_dict(keep_vars=True) if own is None else own
         tensors = {**own, **(given or {})}
         names = self._names_of_backbones(tensors)
         frozen = {}
@@ -123,16 +124,18 @@ class UnchangedMixin:
         frozen.update(_offloaded(self, {name for name, tensor in frozen.items() if tensor.is_meta}))  # type: ignore[arg-type]
         return frozen, names
 
-    def changed_tensors(self, given: Mapping[str, torch.Tensor] | None = None) -> set[str]:
+    def changed_tensors(
+        self, given: Mapping[str, torch.Tensor] | None = None, own: Mapping[str, torch.Tensor] | None = None
+    ) -> set[str]:
         """
         Names of frozen tensors that are no longer what their backbones provide.
 
         Tensors that several processes share are passed over, unless they are `given` whole.
 
         Args:
-            given: tensors that are to be saved in the place of the model's own.
+            given, own: see `frozen_tensors`.
         """
-        frozen, names = self.frozen_tensors(given)
+        frozen, names = self.frozen_tensors(given, own)
         parts = {name: Part(tensor) for name, tensor in frozen.items() if not is_spread(tensor) and not tensor.is_meta}
         shapes: dict[str, torch.Size] | None = None
         changed = set()
@@ -203,7 +206,9 @@ class UnchangedMixin:
                 )
         return differ
 
-    def _choose_what_to_save(self, full: bool = False, changed: Collection[str] = ()) -> None:
+    def _choose_what_to_save(
+        self, full: bool = False, changed: Collection[str] = (), own: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """
         Tell transformers which tensors to leave out of checkpoints: frozen ones that a backbone provides.
 
@@ -212,8 +217,9 @@ class UnchangedMixin:
         Args:
             full: leave out nothing.
             changed: names of frozen tensors that no backbone provides any more.
+            own: the model's tensors, if they are at hand.
         """
-        tensors = {} if full else self.state_dict(keep_vars=True)
+        tensors = {} if full else self.state_dict(keep_vars=True) if own is None else own
         self._keys_to_ignore_on_save = {
             name
             for name, full_name in self._names_of_backbones(tensors).items()

@@ -94,23 +94,25 @@ class WholeMixin:
         """
         self.check_adapter_is_apart()
         options = {**dict(zip(("is_main_process", "state_dict"), args, strict=False)), **kwargs}
-        changed = set() if full else self.changed_tensors(options.get("state_dict"))
+        own = self.state_dict(keep_vars=True)
+        changed = set() if full else self.changed_tensors(options.get("state_dict"), own)
         self.tell_changed(changed, options.get("state_dict"))
         try:
-            self._choose_what_to_save(full, changed)
+            self._choose_what_to_save(full, changed, own)
             if options.get("is_main_process", True):
-                self._check_whole(options.get("state_dict"), changed)
+                self._check_whole(options.get("state_dict"), own, changed)
             with unsharded_class(self):
                 super().save_pretrained(save_directory, *args, full=full, **kwargs)  # type: ignore[misc]
         finally:
             if full or changed:
                 self._choose_what_to_save()
 
-    def _check_whole(self, tensors: Mapping[str, torch.Tensor] | None, changed: Collection[str]) -> None:
+    def _check_whole(
+        self, tensors: Mapping[str, torch.Tensor] | None, own: Mapping[str, torch.Tensor], changed: Collection[str]
+    ) -> None:
         """Refuse to save what is no whole tensor of the shape that the configuration says."""
         if getattr(self, "_tp_size", None) is not None or getattr(self.config, "distributed_config", None):
             return  # transformers has split the tensors, and puts them together itself
-        own = self.state_dict(keep_vars=True)
         self._leave_out_tied({**own, **(tensors or {})})
         given = own if tensors is None else tensors
         given = {name: tensor for name, tensor in given.items() if name not in self._keys_to_ignore_on_save}
