@@ -60,7 +60,7 @@ def _checked(log: Callable[..., None]) -> Callable[..., None]:
         text = str(message) % args if args else str(message)
         if "deprecat" in text.lower() and not text.startswith(PASSED_ON) and _is_ours(_cause(_frame(1))):
             raise DeprecationWarning(text)
-        log(logger, message, *args, **kwargs)
+        log(logger, message, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1})
 
     if hasattr(log, "cache_clear"):  # `warning_once` remembers what it has said
         checked.cache_clear = log.cache_clear  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """What is deprecated is an error where our lines have caused it, and nowhere else."""
 
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -91,3 +92,8 @@ def test_warnings_are_told_of_the_same_line_as_without_it(library: dict) -> None
     with pytest.warns(DeprecationWarning) as caught:
         library["warns_of_its_caller"]()
     assert caught[0].filename == __file__
+
+
+def test_logs_name_the_same_line_as_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("library").warning("`old` is slow")
+    assert caplog.records[0].pathname == __file__
