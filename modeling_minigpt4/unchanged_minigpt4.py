@@ -3,7 +3,8 @@ Whether frozen weights still are what their backbones provide.
 
 Their content decides: a merged adapter, averaged weights and edits in place show neither in `requires_grad` nor in the
 version counter of a tensor. A digest of every tensor is taken when the model is loaded and compared at every save,
-which reads no file. Only for tensors that were cast since, the backbone's file is read, once.
+which reads no file. Only for tensors that were cast since, and for large models on the CPU, the backbone's file is
+read, once.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -21,6 +22,11 @@ from .quantization_minigpt4 import is_exact
 
 
 logger = logging.get_logger(__name__)
+
+
+# Bytes of weights on the CPU from which on loading leaves them in their files, unread until they are used. They are
+# compared with these files at the first save.
+READ_AT_ONCE = 2 << 30
 
 
 class Provided(NamedTuple):
@@ -72,7 +78,9 @@ class UnchangedMixin:
         tensors = self.state_dict(keep_vars=True)
         names = self._names_of_backbones(tensors)
         there = {name: _local(tensor) for name in names if not (tensor := tensors[name]).is_meta}
-        found = digests({name: tensor for name, tensor in there.items() if self._is_comparable(name, tensor)})
+        on_cpu = sum(tensor.nbytes for tensor in there.values() if tensor.device.type == "cpu")
+        read = {name for name, one in there.items() if one.device.type != "cpu" or on_cpu <= READ_AT_ONCE}
+        found = digests({name: there[name] for name in read if self._is_comparable(name, there[name])})
         self._provided = {
             full: Provided(
                 getattr(tensors[name], "ds_shape", tensors[name].shape),
@@ -197,12 +205,14 @@ class UnchangedMixin:
                 keys = match_names(backbone, ours, checkpoint, skeleton.lm_head_name, skeleton.decoder_name)
                 for name, full in wanted.items():
                     full = self._tied_to() if full == _HEAD and full not in keys else full
-                    if full in keys and _is_cast(checkpoint.tensor(keys[full]), self._provided[full], parts[name]):
+                    if full in self._own_tensors or (
+                        full in keys and _is_cast(checkpoint.tensor(keys[full]), self._provided[full], parts[name])
+                    ):
                         differ.discard(name)
             except OSError as error:
                 logger.warning(
-                    f"The {backbone} backbone {describe(source)} cannot be read, and the model's weights were cast "
-                    f"since they were loaded, so they cannot be compared; they are saved too ({error})."
+                    f"The {backbone} backbone {describe(source)} cannot be read, so the model's weights cannot be "
+                    f"compared with it; they are saved too ({error})."
                 )
         return differ
 

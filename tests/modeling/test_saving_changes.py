@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, unchanged_minigpt4
 from modeling_minigpt4.digest_minigpt4 import digest, digests
 from processing_minigpt4 import MiniGPT4Processor
 
@@ -27,9 +27,14 @@ def tied_backbones(tmp_path_factory, write_backbones):
     return write_backbones(tmp_path_factory.mktemp("tied"), text={"tie_word_embeddings": True})
 
 
-@pytest.fixture(params=[(True, False), (False, True)], ids=["qformer-untied", "patches-tied"])
-def model(request, backbones, tied_backbones) -> MiniGPT4ForConditionalGeneration:
-    qformer, tied = request.param
+@pytest.fixture(
+    params=[(True, False, False), (False, True, False), (True, True, True)],
+    ids=["qformer-untied", "patches-tied", "large"],
+)
+def model(request, backbones, tied_backbones, monkeypatch) -> MiniGPT4ForConditionalGeneration:
+    qformer, tied, large = request.param
+    if large:  # as models are whose weights are not read before they are used
+        monkeypatch.setattr(unchanged_minigpt4, "READ_AT_ONCE", 0)
     parts = (tied_backbones if tied else backbones).parts(qformer=qformer)
     return MiniGPT4ForConditionalGeneration.from_backbones(**parts, separator=None).eval()
 
