@@ -195,12 +195,24 @@ def test_more_tokens_than_positions_are_told(make_model) -> None:
     row = torch.full((1, 16), 5)
     assert model(input_ids=row).logits.shape == (1, 16, 300)
     told = "The text has 10,000 tokens, image tokens included, but the language model has 16 positions"
-    for call in (model, model.model, model.generate):
+    with pytest.raises(InputError, match=told):
+        model.generate(input_ids=torch.full((1, 10_000), 5))
+    model.train()
+    for call in (model, model.model):
         with pytest.raises(InputError, match=told):
             call(input_ids=torch.full((1, 10_000), 5))
+    model.eval()
+    assert model(input_ids=torch.full((1, 20), 5)).logits.shape == (1, 20, 300)  # rotary positions go on
     with pytest.raises(InputError, match="16 positions, a reply included"):
         model.generate(input_ids=row)
     assert model.generate(input_ids=row[:, :10], max_new_tokens=20, min_new_tokens=20).shape == (1, 30)  # goes on
+
+
+def test_positions_of_a_table_end(make_model) -> None:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 300}
+    model = make_model(text={"model_type": "gpt2", **sizes})
+    with pytest.raises(InputError, match="20 tokens, image tokens included, but the language model has 16 positions"):
+        model(input_ids=torch.full((1, 20), 5))
 
 
 def test_only_positions_that_end_are_a_limit() -> None:
