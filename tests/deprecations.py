@@ -26,6 +26,7 @@ PASSED_ON = (
     "Passing `generation_config` together with",
     "`label_smoothing_factor` is deprecated in `SFTTrainer`",
     "The `'keep_end'` truncation mode",
+    "`torch_dtype` is deprecated",
 )
 BETWEEN = {"torch", "functools", "contextlib", "importlib"}  # they call what they are given
 

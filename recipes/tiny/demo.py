@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-from modeling_minigpt4 import AutoModelForVision2Seq
+import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
 from recipes_minigpt4 import CommandParser, RecipeError, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.ranges import SEED, in_range
 from recipes_minigpt4.tiny import BACKBONES
@@ -59,14 +59,14 @@ Scores = Mapping[str, float]
 # What everyone else does with a published adapter; runs in a process of its own, which knows nothing of the training.
 RELOAD = """
 import json, sys
-from transformers import AutoProcessor, pipeline
-from modeling_minigpt4 import AutoModelForVision2Seq
+import modeling_minigpt4
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 folder, picture, instruction, length = sys.argv[1:]
 options = {"max_new_tokens": int(length), "do_sample": False}
 content = [{"type": "image", "path": picture}, {"type": "text", "text": instruction}]
 
-model = AutoModelForVision2Seq.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
@@ -215,7 +215,7 @@ def heading(text: str) -> None:
 
 def load_adapter(folder: Path) -> tuple[Any, Any]:
     """A published adapter with its frozen backbones, and its processor."""
-    return AutoModelForVision2Seq.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
 @torch.inference_mode()

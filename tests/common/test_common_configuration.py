@@ -19,7 +19,7 @@ class MiniGPT4ConfigTest(unittest.TestCase):
             self,
             config_class=MiniGPT4Config,
             has_text_modality=False,
-            common_properties=["vision_post_layernorm_eps", "projector_hidden_act", "num_query_tokens"],
+            common_properties=["pad_token_id", "num_query_tokens", "projector_num_layers", "patch_merge_size"],
             num_query_tokens=5,
             projector_num_layers=2,
             **changes,
