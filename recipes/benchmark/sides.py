@@ -1,6 +1,7 @@
 """The sides of the training benchmark: BLIP-2 in transformers' Trainer, and our model in the recipes' trainer."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from recipes_minigpt4.benchmark.models import (
     peer_inputs,
 )
 from recipes_minigpt4.data import DataArguments
+from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.rows import stage1_rows
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments
@@ -89,6 +91,9 @@ class TrainingSide:
         self.trainer, self.batches, self.steps = trainer, batches, 0
         trainer.create_optimizer_and_scheduler(num_training_steps=STEPS_OF_SCHEDULE)
         trainer.current_gradient_accumulation_steps = 1  # the loop tells it to every step
+        # As in the `train` of the recipes' trainer.
+        ours = isinstance(trainer, MiniGPT4Trainer)
+        self.while_training: Any = LastLayer(trainer.model.language_model) if ours else nullcontext()
 
     def step(self) -> tuple[float, float]:
         """Forward, backward, clipping, optimizer, schedule; returns loss and norm of the gradient before clipping."""
@@ -96,7 +101,8 @@ class TrainingSide:
         batch = dict(self.batches[self.steps % len(self.batches)])  # trainers take things out of it
         self.steps += 1
         samples, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        loss = trainer.training_step(model, samples[0], items)
+        with self.while_training:
+            loss = trainer.training_step(model, samples[0], items)
         norm = trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
