@@ -16,7 +16,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make canary  the test suite on the newest releases of everything but torch, whatever the pins say"
-	@echo "make test-kernels  the numeric tests with the kernels of other processors: an hour or two"
+	@echo "make test-kernels  the numeric tests with the kernels of other processors"
 
 $(VENV)/bin/python $(VENV_CANARY)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
