@@ -487,8 +487,11 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             ValueError: if there are more or fewer places than image tokens.
         """
         mask = input_ids == self.config.image_token_id
-        places = int(mask.sum())
         tokens = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        if torch.compiler.is_compiling():
+            torch._assert_async(mask.sum() == tokens, "Image features and image tokens do not match")
+            return mask
+        places = int(mask.sum())
         if places != tokens:
             raise ValueError(_mismatch(places, tokens, self.config.image_token_id))
         return mask
@@ -622,6 +625,9 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         embeddings = self._noisy(self.get_input_embeddings()(input_ids.masked_fill(mask, 0)))
         if image_tokens is None:
             return embeddings
+        if places is None and torch.compiler.is_compiling():  # where shapes must not depend on values
+            image_tokens = image_tokens.to(embeddings.device, embeddings.dtype)
+            return embeddings.masked_scatter(mask[..., None].expand_as(embeddings), image_tokens)
         if places is None:
             places = mask.flatten().nonzero().squeeze(-1)
         image_tokens = image_tokens.to(embeddings.device, embeddings.dtype).flatten(0, 1)

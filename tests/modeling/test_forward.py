@@ -438,3 +438,16 @@ def test_the_projection_stays_in_float32(make_model, make_inputs, cast: str) -> 
         outputs = model(**make_inputs(model, ROWS["one_picture"]))
         assert outputs.logits.dtype == low
         assert outputs.logits.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("qformer", [True, False])
+def test_a_compiled_model_is_one_graph_and_gives_the_same(qformer: bool, make_model, make_inputs) -> None:
+    model = make_model(qformer=qformer)
+    inputs = {**make_inputs(model, [[1, "image", 8, 30, 31]]), "use_cache": False}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    short = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    short["input_ids"][0, 1] = 5
+    with pytest.raises(RuntimeError, match="Image features and image tokens do not match"):
+        compiled(**short)
