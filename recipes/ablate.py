@@ -37,10 +37,9 @@ from typing import Any
 import yaml
 
 from modeling_minigpt4.version import __version__
-from recipes_minigpt4 import CommandParser, RecipeError, one_line, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
 from recipes_minigpt4.features import VISION_SIDE
-from recipes_minigpt4.ranges import SEED, Range, in_range
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.ablation_report import (
     DIRECTIONS,
@@ -62,6 +61,9 @@ from recipes_minigpt4.tiny.demo import (
 )
 from recipes_minigpt4.tiny.metrics import repetition_rate, score
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
+from recipes_minigpt4.utils.command_line import CommandParser
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.ranges import SEED, Range, in_range
 
 
 STAGES = {1: stage1_pretrain, 2: stage2_finetune}

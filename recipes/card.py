@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from modeling_minigpt4.backbones import HERE
 from modeling_minigpt4.peft_minigpt4 import plain_names
 from modeling_minigpt4.quantization_minigpt4 import stored_quantization
-from recipes_minigpt4 import TINY
-from recipes_minigpt4.redaction import redact
+from recipes_minigpt4.utils.embedded_world import TINY
+from recipes_minigpt4.utils.redaction import redact
 
 
 PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}

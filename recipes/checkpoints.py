@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
-from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed

@@ -7,8 +7,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from recipes_minigpt4 import PreemptedError, RecipeError
-from recipes_minigpt4.redaction import redact, redact_logs
+from recipes_minigpt4.utils.errors import PreemptedError, RecipeError
+from recipes_minigpt4.utils.redaction import redact, redact_logs
 
 
 # Command → the module whose `main(arguments)` runs it, and a line of help.

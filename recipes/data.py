@@ -16,11 +16,12 @@ import pyarrow.compute  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Image, IterableDataset, Value, interleave_datasets
 
 from processing_minigpt4.image_opening_minigpt4 import inline_picture, path_of_url, without_content
-from recipes_minigpt4 import TINY, RecipeError
 from recipes_minigpt4.files import open_dataset, open_table, read_annotations, refuse_address, writable_cache
-from recipes_minigpt4.ranges import check_ranges
 from recipes_minigpt4.streams import shuffle_blocks, shuffle_shards
 from recipes_minigpt4.tars import stream_tars, tars_named
+from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import check_ranges
 
 
 # What streams are made of: `cause` and `name` tell why a sample that has no picture and text has none.
@@ -256,9 +257,7 @@ def _stored(image: Any, folder: str | None) -> dict[str, Any] | None:
 
 def _tiny_pairs(stage: int, count: int | None) -> Dataset:
     """Draw the training pairs of the embedded world, by default as many as its own stage has."""
-    from recipes_minigpt4.tiny import scenes
-
-    examples = scenes.stage1_examples if stage == 1 else scenes.stage2_examples
+    examples = stage_examples(stage)
     pairs = examples() if count is None else examples(count)
     columns = {"image": [pair["image"] for pair in pairs], "text": [pair["caption"] for pair in pairs]}
     return Dataset.from_dict(columns, features=Features({"image": Image(), "text": Value("string")}))

@@ -11,8 +11,8 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.checkpoints import how_to_go_on
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 # ---- pre-emption ----------------------------------------------------------------------------------------------------

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
-from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.rows import Rows, name_of, rows_of, with_features
 from recipes_minigpt4.sharded import vision_side_on
 from recipes_minigpt4.skipped import BadSampleError, SampleCounts
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 DIGEST_BYTES = 16

@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.load import dataset_module_factory
 
-from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 FILE_TYPES = {

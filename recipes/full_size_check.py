@@ -36,9 +36,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
-from recipes_minigpt4 import RecipeError
-from recipes_minigpt4.ranges import POSITIVE, in_range
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import POSITIVE, in_range
 
 
 LIMIT = 1.15  # peak memory ÷ bytes of the weights

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import Trainer
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.data import DataArguments
 from recipes_minigpt4.features import STORED
 from recipes_minigpt4.plan_data import (
@@ -38,9 +37,10 @@ from recipes_minigpt4.plan_model import (
 )
 from recipes_minigpt4.plan_parallel import Parallelism, hold, memory_per_process, read_parallelism
 from recipes_minigpt4.plan_report import format_plan
-from recipes_minigpt4.ranges import check_ranges
 from recipes_minigpt4.stage2_finetune import Stage2Arguments
 from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, _dtype, find_config
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.ranges import check_ranges
 
 
 # Fields by which a configuration shows that it is for stage 2.

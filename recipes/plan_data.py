@@ -13,12 +13,13 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from modeling_minigpt4 import MiniGPT4Config
 from processing_minigpt4 import MiniGPT4Processor
-from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.data import DataArguments, check_weights
 from recipes_minigpt4.files import FILE_TYPES, file_type, open_binary, read_annotations, refuse_address
 from recipes_minigpt4.rows import BLANK, INSTRUCTIONS, instruction_format
 from recipes_minigpt4.tars import expand, tars_named
 from recipes_minigpt4.training import ModelArguments, StageArguments, _resolve
+from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 ANSWER_TOKENS = {1: 32, 2: 160}  # as in `stage1_rows` and `stage2_rows`
@@ -95,9 +96,7 @@ def _measure(name: str, args: DataArguments, stage: int) -> Source:
 
 
 def _tiny_count(stage: int) -> int:
-    from recipes_minigpt4.tiny import scenes
-
-    (count, *_) = (scenes.stage1_examples if stage == 1 else scenes.stage2_examples).__defaults__ or (0,)
+    (count, *_) = stage_examples(stage).__defaults__ or (0,)  # type: ignore[attr-defined]
     return int(count)
 
 

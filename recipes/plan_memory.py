@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import one_line
 from recipes_minigpt4.batches import to_pixels
 from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.scoring import rows_are_not_packed, without_last_column
+from recipes_minigpt4.utils.errors import one_line
 
 
 # What a tensor is there for. Those of the first three stay from step to step.

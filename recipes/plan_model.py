@@ -16,7 +16,6 @@ from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
 from modeling_minigpt4.modeling_minigpt4 import compose_config
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, plain_names
-from recipes_minigpt4 import RecipeError, one_line
 from recipes_minigpt4.quantization import quantization_config
 from recipes_minigpt4.training import (
     NO_MODEL,
@@ -27,6 +26,7 @@ from recipes_minigpt4.training import (
     add_adapter,
     check_saved,
 )
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from huggingface_hub.utils import http_backoff
 
 from modeling_minigpt4.convert_minigpt4_to_hf import VISION_FOLDER
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER
-from recipes_minigpt4 import RecipeError, one_line
-from recipes_minigpt4.redaction import holds_secret
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.redaction import holds_secret
 
 
 logger = logging.getLogger(__name__)

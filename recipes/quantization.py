@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from recipes_minigpt4 import RecipeError
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 def _bnb_int8(dtype: torch.dtype) -> Any:

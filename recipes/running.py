@@ -7,7 +7,6 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_minigpt4.checks_minigpt4 import InputError
-from recipes_minigpt4 import PreemptedError, RecipeError, one_line
 from recipes_minigpt4.checkpoints import (
     FILES,
     STATE,
@@ -19,6 +18,7 @@ from recipes_minigpt4.checkpoints import (
 from recipes_minigpt4.faults import PreemptionCallback, is_lost_process
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments, describe_parameters
+from recipes_minigpt4.utils.errors import PreemptedError, RecipeError, one_line
 
 
 def train_and_save(trainer: MiniGPT4Trainer) -> None:

@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from modeling_minigpt4 import MiniGPT4Config
-from recipes_minigpt4 import RecipeError, one_line
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 # Setting → why any value but its default, or those listed with it, is refused, and what to do.

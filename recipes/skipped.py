@@ -8,8 +8,8 @@ from typing import Any
 import PIL.Image
 from accelerate.utils import gather_object
 
-from recipes_minigpt4 import RecipeError, one_line
-from recipes_minigpt4.redaction import redact
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.redaction import redact
 
 
 # Why a sample is skipped. Everything that Pillow says beside these is an "unreadable picture".

@@ -14,7 +14,7 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from recipes_minigpt4 import RecipeError, one_line, sharded
+from recipes_minigpt4 import sharded
 from recipes_minigpt4.batches import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.card import render_card
 from recipes_minigpt4.faults import STOP, FiniteSteps, FiniteStepsCallback
@@ -26,6 +26,7 @@ from recipes_minigpt4.skipped import ENOUGH, SampleCounts
 from recipes_minigpt4.trainer_checkpoints import CheckpointingMixin
 from recipes_minigpt4.trainer_pushes import PublishingMixin
 from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback, undisturbed
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling_minigpt4.peft_minigpt4 import plain_names
-from recipes_minigpt4 import RecipeError, sharded
+from recipes_minigpt4 import sharded
 from recipes_minigpt4.checkpoints import (
     STATE,
     UNFINISHED,
@@ -22,6 +22,7 @@ from recipes_minigpt4.checkpoints import (
     write_whole,
     written_beside,
 )
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 class CheckpointingMixin:

@@ -18,12 +18,13 @@ from modeling_minigpt4.checks_minigpt4 import why_missing
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from modeling_minigpt4.peft_minigpt4 import find_peft_folder
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
-from recipes_minigpt4 import TINY, RecipeError, one_line
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.faults import SKIP, STOP
 from recipes_minigpt4.quantization import quantization_config
-from recipes_minigpt4.ranges import check_ranges
 from recipes_minigpt4.settings import check_evaluation, check_settings, check_texts
+from recipes_minigpt4.utils.embedded_world import TINY, backbone_folder
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.ranges import check_ranges
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -399,11 +400,7 @@ def _dtype(args: ModelArguments, training: StageArguments) -> torch.dtype:
 
 def _resolve(part: str, source: str) -> str:
     """The folder of a shipped backbone for `tiny`; every other name as it is."""
-    if source != TINY:
-        return source
-    from recipes_minigpt4 import tiny
-
-    return str(tiny.LANGUAGE_BACKBONE if part == "language_model" else tiny.VISION_BACKBONE)
+    return backbone_folder(part) if source == TINY else source
 
 
 def describe_parameters(model: MiniGPT4ForConditionalGeneration) -> str:

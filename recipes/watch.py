@@ -27,10 +27,10 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
-from recipes_minigpt4 import RecipeError
-from recipes_minigpt4 import one_line as told
 from recipes_minigpt4.skipped import ENOUGH
 from recipes_minigpt4.tiny.report import data_uri, render_page
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.errors import one_line as told
 
 
 if TYPE_CHECKING:

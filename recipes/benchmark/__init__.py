@@ -13,9 +13,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from recipes_minigpt4 import CommandParser
 from recipes_minigpt4.benchmark.options import add_common, check_output
 from recipes_minigpt4.benchmark.report import format_report, write_report
+from recipes_minigpt4.utils.command_line import CommandParser
 
 
 # Kind → the module that measures it, and a line of help. A module has `add_arguments(parser)`, which adds what only it

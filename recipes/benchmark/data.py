@@ -23,8 +23,8 @@ from recipes_minigpt4.batches import StageCollator
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_processor
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, judge
 from recipes_minigpt4.data import DataArguments, load_pairs
-from recipes_minigpt4.ranges import COUNT, in_range
 from recipes_minigpt4.rows import stage1_rows
+from recipes_minigpt4.utils.ranges import COUNT, in_range
 
 
 PICTURES, PER_TAR, BATCH_SIZE = 1024, 128, 32

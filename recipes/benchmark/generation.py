@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.measure import compare, device, take_turns
 from recipes_minigpt4.benchmark.models import (
     SIZES,
@@ -20,8 +19,9 @@ from recipes_minigpt4.benchmark.models import (
     peer_inputs,
 )
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
-from recipes_minigpt4.ranges import COUNT, in_range
 from recipes_minigpt4.rows import INSTRUCTIONS
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import COUNT, in_range
 
 
 IMAGES, NEW_TOKENS = 8, 32

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.models import SIZES
-from recipes_minigpt4.ranges import COUNT, SEED, in_range
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import COUNT, SEED, in_range
 
 
 def add_common(parser: argparse.ArgumentParser, with_models: bool) -> None:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.models import Size
 from recipes_minigpt4.full_size_check import surroundings
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 MB, GB = 1e6, 1e9

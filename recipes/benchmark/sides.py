@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.models import (
     SIZES,
     Size,
@@ -27,6 +26,7 @@ from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.rows import stage1_rows
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 Batch = dict[str, Any]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.benchmark.measure import compare, count_flops, matmul, take_turns
 from recipes_minigpt4.benchmark.memory import measure_sides
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
 from recipes_minigpt4.benchmark.sides import ANSWER_TOKENS, BATCH_SIZE, Batch, Workload, build_sides
-from recipes_minigpt4.ranges import COUNT, in_range
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import COUNT, in_range
 
 
 WARM_UP = 2  # steps of every side that are not timed

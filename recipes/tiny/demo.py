@@ -31,8 +31,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
-from recipes_minigpt4 import CommandParser, RecipeError, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.ranges import SEED, in_range
+from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import score
@@ -40,6 +39,9 @@ from recipes_minigpt4.tiny.report import Curve, Example, render_report
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import load_model
+from recipes_minigpt4.utils.command_line import CommandParser
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import SEED, in_range
 
 
 STAGES = {"untrained": "untrained projection", "stage1": "after stage 1", "stage2": "after stage 2"}

@@ -43,7 +43,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipes_minigpt4.ranges import COUNT, POSITIVE, SEED, in_range
 from recipes_minigpt4.tiny import corpus
 from recipes_minigpt4.tiny.scenes import (
     BACKGROUNDS,
@@ -57,6 +56,7 @@ from recipes_minigpt4.tiny.scenes import (
     draw_scene,
     sample_scenes,
 )
+from recipes_minigpt4.utils.ranges import COUNT, POSITIVE, SEED, in_range
 
 
 IMAGE_SIZE = 72  # pixels; a patch of 12 is a quarter of a cell

@@ -10,13 +10,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from recipes_minigpt4 import RecipeError, benchmark, cli
+from recipes_minigpt4 import benchmark, cli
 from recipes_minigpt4.benchmark import data, generation, memory, training
 from recipes_minigpt4.benchmark.measure import compare, count_flops, take_turns
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_peer, peer_inputs, peer_name
 from recipes_minigpt4.benchmark.report import Bar, format_report, judge
 from recipes_minigpt4.benchmark.sides import Workload
 from recipes_minigpt4.data import DataArguments, open_source
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 SIDES = ("peer", "ours", "cached")

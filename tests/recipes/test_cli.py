@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from recipes_minigpt4 import RecipeError, cli
+from recipes_minigpt4 import cli
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:

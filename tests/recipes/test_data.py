@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from recipes_minigpt4 import RecipeError
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import INSTRUCTIONS, clean_caption, instruction_format, stage1_rows, stage2_rows, truncate
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 CAPTIONS = ["A red square.", "A green square.", "A blue square."]

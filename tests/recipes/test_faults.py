@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import IntervalStrategy, TrainerCallback
 
-from recipes_minigpt4 import PreemptedError, RecipeError, cli, faults, stage1_pretrain
+from recipes_minigpt4 import cli, faults, stage1_pretrain
 from recipes_minigpt4.checkpoints import UNFINISHED, what_is_missing
 from recipes_minigpt4.running import train_and_save
 from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.utils.errors import PreemptedError, RecipeError
 
 
 KILLS = 20

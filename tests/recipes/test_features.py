@@ -15,8 +15,9 @@ from transformers import AutoProcessor
 
 from modeling_minigpt4 import MiniGPT4Model
 from processing_minigpt4.image_processing_minigpt4 import MiniGPT4ImageProcessor
-from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.rows import Rows
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 STAGES = {"stage1": stage1_pretrain, "stage2": stage2_finetune}

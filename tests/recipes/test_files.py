@@ -17,12 +17,13 @@ import pytest
 from damaged import jpeg, sample, write_tar
 from PIL import Image
 
-from recipes_minigpt4 import RecipeError, cli, skipped, stage1_pretrain
+from recipes_minigpt4 import cli, skipped, stage1_pretrain
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.plan_data import measure_sources
-from recipes_minigpt4.redaction import redact
 from recipes_minigpt4.rows import stage1_rows
 from recipes_minigpt4.tars import expand
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.redaction import redact
 
 
 CAPTIONS = ["a red square", "a green square", "a blue square"]

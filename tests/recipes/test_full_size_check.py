@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from safetensors import safe_open
 
-from recipes_minigpt4 import RecipeError, full_size_check
+from recipes_minigpt4 import full_size_check
 from recipes_minigpt4.full_size_check import build_config, check, main, parse, run_check
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 @pytest.fixture(scope="module")

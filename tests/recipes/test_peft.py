@@ -18,7 +18,8 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import RecipeError, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import stage1_pretrain, stage2_finetune
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}

@@ -22,7 +22,7 @@ from transformers import Blip2Config, LlamaConfig
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, backbones
 from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
-from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_processor
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.data import DataArguments, load_pairs
@@ -34,6 +34,7 @@ from recipes_minigpt4.plan_model import SCHEMES, build_skeleton, check_quantizat
 from recipes_minigpt4.plan_parallel import Parallelism, hold
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import ModelArguments
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 TOLERANCE = 0.15

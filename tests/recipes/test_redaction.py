@@ -11,8 +11,9 @@ import pytest
 from damaged import sample, write_tar
 from hub_server import TOKEN
 
-from recipes_minigpt4 import RecipeError, cli, one_line, stage1_pretrain
-from recipes_minigpt4.redaction import holds_secret, redact, redact_logs
+from recipes_minigpt4 import cli, stage1_pretrain
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.redaction import holds_secret, redact, redact_logs
 
 
 SECRET = "pa55word"

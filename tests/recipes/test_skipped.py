@@ -11,11 +11,12 @@ from damaged import CAPTIONS, PICTURES, jpeg, sample, write_tar
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
-from recipes_minigpt4 import RecipeError, cli, skipped, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import cli, skipped, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.batches import COUNTS, StageCollator
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.rows import stage1_rows, stage2_rows
 from recipes_minigpt4.skipped import SampleCounts
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 def write_pairs(folder: Path, pairs: list[tuple[bytes | None, object]]) -> Path:

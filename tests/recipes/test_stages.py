@@ -18,9 +18,10 @@ from transformers import AutoProcessor, GenerationConfig
 from trl import SFTConfig
 
 from modeling_minigpt4 import AutoModelForVision2Seq, MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 PROJECTION = {"model.language_projection.weight", "model.language_projection.bias"}

@@ -15,9 +15,10 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, tars
+from recipes_minigpt4 import cli, stage1_pretrain, tars
 from recipes_minigpt4.data import DataArguments, load_pairs
 from recipes_minigpt4.streams import loader_state, shuffle_blocks
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 TARS, PER_TAR = 8, 7

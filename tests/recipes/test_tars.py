@@ -19,11 +19,12 @@ from datasets import Dataset, Features, Image, Value
 from hub_server import HubServer
 from torch.utils.data import DataLoader
 
-from recipes_minigpt4 import RecipeError, cli, skipped, stage1_pretrain
+from recipes_minigpt4 import cli, skipped, stage1_pretrain
 from recipes_minigpt4.batches import COUNTS, StageCollator
 from recipes_minigpt4.data import DataArguments, load_pairs, open_source
 from recipes_minigpt4.rows import stage1_rows, stage2_rows
 from recipes_minigpt4.tars import expand, expand_braces
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 COUNT, PER_TAR = 40, 10

@@ -13,8 +13,9 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import RecipeError, cli, stage1_pretrain, stage2_finetune, trainer_pushes
+from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune, trainer_pushes
 from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 ID = "you/adapter"

@@ -14,10 +14,11 @@ import pytest
 from transformers import BertConfig
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import RecipeError, cli, plan
+from recipes_minigpt4 import cli, plan
 from recipes_minigpt4.data import DataArguments
-from recipes_minigpt4.ranges import RANGES
 from recipes_minigpt4.training import ModelArguments, StageArguments
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import RANGES
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from recipes_minigpt4 import RecipeError, tiny
+from recipes_minigpt4 import tiny
 from recipes_minigpt4.cli import main as run_command
 from recipes_minigpt4.tiny import demo, pretrain, report, scenes
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 SHOWN = [

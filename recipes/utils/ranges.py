@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from recipes_minigpt4 import RecipeError
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 class Range(NamedTuple):
