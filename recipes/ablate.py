@@ -53,7 +53,6 @@ from recipes_minigpt4.tiny.demo import (
     Shown,
     adapter_bytes,
     describe,
-    heading,
     load_adapter,
     prepare_folder,
     quiet,
@@ -63,7 +62,9 @@ from recipes_minigpt4.tiny.metrics import repetition_rate, score
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.files import write_json
 from recipes_minigpt4.utils.ranges import SEED, Range, in_range
+from recipes_minigpt4.utils.text import heading
 
 
 STAGES = {1: stage1_pretrain, 2: stage2_finetune}
@@ -303,13 +304,6 @@ def run_variant(
     seconds = round(sum(stage["seconds"] for stage in trained), 1)
     folders = [place.name for place in places]
     return {"seed": seed, **scores, **last, "seconds": seconds, "runs": folders}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is either there whole or not at all."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

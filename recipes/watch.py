@@ -10,7 +10,6 @@ trackio if the run reports to them.
 import importlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,9 +27,10 @@ from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_en
 
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
 from recipes_minigpt4.skipped import ENOUGH
-from recipes_minigpt4.tiny.report import data_uri, render_page
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.errors import one_line as told
+from recipes_minigpt4.utils.files import replace_text
+from recipes_minigpt4.utils.html import data_uri, render_page, thumbnail
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 PANEL_ROWS = 4
 MAX_NEW_TOKENS = 48  # a short description; the panel is to be looked at, and training waits for it
-SHOWN_SIDE = 224  # pixels of a picture's longer side on the page
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 CELL = ' style="text-align: left; vertical-align: top; white-space: pre-line; min-width: 14rem"'
 TRACKERS = ("wandb", "trackio")  # which have the same `Table`, `Image` and `log`
@@ -217,12 +216,6 @@ def as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture.convert("RGB")
 
 
-def thumbnail(picture: PIL.Image.Image) -> PIL.Image.Image:
-    small = picture.copy()
-    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return small
-
-
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
@@ -256,10 +249,3 @@ def log_table(tracker: Any, step: int, columns: list[str], rows: list[list[Any]]
 
     frame = pandas.DataFrame(rows, columns=columns)
     tracker.log({"panel": tracker.Table(dataframe=frame), "train/global_step": step})
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads meanwhile finds the old text or the new one."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

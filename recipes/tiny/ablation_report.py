@@ -7,8 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes_minigpt4.tiny.demo import COLUMNS, format_table, heading
-from recipes_minigpt4.tiny.report import MEANING, render_page, render_table
+from recipes_minigpt4.tiny.demo import COLUMNS
+from recipes_minigpt4.tiny.report import MEANING
+from recipes_minigpt4.utils.html import render_page, render_table
+from recipes_minigpt4.utils.text import format_table, heading
 
 
 MEASURES = {**COLUMNS, "repetition_rate": ("repetition rate", "{:.1%}")}

@@ -35,13 +35,15 @@ from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import score
-from recipes_minigpt4.tiny.report import Curve, Example, render_report
+from recipes_minigpt4.tiny.report import Example, render_report
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import load_model
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.html import Curve
 from recipes_minigpt4.utils.ranges import SEED, in_range
+from recipes_minigpt4.utils.text import format_table, heading
 
 
 STAGES = {"untrained": "untrained projection", "stage1": "after stage 1", "stage2": "after stage 2"}
@@ -211,10 +213,6 @@ def stage_arguments(config: str, folder: Path, seed: int) -> list[str]:
     return ["--config", config, "--output_dir", str(folder), "--seed", str(seed)]
 
 
-def heading(text: str) -> None:
-    print(f"\n== {text}", flush=True)
-
-
 def load_adapter(folder: Path) -> tuple[Any, Any]:
     """A published adapter with its frozen backbones, and its processor."""
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -283,16 +281,6 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append([title, *format_scores(results["stages"][stage])])
         rows.append(["  held-out pairs", *format_scores(results["held_out"][stage])])
     return ["", *(title for title, _ in COLUMNS.values())], rows
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in (header, *rows)
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
 
 
 def choose_examples(shown: Shown, replies: Mapping[str, Sequence[str]], count: int) -> list[Example]:

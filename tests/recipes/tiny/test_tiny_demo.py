@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from recipes_minigpt4 import tiny
 from recipes_minigpt4.cli import main as run_command
 from recipes_minigpt4.tiny import demo, pretrain, report, scenes
+from recipes_minigpt4.utils import html
+from recipes_minigpt4.utils.text import format_table
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -109,7 +111,7 @@ def test_scores_of_all_scenes_and_of_held_out_pairs():
 
 def test_the_table_has_a_row_per_stage_and_one_for_its_held_out_pairs():
     header, rows = demo.table(some_results())
-    lines = demo.format_table(header, rows).splitlines()
+    lines = format_table(header, rows).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == ["object", "F1", "position", "accuracy", "failure", "rate", "mean", "words"]
     titles = [re.split(r"\s{2,}", line.strip())[0] for line in lines[2:]]
@@ -193,13 +195,13 @@ def test_replies_cannot_write_html():
 
 def test_a_picture_comes_back_from_its_link():
     image = scenes.draw_scene(SHOWN[0][1])
-    back = Image.open(io.BytesIO(base64.b64decode(report.data_uri(image).partition(",")[2])))
+    back = Image.open(io.BytesIO(base64.b64decode(html.data_uri(image).partition(",")[2])))
     assert back.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("curve", [[(1, 2.0)], [(25, 6.5), (50, 1.25), (500, 0.001)], [(1, 0.0), (2, 0.0)]])
 def test_curves_stay_inside_their_picture(curve):
-    drawing = report.draw_curve(curve, "a <title>")
+    drawing = html.draw_curve(curve, "a <title>")
     assert "a &lt;title&gt;" in drawing
     (points,) = re.findall(r'points="([^"]+)"', drawing)
     points = [tuple(map(float, point.split(","))) for point in points.split()]
@@ -211,14 +213,14 @@ def test_curves_stay_inside_their_picture(curve):
 
 
 def test_no_curve_no_drawing():
-    assert "<svg" not in report.draw_curve([], "empty")
+    assert "<svg" not in html.draw_curve([], "empty")
 
 
 @pytest.mark.parametrize(
     ("extent", "step"), [(0, 1), (0.04, 0.01), (1, 0.2), (4, 1), (6.7, 2), (500, 100), (501, 200)]
 )
 def test_nice_steps(extent, step):
-    assert report.nice_step(extent) == pytest.approx(step)
+    assert html.nice_step(extent) == pytest.approx(step)
 
 
 # ---- the whole of it, in small --------------------------------------------------------------------------------------
