@@ -17,8 +17,8 @@ from torch import nn
 from transformers import Trainer
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4.data import DataArguments
-from recipes_minigpt4.features import STORED
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.feature_cache import STORED
 from recipes_minigpt4.plan_data import (
     RowLength,
     Schedule,

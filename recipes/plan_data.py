@@ -13,10 +13,10 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from modeling_minigpt4 import MiniGPT4Config
 from processing_minigpt4 import MiniGPT4Processor
-from recipes_minigpt4.data import DataArguments, check_weights
-from recipes_minigpt4.files import FILE_TYPES, file_type, open_binary, read_annotations, refuse_address
-from recipes_minigpt4.rows import BLANK, INSTRUCTIONS, instruction_format
-from recipes_minigpt4.tars import expand, tars_named
+from recipes_minigpt4.data.arguments import DataArguments, check_weights
+from recipes_minigpt4.data.files import FILE_TYPES, file_type, open_binary, read_annotations, refuse_address
+from recipes_minigpt4.data.formatting import BLANK, INSTRUCTIONS, instruction_format
+from recipes_minigpt4.data.webdataset import expand, tars_named
 from recipes_minigpt4.training import ModelArguments, StageArguments, _resolve
 from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
 from recipes_minigpt4.utils.errors import RecipeError, one_line

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes_minigpt4.streams import loader_state
+from recipes_minigpt4.data.streaming import loader_state
 from recipes_minigpt4.utils.errors import RecipeError
 
 

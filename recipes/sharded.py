@@ -221,22 +221,3 @@ def read_checkpoint(model: Any, folder: "str | os.PathLike[str]") -> dict[str, t
         names, stored = model.stored_names(), load_file(adapter)
         tensors |= {names[key]: tensor for key, tensor in stored.items() if key in names}
     return tensors
-
-
-@contextmanager
-def vision_side_on(model: Any, device: torch.device) -> Iterator[None]:
-    """Move the frozen vision side for a while: FSDP and DeepSpeed leave a model on the CPU until training begins."""
-    before = model.vision_model.device
-    try:
-        _move_vision_side(model, device)
-        yield
-    finally:
-        _move_vision_side(model, before)
-
-
-def _move_vision_side(model: Any, device: torch.device) -> None:
-    for part in (model.vision_model, model.qformer):
-        if part is not None and part.device != device:
-            part.to(device)
-    if model.query_tokens is not None:
-        model.query_tokens.data = model.query_tokens.data.to(device)

@@ -15,8 +15,9 @@ A row is `[BOS][image][caption][line break]`; only caption and line break carry 
 import sys
 from collections.abc import Sequence
 
-from recipes_minigpt4.data import DataArguments, load_pairs
-from recipes_minigpt4.rows import stage1_rows
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.formatting import stage1_rows
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.running import train_and_save
 from recipes_minigpt4.settings import check_start
 from recipes_minigpt4.trainer import MiniGPT4Trainer

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
-from recipes_minigpt4.skipped import ENOUGH
+from recipes_minigpt4.data.bad_samples import ENOUGH
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.errors import one_line as told
 from recipes_minigpt4.utils.files import replace_text

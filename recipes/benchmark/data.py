@@ -19,11 +19,12 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from recipes_minigpt4.batches import StageCollator
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_processor
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, judge
-from recipes_minigpt4.data import DataArguments, load_pairs
-from recipes_minigpt4.rows import stage1_rows
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.collator import StageCollator
+from recipes_minigpt4.data.formatting import stage1_rows
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.utils.ranges import COUNT, in_range
 
 

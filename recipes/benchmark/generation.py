@@ -19,7 +19,7 @@ from recipes_minigpt4.benchmark.models import (
     peer_inputs,
 )
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
-from recipes_minigpt4.rows import INSTRUCTIONS
+from recipes_minigpt4.data.formatting import INSTRUCTIONS
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import COUNT, in_range
 

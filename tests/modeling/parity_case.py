@@ -34,9 +34,9 @@ from modeling_minigpt4 import (
     convert_minigpt4_to_hf,
 )
 from processing_minigpt4 import load_chat_template
-from recipes_minigpt4 import rows as recipes
-from recipes_minigpt4.batches import COUNTS
-from recipes_minigpt4.data import DataArguments
+from recipes_minigpt4.data import formatting as recipes
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.collator import COUNTS
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments
 

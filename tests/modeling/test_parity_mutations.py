@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, convert_minigpt4_to_hf
 from modeling_minigpt4 import generation_minigpt4 as generation
 from modeling_minigpt4 import modeling_minigpt4 as modeling
-from recipes_minigpt4 import rows as recipes
+from recipes_minigpt4.data import formatting as recipes
 
 
 Patch = pytest.MonkeyPatch

@@ -12,8 +12,8 @@ from tiny_text import IMAGE_ID, IMAGE_TOKENS, byte_tokenizer, make_processor
 from tokenizers import Regex, pre_tokenizers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from recipes_minigpt4.data import DataArguments
-from recipes_minigpt4.rows import INSTRUCTIONS, clean_caption, stage1_rows, stage2_rows, truncate
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.formatting import INSTRUCTIONS, clean_caption, stage1_rows, stage2_rows, truncate
 
 
 PICTURE = [IMAGE_ID] * IMAGE_TOKENS

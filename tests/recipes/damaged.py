@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from recipes_minigpt4 import skipped
+from recipes_minigpt4.data import bad_samples
 
 
 def jpeg(number: int = 0, size: tuple[int, int] = (64, 48)) -> bytes:
@@ -33,14 +33,14 @@ def bomb() -> bytes:
 
 # What is wrong → the cause that it is counted under.
 PICTURES = {
-    "truncated": (jpeg()[:-60], skipped.TRUNCATED),
-    "cut in its header": (jpeg()[:20], skipped.NO_IMAGE),
-    "zero bytes": (b"", skipped.EMPTY_FILE),
-    "a web page": (b"<!DOCTYPE html><html><body>404</body></html>", skipped.HTML),
-    "noise": (bytes(range(200)), skipped.NO_IMAGE),
-    "a bomb": (bomb(), skipped.BOMB),
+    "truncated": (jpeg()[:-60], bad_samples.TRUNCATED),
+    "cut in its header": (jpeg()[:20], bad_samples.NO_IMAGE),
+    "zero bytes": (b"", bad_samples.EMPTY_FILE),
+    "a web page": (b"<!DOCTYPE html><html><body>404</body></html>", bad_samples.HTML),
+    "noise": (bytes(range(200)), bad_samples.NO_IMAGE),
+    "a bomb": (bomb(), bad_samples.BOMB),
 }
-CAPTIONS = {"none": (None, skipped.NO_CAPTION), "blank": (" \n", skipped.NO_CAPTION)}
+CAPTIONS = {"none": (None, bad_samples.NO_CAPTION), "blank": (" \n", bad_samples.NO_CAPTION)}
 
 
 def write_tar(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]], mode: str = "w") -> Path:

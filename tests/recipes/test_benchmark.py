@@ -16,7 +16,8 @@ from recipes_minigpt4.benchmark.measure import compare, count_flops, take_turns
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_peer, peer_inputs, peer_name
 from recipes_minigpt4.benchmark.report import Bar, format_report, judge
 from recipes_minigpt4.benchmark.sides import Workload
-from recipes_minigpt4.data import DataArguments, open_source
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.sources import open_source
 from recipes_minigpt4.utils.errors import RecipeError
 
 

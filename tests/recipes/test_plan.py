@@ -25,7 +25,8 @@ from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_processor
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.plan import Plan, PlannedStage1, make_plan, tell_stage
 from recipes_minigpt4.plan_data import Source, longest_row, measure_sources, plan_schedule

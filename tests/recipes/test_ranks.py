@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.accelerate import LAUNCH_CONFIGS
-from recipes_minigpt4.batches import StageCollator
+from recipes_minigpt4.data.collator import StageCollator
 
 
 MAINS = {"stage1": stage1_pretrain.main, "stage2": stage2_finetune.main}

@@ -8,8 +8,8 @@ import torch
 from transformers import TrainerCallback
 
 from recipes_minigpt4 import stage1_pretrain
-from recipes_minigpt4.data import load_pairs
-from recipes_minigpt4.rows import stage1_rows
+from recipes_minigpt4.data.formatting import stage1_rows
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.trainer import MiniGPT4Trainer, original_lr
 from recipes_minigpt4.training import load_model
 

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import SFTTrainer
 
-from recipes_minigpt4.batches import BytePictures, StageCollator
-from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.collator import BytePictures, StageCollator
+from recipes_minigpt4.data.formatting import Rows, stage1_rows, stage2_rows
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.last_layer import LastLayer
-from recipes_minigpt4.rows import Rows, stage1_rows, stage2_rows
 from recipes_minigpt4.scoring import looks_ahead
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments

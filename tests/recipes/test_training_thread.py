@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from recipes_minigpt4.data import DataArguments, load_pairs
-from recipes_minigpt4.rows import stage2_rows
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.formatting import stage2_rows
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.trainer import MiniGPT4Trainer
 from recipes_minigpt4.training import StageArguments
 

@@ -15,7 +15,7 @@ from transformers import BertConfig
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import cli, plan
-from recipes_minigpt4.data import DataArguments
+from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.training import ModelArguments, StageArguments
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import RANGES

@@ -18,8 +18,8 @@ from recipes_minigpt4 import tiny
 from recipes_minigpt4.cli import main as run_command
 from recipes_minigpt4.tiny import demo, pretrain, report, scenes
 from recipes_minigpt4.utils import html
-from recipes_minigpt4.utils.text import format_table
 from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.text import format_table
 
 
 SHOWN = [

@@ -21,8 +21,9 @@ from processing_minigpt4 import load_chat_template
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, protect_text, without_marks
 from processing_minigpt4.image_opening_minigpt4 import open_image, without_content
 from processing_minigpt4.segments_minigpt4 import tokenize_pieces
-from recipes_minigpt4.data import PAIR, DataArguments
-from recipes_minigpt4.skipped import NO_CAPTION, NO_PICTURE, BadSampleError, picture_error
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.bad_samples import NO_CAPTION, NO_PICTURE, BadSampleError, picture_error
+from recipes_minigpt4.data.sources import PAIR
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 

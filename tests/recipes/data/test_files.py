@@ -17,11 +17,13 @@ import pytest
 from damaged import jpeg, sample, write_tar
 from PIL import Image
 
-from recipes_minigpt4 import cli, skipped, stage1_pretrain
-from recipes_minigpt4.data import DataArguments, load_pairs
+from recipes_minigpt4 import cli, stage1_pretrain
+from recipes_minigpt4.data import bad_samples
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.formatting import stage1_rows
+from recipes_minigpt4.data.sources import load_pairs
+from recipes_minigpt4.data.webdataset import expand
 from recipes_minigpt4.plan_data import measure_sources
-from recipes_minigpt4.rows import stage1_rows
-from recipes_minigpt4.tars import expand
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.redaction import redact
 
@@ -418,12 +420,12 @@ def test_paths_addresses_and_pictures_may_stand_in_one_column(tmp_path: Path, pr
 
 NOISE = base64.b64encode(jpeg(size=(640, 480))).decode()
 BROKEN = {
-    "cut": (NOISE[: len(NOISE) // 2], skipped.TRUNCATED),
-    "cut data URI": (f"data:image/jpeg;base64,{NOISE[: len(NOISE) // 2]}", skipped.TRUNCATED),
-    "other base64": ("QUJD" * 2000, skipped.NO_IMAGE),
-    "damaged data URI": (f"data:image/jpeg;base64,{NOISE}!", skipped.NO_IMAGE),
-    "empty data URI": ("data:image/jpeg;base64,", skipped.EMPTY_FILE),
-    "stray character": (f"{NOISE}!", skipped.UNREADABLE),
+    "cut": (NOISE[: len(NOISE) // 2], bad_samples.TRUNCATED),
+    "cut data URI": (f"data:image/jpeg;base64,{NOISE[: len(NOISE) // 2]}", bad_samples.TRUNCATED),
+    "other base64": ("QUJD" * 2000, bad_samples.NO_IMAGE),
+    "damaged data URI": (f"data:image/jpeg;base64,{NOISE}!", bad_samples.NO_IMAGE),
+    "empty data URI": ("data:image/jpeg;base64,", bad_samples.EMPTY_FILE),
+    "stray character": (f"{NOISE}!", bad_samples.UNREADABLE),
 }
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,8 @@ from torch.utils.data import DataLoader
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
-from recipes_minigpt4.rows import Rows, name_of, rows_of, with_features
-from recipes_minigpt4.sharded import vision_side_on
-from recipes_minigpt4.skipped import BadSampleError, SampleCounts
+from recipes_minigpt4.data.bad_samples import BadSampleError, SampleCounts
+from recipes_minigpt4.data.formatting import Rows, name_of, rows_of, with_features
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -307,6 +307,25 @@ def fill(cache: FeatureCache, trainer: Any, rows: Dataset) -> dict[bytes, dict[s
     if digests:
         cache.add(digests, torch.cat(parts))
     return unreadable
+
+
+@contextmanager
+def vision_side_on(model: Any, device: torch.device) -> Iterator[None]:
+    """Move the frozen vision side for a while: FSDP and DeepSpeed leave a model on the CPU until training begins."""
+    before = model.vision_model.device
+    try:
+        _move_vision_side(model, device)
+        yield
+    finally:
+        _move_vision_side(model, before)
+
+
+def _move_vision_side(model: Any, device: torch.device) -> None:
+    for part in (model.vision_model, model.qformer):
+        if part is not None and part.device != device:
+            part.to(device)
+    if model.query_tokens is not None:
+        model.query_tokens.data = model.query_tokens.data.to(device)
 
 
 def _digests_of(make: Rows, batch: list[Mapping[str, Any]]) -> list[bytes | dict[str, str]]:

@@ -19,11 +19,13 @@ from datasets import Dataset, Features, Image, Value
 from hub_server import HubServer
 from torch.utils.data import DataLoader
 
-from recipes_minigpt4 import cli, skipped, stage1_pretrain
-from recipes_minigpt4.batches import COUNTS, StageCollator
-from recipes_minigpt4.data import DataArguments, load_pairs, open_source
-from recipes_minigpt4.rows import stage1_rows, stage2_rows
-from recipes_minigpt4.tars import expand, expand_braces
+from recipes_minigpt4 import cli, stage1_pretrain
+from recipes_minigpt4.data import bad_samples
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.collator import COUNTS, StageCollator
+from recipes_minigpt4.data.formatting import stage1_rows, stage2_rows
+from recipes_minigpt4.data.sources import load_pairs, open_source
+from recipes_minigpt4.data.webdataset import expand, expand_braces
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -118,7 +120,7 @@ def test_tars_come_over_http(address: str) -> None:
 def test_tars_come_from_the_hub(tars: Path, tmp_path: Path) -> None:
     """In a process of its own, because huggingface_hub reads the address of the Hub when it is imported."""
     code = """
-from recipes_minigpt4.data import DataArguments, open_source
+from recipes_minigpt4.data.sources import DataArguments, open_source
 name = "hf://datasets/someone/pictures/tars/*.tar"
 for pair in open_source(name, DataArguments(dataset_name=name), stage=1):
     print(pair["text"])
@@ -190,7 +192,7 @@ def test_datasets_that_are_streamed_are_never_decoded_ahead(layout: str, tmp_pat
         columns = {}
     args = DataArguments(dataset_name=str(tmp_path), streaming=True, shuffle_buffer=1, **columns)
     rows = list(itertools.islice(stage1_rows(load_pairs(args, stage=1), compose()[1], args), 3))
-    assert [row["skipped"] and row["skipped"]["cause"] for row in rows] == [None, skipped.TRUNCATED, None]
+    assert [row["skipped"] and row["skipped"]["cause"] for row in rows] == [None, bad_samples.TRUNCATED, None]
     assert [row["completion"] for row in rows if not row["skipped"]] == ["number 0\n", "number 2\n"]
 
 
@@ -224,7 +226,7 @@ def damaged_tars(folder: Path) -> tuple[set[int], Counter[str]]:
     samples.insert(5, (name, {**members, "json": b"{no json"}))
     samples.append((sample(301)[0], {"json": members["json"]}))
     samples.append((sample(302)[0], {"jpg": members["jpg"]}))
-    causes += Counter([skipped.BROKEN_JSON, skipped.NO_PICTURE, skipped.NO_CAPTION])
+    causes += Counter([bad_samples.BROKEN_JSON, bad_samples.NO_PICTURE, bad_samples.NO_CAPTION])
     for start in range(0, len(samples), 11):
         write_tar(folder / f"{start:03d}.tar", samples[start : start + 11])
     # Cut in the picture of its last sample, of which nothing is left then.
@@ -232,7 +234,7 @@ def damaged_tars(folder: Path) -> tuple[set[int], Counter[str]]:
     whole = tail.read_bytes()
     tail.write_bytes(whole[: whole.index(jpeg(35)) + 20])
     (folder / "web.tar").write_bytes(b"<html>not found</html>" * 100)
-    causes[skipped.BROKEN_ARCHIVE] += 2
+    causes[bad_samples.BROKEN_ARCHIVE] += 2
     return set(range(35)), causes
 
 
@@ -274,13 +276,13 @@ def test_every_good_sample_once_over_two_processes(workers: int, tmp_path: Path,
 def test_a_broken_sample_at_the_head_stops_nothing(tmp_path: Path) -> None:
     samples = [("000000", {"jpg": jpeg(), "json": b"{no json"}), sample(1)]
     first, second = one_pass(write_tar(tmp_path / "a.tar", samples))
-    assert first["cause"] == skipped.BROKEN_JSON and second["text"] == "number 1"
+    assert first["cause"] == bad_samples.BROKEN_JSON and second["text"] == "number 1"
 
 
 def test_odd_names_and_endless_json_cost_nothing_else(tmp_path: Path) -> None:
     samples = [sample(0), ("caf\udce9", sample(1)[1]), ("000002", {"jpg": jpeg(), "json": b"[" * 100_000}), sample(3)]
     pairs = one_pass(write_tar(tmp_path / "a.tar", samples))
-    assert [pair["cause"] for pair in pairs] == [None, None, skipped.BROKEN_JSON, None]
+    assert [pair["cause"] for pair in pairs] == [None, None, bad_samples.BROKEN_JSON, None]
     assert numbers_of([pairs[0], pairs[1], pairs[3]]) == [0, 1, 3]
 
 

@@ -11,11 +11,13 @@ from damaged import CAPTIONS, PICTURES, jpeg, sample, write_tar
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
-from recipes_minigpt4 import cli, skipped, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.batches import COUNTS, StageCollator
-from recipes_minigpt4.data import DataArguments, load_pairs
-from recipes_minigpt4.rows import stage1_rows, stage2_rows
-from recipes_minigpt4.skipped import SampleCounts
+from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4.data import bad_samples
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.bad_samples import SampleCounts
+from recipes_minigpt4.data.collator import COUNTS, StageCollator
+from recipes_minigpt4.data.formatting import stage1_rows, stage2_rows
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -43,7 +45,7 @@ def losses_of(trainer) -> list[float]:
 
 BAD = {f"picture {name}": ((content, "a"), cause) for name, (content, cause) in PICTURES.items()}
 BAD |= {f"caption {name}": ((jpeg(), text), cause) for name, (text, cause) in CAPTIONS.items()}
-BAD["picture missing"] = ((None, "a"), skipped.MISSING_FILE)
+BAD["picture missing"] = ((None, "a"), bad_samples.MISSING_FILE)
 
 
 @pytest.mark.parametrize("make", [stage1_rows, stage2_rows])
@@ -59,7 +61,7 @@ def test_a_bad_sample_tells_its_cause_and_name(name: str, make: Callable, tmp_pa
 def test_punctuation_is_a_caption_only_where_none_is_cleaned_away(tmp_path: Path, compose: Callable) -> None:
     args = DataArguments(dataset_name=str(write_pairs(tmp_path, [(jpeg(), "...")])))
     pairs, processor = load_pairs(args, stage=1), compose()[1]
-    assert stage1_rows(pairs, processor, args)[0]["skipped"]["cause"] == skipped.NO_CAPTION
+    assert stage1_rows(pairs, processor, args)[0]["skipped"]["cause"] == bad_samples.NO_CAPTION
     assert stage2_rows(pairs, processor, args)[0]["skipped"] is None
 
 
@@ -67,7 +69,7 @@ def test_a_row_without_a_picture_is_called_by_its_text(compose: Callable) -> Non
     features = Features({"image": Image(decode=False), "text": Value("string")})
     pairs = Dataset.from_list([{"image": None, "text": "a lonely text"}], features=features)
     (row,) = stage1_rows(pairs, compose()[1], DataArguments())
-    assert row["skipped"]["cause"] == skipped.NO_PICTURE and "a lonely text" in row["skipped"]["name"]
+    assert row["skipped"]["cause"] == bad_samples.NO_PICTURE and "a lonely text" in row["skipped"]["name"]
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def test_without_bad_samples_the_report_says_so(stage: Callable, capsys) -> None
 def test_counts_come_from_workers_too(stage: Callable, tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "data", [*good(18), (b"", "a"), *good(1)])
     trainer = stage1_pretrain.main(stage(dataset_name=data, max_steps=10, dataloader_num_workers=2))
-    assert (trainer.samples.drawn, trainer.samples.causes) == (20, Counter({skipped.EMPTY_FILE: 1}))
+    assert (trainer.samples.drawn, trainer.samples.causes) == (20, Counter({bad_samples.EMPTY_FILE: 1}))
 
 
 def test_a_batch_of_bad_samples_changes_nothing(stage: Callable, tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_too_many_bad_samples_stop_the_run(share, stops, stage: Callable, tmp_pa
 
 def test_the_share_counts_once_enough_samples_are_drawn() -> None:
     counts = SampleCounts(limit=0.1, enough=200)
-    record = {"cause": skipped.TRUNCATED, "name": "a.jpg"}
+    record = {"cause": bad_samples.TRUNCATED, "name": "a.jpg"}
     counts.add(100, [record] * 50)
     counts.check()
     counts.add(100, [])
@@ -186,7 +188,7 @@ def test_features_leave_bad_pictures_out(stage: Callable, tmp_path: Path, capsys
     for _ in range(2):
         trainer = stage1_pretrain.main(stage(**fields))
         printed = capsys.readouterr().out
-        assert trainer.samples.causes == Counter({skipped.TRUNCATED: 1, skipped.NO_CAPTION: 1})
+        assert trainer.samples.causes == Counter({bad_samples.TRUNCATED: 1, bad_samples.NO_CAPTION: 1})
         assert len(trainer.train_dataset) == 19
         assert "9.jpg" in printed and "2 skipped" in printed
 

@@ -10,8 +10,16 @@ import torch
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from recipes_minigpt4.data import DataArguments, load_pairs
-from recipes_minigpt4.rows import INSTRUCTIONS, clean_caption, instruction_format, stage1_rows, stage2_rows, truncate
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.formatting import (
+    INSTRUCTIONS,
+    clean_caption,
+    instruction_format,
+    stage1_rows,
+    stage2_rows,
+    truncate,
+)
+from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.utils.errors import RecipeError
 
 

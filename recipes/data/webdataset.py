@@ -22,7 +22,7 @@ from datasets import Features, IterableDataset
 from datasets.data_files import resolve_pattern
 from datasets.utils.file_utils import ArchiveIterable
 
-from recipes_minigpt4.skipped import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
+from recipes_minigpt4.data.bad_samples import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.redaction import redact
 

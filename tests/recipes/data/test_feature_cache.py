@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from modeling_minigpt4 import MiniGPT4Model
 from processing_minigpt4.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.rows import Rows
+from recipes_minigpt4.data.formatting import Rows
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -237,7 +237,7 @@ def test_damaged_shards_are_computed_again(train: Callable, counts: Counts, tmp_
 
 def test_an_interrupted_run_goes_on(train: Callable, counts: Counts, monkeypatch, tmp_path: Path) -> None:
     plain = train(cache_features=None)
-    monkeypatch.setattr("recipes_minigpt4.features.SHARD_BYTES", 1)  # a shard per batch
+    monkeypatch.setattr("recipes_minigpt4.data.feature_cache.SHARD_BYTES", 1)  # a shard per batch
     encode = MiniGPT4Model.encode_images
 
     def fail(model, pixel_values, **kwargs):

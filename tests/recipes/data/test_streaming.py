@@ -15,9 +15,11 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from recipes_minigpt4 import cli, stage1_pretrain, tars
-from recipes_minigpt4.data import DataArguments, load_pairs
-from recipes_minigpt4.streams import loader_state, shuffle_blocks
+from recipes_minigpt4 import cli, stage1_pretrain
+from recipes_minigpt4.data import webdataset
+from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.sources import load_pairs
+from recipes_minigpt4.data.streaming import loader_state, shuffle_blocks
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -134,8 +136,8 @@ def test_a_resumed_run_on_a_stream_is_the_run_that_never_stopped(
         with pytest.raises(RecipeError, match="stopped"):
             stage1_pretrain.main(stage(**fields))
     read = []
-    make = tars.sample_of
-    monkeypatch.setattr(tars, "sample_of", lambda *args: read.append(1) or make(*args))
+    make = webdataset.sample_of
+    monkeypatch.setattr(webdataset, "sample_of", lambda *args: read.append(1) or make(*args))
     resumed = stage1_pretrain.main(stage(**fields, resume_from_checkpoint="latest"))
     for name in ("model.safetensors", "peft/adapter_model.safetensors"):
         one, two = load_file(tmp_path / "whole" / name), load_file(tmp_path / "run" / name)

@@ -1,0 +1,105 @@
+"""What to train on: the arguments that both stages share."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.ranges import check_ranges
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    # Where the pairs are
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A dataset on the Hub; a folder of pictures with metadata.csv or metadata.jsonl; a folder with "
+            "filter_cap.json and image/ (cc_sbu_align); a .jsonl, .json, .csv, .tsv or .parquet file whose rows name "
+            "pictures or hold them (as base64, for example); tar files of webdataset, streamed from a path, hf:// or "
+            "https:// with * and {000..099}; or `tiny`, the embedded world. Several are mixed."
+        },
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "How often each of several datasets is drawn from, such as 115 14. Default: equally."},
+    )
+    image_column: str = field(default="image", metadata={"help": "Column with the pictures or their paths."})
+    text_column: str = field(default="caption", metadata={"help": "Column with the captions or answers."})
+    image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder that relative paths of pictures start from. Default: the folder of the file."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on, slices allowed."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
+
+    # How they are read
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many samples, the first ones. Default: all."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read a dataset of the Hub while training instead of fetching it first; tars always are."},
+    )
+    shuffle_buffer: int = field(
+        default=1000,  # released code, `wds.shuffle(1000)`
+        metadata={"help": "Samples of a stream, still as files, that each worker reads at a time and shuffles."},
+    )
+    max_bad_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of samples, 0 to 1, that may be damaged and skipped before the run stops."},
+    )
+
+    # What becomes of a row
+    max_txt_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest answer in tokens, end_sym included. Default: the original's 32 in stage 1 and 160 in "
+            "stage 2."
+        },
+    )
+    instruction_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template of the training text of stage 2: a name or Jinja. Default: the processor's own, "
+            "but vicuna_v0_alignment where it chats in vicuna_v0."
+        },
+    )
+    end_sym: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that ends an answer. Default: a line break in stage 1; in stage 2 what ends a turn of the "
+            "chat template, such as ### or the EOS token."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, str):  # as a YAML file may have it
+            self.dataset_name = [self.dataset_name]
+        if self.dataset_weights is not None:
+            self.dataset_weights = _numbers("dataset_weights", self.dataset_weights)
+        check_ranges(self)
+
+
+def _numbers(option: str, values: Any) -> list[float]:
+    """Numbers as a YAML file may have them, in which `1e2` is a text."""
+    try:
+        return [float(value) for value in (values if isinstance(values, (list, tuple)) else [values])]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{option} are {values}; give numbers, one for each --dataset_name.") from error
+
+
+def check_weights(args: DataArguments) -> list[float] | None:
+    """`dataset_weights` as probabilities."""
+    names, weights = args.dataset_name or [], args.dataset_weights
+    if weights is None:
+        return None
+    if len(weights) != len(names) or not all(0 < weight < math.inf for weight in weights):
+        raise RecipeError(
+            f"dataset_weights are {', '.join(f'{weight:g}' for weight in weights)} for {len(names)} dataset(s); give "
+            "one number above 0 for each --dataset_name."
+        )
+    return [weight / sum(weights) for weight in weights]
