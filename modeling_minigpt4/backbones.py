@@ -627,7 +627,7 @@ class BackbonesMixin(PeftMixin):
         card = Path(working_dir, "README.md")
         general = card.is_file() and GENERAL_CARD in card.read_text(encoding="utf-8")
         if general and importlib.util.find_spec("recipes_minigpt4"):  # not beside code that came with a checkpoint
-            cards = importlib.import_module("recipes_minigpt4.card")
+            cards = importlib.import_module("recipes_minigpt4.hub.card")
             card.write_text(cards.render_card(self, repo_id=repo_id), encoding="utf-8")
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 

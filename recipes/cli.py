@@ -17,8 +17,8 @@ COMMANDS = {
     "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on few long descriptions in the chat template"),
     "plan": ("recipes_minigpt4.plan", "tell parameters, memory per GPU, steps and data of a run before it starts"),
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
-    "convert": ("recipes_minigpt4.convert", "turn the original's files into a folder that from_pretrained loads"),
-    "push": ("recipes_minigpt4.push", "publish a saved model on the Hub, in one commit"),
+    "convert": ("recipes_minigpt4.hub.convert", "turn the original's files into a folder that from_pretrained loads"),
+    "push": ("recipes_minigpt4.hub.push", "publish a saved model on the Hub, in one commit"),
     "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),
     "benchmark": ("recipes_minigpt4.benchmark", "measure speed and memory beside transformers' BLIP-2"),
 }

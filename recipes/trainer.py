@@ -15,11 +15,11 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from recipes_minigpt4 import sharded
-from recipes_minigpt4.card import render_card
 from recipes_minigpt4.data.bad_samples import ENOUGH, SampleCounts
 from recipes_minigpt4.data.collator import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.data.feature_cache import train_from_features
 from recipes_minigpt4.faults import STOP, FiniteSteps, FiniteStepsCallback
+from recipes_minigpt4.hub.card import render_card
 from recipes_minigpt4.last_layer import LastLayer
 from recipes_minigpt4.resuming import ProcessState, StreamEpochCallback
 from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column

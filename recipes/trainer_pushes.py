@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
-from recipes_minigpt4.publish import check_private, could_not_push, explain, patiently, published_files, upload
+from recipes_minigpt4.hub.publish import check_private, could_not_push, explain, patiently, published_files, upload
 from recipes_minigpt4.utils.errors import RecipeError
 
 

@@ -10,11 +10,11 @@ import yaml
 from hub_server import TOKEN
 from huggingface_hub import ModelCard, ModelCardData
 
-from recipes_minigpt4 import card as cards
-from recipes_minigpt4.card import card_template, is_local, public_name, render_card
+from recipes_minigpt4.hub import card as cards
+from recipes_minigpt4.hub.card import card_template, is_local, public_name, render_card
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECTIONS = ("Base models", "Languages and licences", "How to load", "Training", "Results", "Limits", "Citation")
 HUB = {"vision": "owner/eyes", "qformer": "owner/eyes", "language_model": "owner/words"}
 

@@ -23,8 +23,8 @@ from modeling_minigpt4.convert_minigpt4_to_hf import (
     VISION_FOLDER,
     convert_original_checkpoint,
 )
-from recipes_minigpt4.card import render_card
-from recipes_minigpt4.push import push
+from recipes_minigpt4.hub.card import render_card
+from recipes_minigpt4.hub.push import push
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 

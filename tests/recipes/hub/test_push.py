@@ -12,8 +12,9 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from recipes_minigpt4 import cli, publish
-from recipes_minigpt4.publish import published_files
+from recipes_minigpt4 import cli
+from recipes_minigpt4.hub import publish
+from recipes_minigpt4.hub.publish import published_files
 
 
 HUB = {"vision": "owner/eyes", "qformer": "owner/eyes", "language_model": "owner/words"}
