@@ -38,7 +38,8 @@ from recipes_minigpt4.plan_model import (
 from recipes_minigpt4.plan_parallel import Parallelism, hold, memory_per_process, read_parallelism
 from recipes_minigpt4.plan_report import format_plan
 from recipes_minigpt4.stage2_finetune import Stage2Arguments
-from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, _dtype, find_config
+from recipes_minigpt4.training.arguments import ModelArguments, StageArguments, StageParser, find_config
+from recipes_minigpt4.training.model import weights_dtype
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.ranges import check_ranges
 
@@ -236,7 +237,7 @@ def plan_step(training: StageArguments, args: ModelArguments, row: RowLength, pa
         checkpointing = checkpointing or {}
     features = None
     if training.cache_features:
-        name = training.cache_features_dtype or str(_dtype(args, training)).removeprefix("torch.")
+        name = training.cache_features_dtype or str(weights_dtype(args, training)).removeprefix("torch.")
         if name not in STORED:
             raise RecipeError(f"cache_features_dtype is {name!r}; use {', '.join(STORED)}.")
         features = STORED[name]

@@ -17,7 +17,8 @@ from recipes_minigpt4.data.arguments import DataArguments, check_weights
 from recipes_minigpt4.data.files import FILE_TYPES, file_type, open_binary, read_annotations, refuse_address
 from recipes_minigpt4.data.formatting import BLANK, INSTRUCTIONS, instruction_format
 from recipes_minigpt4.data.webdataset import expand, tars_named
-from recipes_minigpt4.training import ModelArguments, StageArguments, _resolve
+from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
+from recipes_minigpt4.training.model import resolve_source
 from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -278,7 +279,7 @@ def _local_processor(args: ModelArguments, config: MiniGPT4Config) -> Any:
         if args.model_name_or_path:
             return MiniGPT4Processor.from_pretrained(args.model_name_or_path, local_files_only=True, **template)
         parts = {"language_model": args.language_model or "", "vision": args.vision or ""}
-        parts = {part: _resolve(part, source) for part, source in parts.items()}
+        parts = {part: resolve_source(part, source) for part, source in parts.items()}
         return MiniGPT4Processor.from_backbones(**parts, config=config, local_files_only=True, **template)
     except (OSError, ValueError, TypeError):
         return None

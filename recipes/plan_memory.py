@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.data.collator import to_pixels
-from recipes_minigpt4.last_layer import LastLayer
-from recipes_minigpt4.scoring import rows_are_not_packed, without_last_column
+from recipes_minigpt4.training.last_layer import LastLayer
+from recipes_minigpt4.training.loss import rows_are_not_packed, without_last_column
 from recipes_minigpt4.utils.errors import one_line
 
 

@@ -16,16 +16,9 @@ from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
 from modeling_minigpt4.modeling_minigpt4 import compose_config
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, plain_names
-from recipes_minigpt4.quantization import quantization_config
-from recipes_minigpt4.training import (
-    NO_MODEL,
-    ModelArguments,
-    StageArguments,
-    _dtype,
-    _resolve,
-    add_adapter,
-    check_saved,
-)
+from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
+from recipes_minigpt4.training.model import NO_MODEL, add_adapter, check_saved, resolve_source, weights_dtype
+from recipes_minigpt4.training.quantization import quantization_config
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -40,7 +33,7 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
         RecipeError: if a part is not named, cannot be found or does not fit.
     """
     sources = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
-    parts: dict[str, Any] = {part: _resolve(part, source) for part, source in sources.items() if source}
+    parts: dict[str, Any] = {part: resolve_source(part, source) for part, source in sources.items() if source}
     adapter = None
     try:
         if args.model_name_or_path:
@@ -55,7 +48,7 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
         model = MiniGPT4ForConditionalGeneration._skeleton(config)
         if args.attn_implementation is not None:
             model.set_attn_implementation(_stand_in(args.attn_implementation))
-        _cast(model, _dtype(args, training))
+        _cast(model, weights_dtype(args, training))
         model.freeze_backbones(train=args.train_parts)
         if adapter is not None:
             model.add_adapter(adapter)

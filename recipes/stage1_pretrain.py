@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
-from recipes_minigpt4.running import train_and_save
-from recipes_minigpt4.settings import check_start
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import ModelArguments, StageArguments, StageParser, load_model
+from recipes_minigpt4.training.argument_checks import check_start
+from recipes_minigpt4.training.arguments import ModelArguments, StageArguments, StageParser
+from recipes_minigpt4.training.model import load_model
+from recipes_minigpt4.training.train import train_and_save
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, StageArguments]:

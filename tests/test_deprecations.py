@@ -67,7 +67,7 @@ def test_what_others_do_is_left_alone(name: str, library: dict) -> None:
     through_trl = module("trl.trainer", "def train(): old()", old=library[name])["train"]
     with warnings.catch_warnings(record=True):
         caller("test_forward")(library[name])
-        caller("recipes_minigpt4.training")(through_trl)
+        caller("recipes_minigpt4.training.arguments")(through_trl)
 
 
 def test_a_library_that_uses_its_own_old_names_is_left_alone(library: dict) -> None:

@@ -23,9 +23,9 @@ from recipes_minigpt4.benchmark.models import (
 )
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage1_rows
-from recipes_minigpt4.last_layer import LastLayer
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.last_layer import LastLayer
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import RecipeError
 
 

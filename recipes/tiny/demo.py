@@ -37,8 +37,8 @@ from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import score
 from recipes_minigpt4.tiny.report import Example, render_report
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import load_model
+from recipes_minigpt4.training.model import load_model
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.html import Curve

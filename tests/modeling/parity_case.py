@@ -37,8 +37,8 @@ from processing_minigpt4 import load_chat_template
 from recipes_minigpt4.data import formatting as recipes
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.collator import COUNTS
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "parity"

@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4Processor, quantization_minigpt4
 from modeling_minigpt4.quantization_minigpt4 import is_exact, number_of_values
-from recipes_minigpt4.last_layer import LastLayer
+from recipes_minigpt4.training.last_layer import LastLayer
 
 
 METHODS = ("torchao-int8", "torchao-int4", "bnb-int8", "bnb-nf4")

@@ -107,7 +107,7 @@ def count() -> Iterator[dict[str, int]]:
 
 
 def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
-    from recipes_minigpt4.trainer import MiniGPT4Trainer
+    from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
     save = MiniGPT4Trainer._save_checkpoint
 

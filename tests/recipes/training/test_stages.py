@@ -20,7 +20,7 @@ from trl import SFTConfig
 from modeling_minigpt4 import AutoModelForVision2Seq, MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -181,7 +181,7 @@ def test_loss_rate_and_images_per_second_are_logged(run: Callable, stage: Callab
 
 
 def test_images_per_second_counts_images(stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes_minigpt4 import trainer as module
+    from recipes_minigpt4.training import trainer as module
 
     clock = iter(range(1000))  # every look at the clock is one second after the last
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -32,9 +32,6 @@ from recipes_minigpt4.utils.errors import one_line as told
 from recipes_minigpt4.utils.files import replace_text
 from recipes_minigpt4.utils.html import data_uri, render_page, thumbnail
 
-
-if TYPE_CHECKING:
-    from recipes_minigpt4.trainer import MiniGPT4Trainer
 
 PANEL_ROWS = 4
 MAX_NEW_TOKENS = 48  # a short description; the panel is to be looked at, and training waits for it
@@ -67,7 +64,7 @@ class PanelCallback(TrainerCallback):
     Lets the model describe a few fixed pictures every `steps` steps; training goes on as if nothing had been.
 
     Args:
-        trainer: whose model is asked, in whose output folder `panel.html` is written, and which reports.
+        trainer: a `MiniGPT4Trainer`. Its model is asked, `panel.html` is written to its output folder, and it reports.
         steps: steps between two columns.
         folder: a folder of pictures. Default: the first rows of the training data.
         count: the most pictures that are shown.
@@ -76,9 +73,7 @@ class PanelCallback(TrainerCallback):
         RecipeError: if there are no pictures, or no process holds the whole model.
     """
 
-    def __init__(
-        self, trainer: "MiniGPT4Trainer", steps: int, folder: str | None = None, count: int = PANEL_ROWS
-    ) -> None:
+    def __init__(self, trainer: Any, steps: int, folder: str | None = None, count: int = PANEL_ROWS) -> None:
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise RecipeError(
                 "A panel needs a whole model in one process; with FSDP or ZeRO-3, leave --panel_steps out."

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from recipes_minigpt4 import cli, stage1_pretrain
-from recipes_minigpt4.checkpoints import UNFINISHED, latest_checkpoint, what_is_missing, write_whole
-from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training.checkpoints import UNFINISHED, latest_checkpoint, what_is_missing, write_whole
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import RecipeError
 
 

@@ -13,8 +13,8 @@ from trl import SFTConfig, SFTTrainer
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage2_rows
 from recipes_minigpt4.data.sources import load_pairs
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -14,20 +14,20 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from recipes_minigpt4 import sharded
 from recipes_minigpt4.data.bad_samples import ENOUGH, SampleCounts
 from recipes_minigpt4.data.collator import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.data.feature_cache import train_from_features
-from recipes_minigpt4.faults import STOP, FiniteSteps, FiniteStepsCallback
 from recipes_minigpt4.hub.card import render_card
-from recipes_minigpt4.last_layer import LastLayer
-from recipes_minigpt4.resuming import ProcessState, StreamEpochCallback
-from recipes_minigpt4.scoring import looks_ahead, rows_are_not_packed, without_last_column
-from recipes_minigpt4.trainer_checkpoints import CheckpointingMixin
-from recipes_minigpt4.trainer_pushes import PublishingMixin
-from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.training import distributed
+from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.callbacks import ImagesProgressCallback, PanelCallback, undisturbed
+from recipes_minigpt4.training.checkpointing import CheckpointingMixin
+from recipes_minigpt4.training.last_layer import LastLayer
+from recipes_minigpt4.training.loss import looks_ahead, rows_are_not_packed, without_last_column
+from recipes_minigpt4.training.non_finite import STOP, FiniteSteps, FiniteStepsCallback
+from recipes_minigpt4.training.publishing import PublishingMixin
+from recipes_minigpt4.training.resume import ProcessState, StreamEpochCallback
 from recipes_minigpt4.utils.errors import RecipeError, one_line
-from recipes_minigpt4.watch import ImagesProgressCallback, PanelCallback, undisturbed
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         enough = ENOUGH if isinstance(self.train_dataset, IterableDataset) else min(ENOUGH, len(self.train_dataset))
         self.samples = SampleCounts(max_bad_share, enough)
         self.finite_steps = FiniteSteps(non_finite)
-        sharded.check_strategy(self)
+        distributed.check_strategy(self)
         self.add_callback(FiniteStepsCallback(self))
         self.process_state = ProcessState(self)
         self._tokens = 0  # since the last log, of this process

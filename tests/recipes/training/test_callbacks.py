@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.watch import PanelCallback
+from recipes_minigpt4.training.callbacks import PanelCallback
 
 
 class Page(HTMLParser):
@@ -44,7 +44,7 @@ class Page(HTMLParser):
 @pytest.fixture(autouse=True)
 def short_descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights do not end a description by themselves, and tests need no long ones."""
-    monkeypatch.setattr("recipes_minigpt4.watch.MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr("recipes_minigpt4.training.callbacks.MAX_NEW_TOKENS", 8)
 
 
 def losses(trainer) -> list[tuple[float, float]]:

@@ -12,8 +12,8 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling_minigpt4.peft_minigpt4 import plain_names
-from recipes_minigpt4 import sharded
-from recipes_minigpt4.checkpoints import (
+from recipes_minigpt4.training import distributed
+from recipes_minigpt4.training.checkpoints import (
     STATE,
     UNFINISHED,
     newest_checkpoint,
@@ -65,12 +65,12 @@ class CheckpointingMixin:
             resume_from_checkpoint = str(newest_checkpoint(Path(self.args.output_dir)) or "") or True
         self.process_state.begin()
         if isinstance(resume_from_checkpoint, str):
-            sharded.check_checkpoint(self, resume_from_checkpoint)
+            distributed.check_checkpoint(self, resume_from_checkpoint)
             self.process_state.load(resume_from_checkpoint)
             if (end := self._find_end(resume_from_checkpoint)) is not None:
                 return end
         self._images, self._clock = 0, time.perf_counter()
-        with sharded.trained_only(self):
+        with distributed.trained_only(self):
             output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         self.finite_steps.check(self)
         self.finite_steps.check_weights(self)
@@ -122,7 +122,7 @@ class CheckpointingMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
-            sharded.load(self.model, resume_from_checkpoint)
+            distributed.load(self.model, resume_from_checkpoint)
             return
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         if self.model.has_adapter:
@@ -137,7 +137,7 @@ class CheckpointingMixin:
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
-            sharded.load(self.model, self.state.best_model_checkpoint)
+            distributed.load(self.model, self.state.best_model_checkpoint)
             return
         super()._load_best_model()  # type: ignore[misc]
         if self.model.has_adapter:
@@ -188,7 +188,7 @@ class CheckpointingMixin:
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 super().save_model(output_dir, _internal_call)  # type: ignore[misc]
                 return
-            tensors = sharded.gather(self)
+            tensors = distributed.gather(self)
             if self.args.should_save:
                 self._save(output_dir, state_dict=tensors)
         if self.args.push_to_hub and not _internal_call:
@@ -197,7 +197,7 @@ class CheckpointingMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with together(self, self._final_folder):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                sharded.save_optimizer(self, output_dir)
+                distributed.save_optimizer(self, output_dir)
             else:
                 super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 

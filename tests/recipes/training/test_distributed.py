@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
 LORA = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]})

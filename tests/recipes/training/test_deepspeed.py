@@ -19,7 +19,7 @@ from test_accelerate_configs import prepare
 from test_ranks import SETTINGS, largest_deviation, logs
 
 from recipes_minigpt4 import stage1_pretrain
-from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
 pytestmark = [

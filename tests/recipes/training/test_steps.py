@@ -17,10 +17,10 @@ from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.collator import BytePictures, StageCollator
 from recipes_minigpt4.data.formatting import Rows, stage1_rows, stage2_rows
 from recipes_minigpt4.data.sources import load_pairs
-from recipes_minigpt4.last_layer import LastLayer
-from recipes_minigpt4.scoring import looks_ahead
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.last_layer import LastLayer
+from recipes_minigpt4.training.loss import looks_ahead
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
 # Operations whose result tells the host a number or a shape, so that it waits for the device.

@@ -11,8 +11,8 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from modeling_minigpt4 import MiniGPT4DataCollator
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import StageArguments
+from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
 COMMON = {

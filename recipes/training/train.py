@@ -1,23 +1,19 @@
-"""How a run starts, ends, and goes on."""
+"""A run from its first step to the saved adapter."""
 
 from pathlib import Path
 
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_minigpt4.checks_minigpt4 import InputError
-from recipes_minigpt4.checkpoints import (
-    FILES,
-    STATE,
+from recipes_minigpt4.training.checkpoints import (
     how_to_go_on,
     latest_checkpoint,
-    newest_checkpoint,
-    what_is_missing,
 )
-from recipes_minigpt4.faults import PreemptionCallback, is_lost_process
-from recipes_minigpt4.trainer import MiniGPT4Trainer
-from recipes_minigpt4.training import StageArguments, describe_parameters
+from recipes_minigpt4.training.model import describe_parameters
+from recipes_minigpt4.training.preemption import PreemptionCallback, is_lost_process
+from recipes_minigpt4.training.resume import check_same, find_checkpoint
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import PreemptedError, RecipeError, one_line
 
 
@@ -55,7 +51,7 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
 def _train(trainer: MiniGPT4Trainer, folder: Path) -> None:
     try:
         checkpoint = find_checkpoint(trainer.args)
-        _check_same(checkpoint)
+        check_same(checkpoint)
         if checkpoint is None and (older := latest_checkpoint(folder)) and trainer.is_world_process_zero():
             print(f"{older} is of an earlier run; remove it, or it may be taken for one of this run later.")
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -72,17 +68,6 @@ def _train(trainer: MiniGPT4Trainer, folder: Path) -> None:
         ) from error
     report(trainer)
     trainer.samples.over_all_processes(trainer.accelerator).check(enough=1)  # the run has no more to come
-
-
-def _check_same(checkpoint: str | None) -> None:
-    """Refuse to resume where the processes see different checkpoints, as on machines without a shared disk."""
-    found = dict.fromkeys(gather_object([checkpoint]))
-    if len(found) > 1:
-        seen = " and ".join(str(each or "none") for each in found)
-        raise RecipeError(
-            f"The processes of this run see different newest checkpoints, {seen}; let all machines share "
-            "output_dir, or copy the newest to each."
-        )
 
 
 def _save(trainer: MiniGPT4Trainer, folder: Path) -> None:
@@ -129,31 +114,3 @@ def check_max_length(trainer: MiniGPT4Trainer) -> None:
             f"max_length is {limit}, but picture and prompt alone take {needed} tokens; leave it out, for "
             "--max_txt_len cuts long answers and never a picture."
         )
-
-
-def find_checkpoint(args: StageArguments) -> str | None:
-    """
-    The checkpoint that `--resume_from_checkpoint` means.
-
-    A folder, or of the output folder the newest that is whole: `latest` has to find one, and `auto` starts from the
-    beginning where there is none, so that a scheduler can run the same command again and again.
-
-    Raises:
-        RecipeError: if there is none, or the folder is no whole one.
-    """
-    wanted = str(args.resume_from_checkpoint or "").strip()
-    if wanted.lower() in ("", "false", "none"):
-        return None
-    if wanted.lower() in ("true", "latest", "auto"):
-        latest = newest_checkpoint(Path(args.output_dir))
-        if latest is None and wanted.lower() != "auto":
-            raise RecipeError(
-                f"There is no checkpoint to resume from in {args.output_dir}; leave --resume_from_checkpoint out."
-            )
-        return None if latest is None else str(latest)
-    folder = Path(wanted)
-    if not (folder / STATE).is_file():
-        raise RecipeError(f"There is no checkpoint to resume from at {wanted}; leave --resume_from_checkpoint out.")
-    if (folder / FILES).is_file() and (reason := what_is_missing(folder)) is not None:
-        raise RecipeError(f"{wanted} is not a whole checkpoint, for {reason}; name another, or `latest`.")
-    return wanted

@@ -1,4 +1,7 @@
-"""What each process of a run has to remember beside what transformers does: its place in a stream, and its counts."""
+"""Going on from a checkpoint: which one is meant, and what each process remembers beside what transformers does.
+
+That is its place in a stream, and its counts of samples and tokens.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,48 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes_minigpt4.data.streaming import loader_state
+from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.checkpoints import FILES, STATE, newest_checkpoint, what_is_missing
 from recipes_minigpt4.utils.errors import RecipeError
+
+
+def find_checkpoint(args: StageArguments) -> str | None:
+    """
+    The checkpoint that `--resume_from_checkpoint` means.
+
+    A folder, or of the output folder the newest that is whole: `latest` has to find one, and `auto` starts from the
+    beginning where there is none, so that a scheduler can run the same command again and again.
+
+    Raises:
+        RecipeError: if there is none, or the folder is no whole one.
+    """
+    wanted = str(args.resume_from_checkpoint or "").strip()
+    if wanted.lower() in ("", "false", "none"):
+        return None
+    if wanted.lower() in ("true", "latest", "auto"):
+        latest = newest_checkpoint(Path(args.output_dir))
+        if latest is None and wanted.lower() != "auto":
+            raise RecipeError(
+                f"There is no checkpoint to resume from in {args.output_dir}; leave --resume_from_checkpoint out."
+            )
+        return None if latest is None else str(latest)
+    folder = Path(wanted)
+    if not (folder / STATE).is_file():
+        raise RecipeError(f"There is no checkpoint to resume from at {wanted}; leave --resume_from_checkpoint out.")
+    if (folder / FILES).is_file() and (reason := what_is_missing(folder)) is not None:
+        raise RecipeError(f"{wanted} is not a whole checkpoint, for {reason}; name another, or `latest`.")
+    return wanted
+
+
+def check_same(checkpoint: str | None) -> None:
+    """Refuse to resume where the processes see different checkpoints, as on machines without a shared disk."""
+    found = dict.fromkeys(gather_object([checkpoint]))
+    if len(found) > 1:
+        seen = " and ".join(str(each or "none") for each in found)
+        raise RecipeError(
+            f"The processes of this run see different newest checkpoints, {seen}; let all machines share "
+            "output_dir, or copy the newest to each."
+        )
 
 
 class StreamEpochCallback(TrainerCallback):

@@ -7,7 +7,7 @@ import torch
 from closeness import assert_close
 from transformers import AutoConfig, AutoModel
 
-from recipes_minigpt4.last_layer import LastLayer
+from recipes_minigpt4.training.last_layer import LastLayer
 
 
 DECODERS = {

@@ -16,7 +16,7 @@ from transformers import BertConfig
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import cli, plan
 from recipes_minigpt4.data.arguments import DataArguments
-from recipes_minigpt4.training import ModelArguments, StageArguments
+from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import RANGES
 
@@ -227,9 +227,9 @@ def test_what_this_machine_cannot_do_is_told(
 
 
 def test_a_reporter_that_is_not_installed_is_told(refuse: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes_minigpt4 import settings
+    from recipes_minigpt4.training import argument_checks
 
-    monkeypatch.setattr(settings, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(argument_checks, "get_available_reporting_integrations", lambda: ["tensorboard"])
     assert "--report_to wandb needs its package; run `pip install wandb`" in refuse(report_to="wandb")
 
 

@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from modeling_minigpt4.digest_minigpt4 import digests
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from modeling_minigpt4.unchanged_minigpt4 import Part
-from recipes_minigpt4.faults import SKIP
+from recipes_minigpt4.training.non_finite import SKIP
 from recipes_minigpt4.utils.errors import RecipeError
 
 

@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 from recipes_minigpt4 import stage1_pretrain
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
-from recipes_minigpt4.trainer import MiniGPT4Trainer, original_lr
-from recipes_minigpt4.training import load_model
+from recipes_minigpt4.training.model import load_model
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer, original_lr
 
 
-MEASURED = json.loads((Path(__file__).parents[1] / "fixtures" / "lr_schedule.json").read_text())
+MEASURED = json.loads((Path(__file__).parents[2] / "fixtures" / "lr_schedule.json").read_text())
 RUNS = [name for name, run in MEASURED.items() if isinstance(run, dict) and "lr" in run]
 
 

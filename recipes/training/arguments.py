@@ -1,39 +1,28 @@
-"""What the two stages share: their arguments, and the model with its frozen parts."""
+"""What both stages take: which model, and how it is trained; and the parser that reads YAML files and arguments."""
 
 import difflib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
-from transformers import set_seed
 from trl import SFTConfig, TrlParser
 
-from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from modeling_minigpt4.checks_minigpt4 import why_missing
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
-from modeling_minigpt4.peft_minigpt4 import find_peft_folder
-from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.faults import SKIP, STOP
-from recipes_minigpt4.quantization import quantization_config
-from recipes_minigpt4.settings import check_evaluation, check_settings, check_texts
-from recipes_minigpt4.utils.embedded_world import TINY, backbone_folder
+from recipes_minigpt4.training.argument_checks import check_evaluation, check_settings, check_texts
+from recipes_minigpt4.training.non_finite import SKIP, STOP
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.ranges import check_ranges
-
-
-# ---- arguments ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class ModelArguments:
     """Which parts the model is made of, and which of them train."""
 
+    # The parts
     model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -61,6 +50,8 @@ class ModelArguments:
             "or Jinja. Default: the language model's own if it has one, otherwise vicuna_v0."
         },
     )
+
+    # What trains beside the projection
     train_parts: list[str] = field(
         default_factory=list,
         metadata={"help": "Parts that train beside the projection: vision, qformer, language_model. Default: none."},
@@ -73,6 +64,8 @@ class ModelArguments:
             "command line. Default: none."
         },
     )
+
+    # How the frozen weights are kept and computed
     dtype: str = field(
         default="auto",
         metadata={
@@ -106,6 +99,7 @@ class StageArguments(SFTConfig):
     Mixed precision is bfloat16 on GPUs that know it, float16 (the original's) on others, and off without a GPU.
     """
 
+    # Schedule (released code, `LinearWarmupCosineLRScheduler`)
     learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate, reached after warm-up."})
     min_learning_rate: float = field(default=8e-5, metadata={"help": "Where the cosine ends."})
     warmup_start_learning_rate: float = field(default=1e-6, metadata={"help": "Where the warm-up starts."})
@@ -123,10 +117,8 @@ class StageArguments(SFTConfig):
     )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, on matrices only."})
     seed: int = field(default=42, metadata={"help": "Seed of the projection, the order of samples and the prompts."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Never cut a row: max_txt_len cuts answers, and images stay whole."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are made from all columns."})
+
+    # Stored features of the vision side
     cache_features: str | None = field(
         default=None,
         metadata={
@@ -140,16 +132,8 @@ class StageArguments(SFTConfig):
             "help": "Type of the kept features: float32, bfloat16 or float16. Default: that of the frozen weights."
         },
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite; looking for them waits for the GPU."}
-    )
-    non_finite: str = field(
-        default=STOP,
-        metadata={
-            "help": "What a loss that is not finite does: stop ends the run, skip leaves its step out, for which it "
-            "looks before every step and so waits for the GPU."
-        },
-    )
+
+    # What a run shows
     report_to: str = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, trackio, …"})
     panel_steps: int | None = field(
         default=None,
@@ -162,8 +146,28 @@ class StageArguments(SFTConfig):
     panel_images: str | None = field(
         default=None, metadata={"help": "Folder of these pictures. Default: the first four of the training data."}
     )
+
+    # Losses that are not finite
+    non_finite: str = field(
+        default=STOP,
+        metadata={
+            "help": "What a loss that is not finite does: stop ends the run, skip leaves its step out, for which it "
+            "looks before every step and so waits for the GPU."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite; looking for them waits for the GPU."}
+    )
+
+    # Model card
     license: str = field(default="other", metadata={"help": "Licence of the trained weights, for the model card."})
     language: str = field(default="en", metadata={"help": "Language of the training text, for the model card."})
+
+    # Settings of TRL that pictures need
+    max_length: int | None = field(
+        default=None, metadata={"help": "Never cut a row: max_txt_len cuts answers, and images stay whole."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are made from all columns."})
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled, as in `training_args.bin`: everything but the token."""
@@ -263,157 +267,3 @@ def find_config(name: str) -> Path:
     raise RecipeError(
         f"There is no configuration {name!r}: give the path of a YAML file or one of {', '.join(shipped)}."
     )
-
-
-NO_MODEL = (
-    "No model: name --vision, --language_model and perhaps --qformer, or an adapter with --model_name_or_path; "
-    "--config tiny_stage1 has all that a first run needs."
-)
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
-
-
-def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4ForConditionalGeneration, Any]:
-    """
-    Compose or load the model, freeze what does not train, and make its processor.
-
-    Raises:
-        RecipeError: if a part is not named, cannot be found or does not fit.
-    """
-    set_seed(training.seed)  # a new projection is drawn from it
-    options: dict[str, Any] = {"dtype": _dtype(args, training)}
-    if args.attn_implementation is not None:
-        options["attn_implementation"] = args.attn_implementation
-    if args.quantization is not None:
-        options["quantization_config"] = quantization_config(args.quantization, options["dtype"])
-    parts = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
-    parts = {part: _resolve(part, source) for part, source in parts.items() if source}
-    template = {} if args.chat_template is None else {"chat_template": args.chat_template}
-    try:
-        if args.model_name_or_path:
-            check_saved(args.model_name_or_path)
-            model = MiniGPT4ForConditionalGeneration.from_pretrained(
-                args.model_name_or_path, backbones=parts, **options
-            )
-            processor = MiniGPT4Processor.from_pretrained(args.model_name_or_path, **template)
-            if args.projector_num_layers not in (None, model.config.projector_num_layers):
-                raise RecipeError(
-                    f"projector_num_layers is {args.projector_num_layers}, but the projection of "
-                    f"{args.model_name_or_path} has {model.config.projector_num_layers}; leave it out."
-                )
-        elif {"vision", "language_model"} <= parts.keys():
-            if args.projector_num_layers is not None:
-                options["projector_num_layers"] = args.projector_num_layers
-            if args.chat_template and "{" not in args.chat_template:  # not what the language model's own chats end in
-                options["separator"] = "###" if args.chat_template.startswith("vicuna_v0") else None
-            model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, **options)
-            processor = MiniGPT4Processor.from_backbones(
-                language_model=parts["language_model"], vision=parts["vision"], config=model.config, **template
-            )
-        else:
-            raise RecipeError(NO_MODEL)
-        model.check_language_model_is_elsewhere()
-        model.freeze_backbones(train=args.train_parts)
-        if args.peft_config:
-            add_adapter(model, args)
-    except RecipeError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"{one_line(error)}.") from error
-    return model, processor
-
-
-def check_saved(path: str) -> tuple[Any, str]:
-    """
-    Make sure that a folder or repository holds a model of this package, as far as its configuration tells.
-
-    Returns:
-        What `find_peft_folder` tells: where an adapter that PEFT saved by itself is, or None, and the model below it.
-
-    Raises:
-        RecipeError: if there is none, or if it is another's.
-    """
-    try:
-        found, base = find_peft_folder(path, {})
-        fields, _ = MiniGPT4Config.get_config_dict(base)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"--model_name_or_path {path} cannot be opened: {why_missing(path)}; name the folder that a stage has "
-            "written, or a repository with such a model."
-        ) from error
-    if (kind := fields.get("model_type")) != MiniGPT4Config.model_type:
-        raise RecipeError(
-            f"--model_name_or_path {base} is a model of the type {kind!r} and not one of this package; a language "
-            "model alone is named with --language_model."
-        )
-    return found, base
-
-
-def add_adapter(model: MiniGPT4ForConditionalGeneration, args: ModelArguments) -> None:
-    """
-    Put the adapter of `peft_config` on the language model.
-
-    Raises:
-        RecipeError: if there is one already, the language model trains itself, or PEFT knows no such configuration.
-    """
-    if model.has_adapter:
-        raise RecipeError(f"{args.model_name_or_path} has an adapter, which goes on training; leave peft_config out.")
-    if "language_model" in args.train_parts:
-        raise RecipeError("An adapter needs a frozen language model; leave out peft_config or its train_parts.")
-    try:
-        model.add_adapter(read_peft_config(args.peft_config))
-    except RecipeError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"peft_config does not fit the language model: {one_line(error)}.") from error
-
-
-def read_peft_config(value: Any) -> Any:
-    """PEFT's own configuration from its fields, a mapping or JSON."""
-    try:
-        fields = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f'peft_config is no JSON ({one_line(error)}); write it as in {{"peft_type": "LORA", "r": 8}}.'
-        ) from error
-    kind = str(fields.get("peft_type")).upper() if isinstance(fields, Mapping) else None
-    if kind not in PeftType.__members__:
-        raise RecipeError(
-            "peft_config is a mapping with a peft_type that PEFT knows, as in "
-            f'{{"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}}; got {fields!r}.'
-        )
-    try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]](**{**fields, "peft_type": kind})
-    except TypeError as error:
-        raise RecipeError(f"peft_config has a field that PEFT does not know: {one_line(error)}.") from error
-
-
-def _dtype(args: ModelArguments, training: StageArguments) -> torch.dtype:
-    if args.dtype == "auto":
-        return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    dtype = getattr(torch, str(args.dtype), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise RecipeError(f"--dtype is {args.dtype!r}; it has to be float32, bfloat16, float16 or auto.")
-    return dtype
-
-
-def _resolve(part: str, source: str) -> str:
-    """The folder of a shipped backbone for `tiny`; every other name as it is."""
-    return backbone_folder(part) if source == TINY else source
-
-
-def describe_parameters(model: MiniGPT4ForConditionalGeneration) -> str:
-    """What trains and what is frozen: a line per part with its number of parameters, and the names that train."""
-    counts: dict[tuple[bool, str], int] = {}
-    for name, parameter in model.named_parameters():
-        part = name.removeprefix("model.").split(".")[0]
-        key = (parameter.requires_grad, part)
-        counts[key] = counts.get(key, 0) + number_of_values(parameter)
-    lines = [
-        f"{'trains' if trains else 'frozen'}  {part:<20} {count:>14,} parameters"
-        for (trains, part), count in sorted(counts.items(), reverse=True)
-    ]
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return "\n".join([*lines, f"names that train: {shown}"])

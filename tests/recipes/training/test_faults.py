@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import IntervalStrategy, TrainerCallback
 
-from recipes_minigpt4 import cli, faults, stage1_pretrain
-from recipes_minigpt4.checkpoints import UNFINISHED, what_is_missing
-from recipes_minigpt4.running import train_and_save
-from recipes_minigpt4.trainer import MiniGPT4Trainer
+from recipes_minigpt4 import cli, stage1_pretrain
+from recipes_minigpt4.training import non_finite
+from recipes_minigpt4.training.checkpoints import UNFINISHED, what_is_missing
+from recipes_minigpt4.training.train import train_and_save
+from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import PreemptedError, RecipeError
 
 
@@ -324,7 +325,7 @@ def test_nothing_but_such_steps_ends_the_run(
 ) -> None:
     poison(monkeypatch, set(range(3, 100)))
     assert cli.main(["stage1", *stage(max_steps=60, non_finite="skip")]) == 2
-    assert f"{faults.MOST_IN_A_ROW} steps in a row were not finite at or before step 21" in capsys.readouterr().err
+    assert f"{non_finite.MOST_IN_A_ROW} steps in a row were not finite at or before step 21" in capsys.readouterr().err
 
 
 def poison_the_second_rank() -> None:
