@@ -15,7 +15,10 @@ from recipes_minigpt4.utils.redaction import redact, redact_logs
 COMMANDS = {
     "stage1": ("recipes_minigpt4.stage1_pretrain", "train the projection on many image–caption pairs"),
     "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on few long descriptions in the chat template"),
-    "plan": ("recipes_minigpt4.plan", "tell parameters, memory per GPU, steps and data of a run before it starts"),
+    "plan": (
+        "recipes_minigpt4.planning.plan",
+        "tell parameters, memory per GPU, steps and data of a run before it starts",
+    ),
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.hub.convert", "turn the original's files into a folder that from_pretrained loads"),
     "push": ("recipes_minigpt4.hub.push", "publish a saved model on the Hub, in one commit"),

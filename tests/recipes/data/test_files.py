@@ -23,7 +23,7 @@ from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.data.webdataset import expand
-from recipes_minigpt4.plan_data import measure_sources
+from recipes_minigpt4.planning.data import measure_sources
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.redaction import redact
 

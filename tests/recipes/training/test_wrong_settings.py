@@ -14,8 +14,9 @@ import pytest
 from transformers import BertConfig
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from recipes_minigpt4 import cli, plan
+from recipes_minigpt4 import cli
 from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.planning import plan
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import RANGES

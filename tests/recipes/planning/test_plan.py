@@ -27,11 +27,11 @@ from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, b
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.sources import load_pairs
-from recipes_minigpt4.plan import Plan, PlannedStage1, make_plan, tell_stage
-from recipes_minigpt4.plan_data import Source, longest_row, measure_sources, plan_schedule
-from recipes_minigpt4.plan_memory import AutocastOfGPU, Step, trace_step
-from recipes_minigpt4.plan_model import SCHEMES, build_skeleton, check_quantization, list_parts, quantize_skeleton
-from recipes_minigpt4.plan_parallel import Parallelism, hold
+from recipes_minigpt4.planning.data import Source, longest_row, measure_sources, plan_schedule
+from recipes_minigpt4.planning.memory import AutocastOfGPU, Step, trace_step
+from recipes_minigpt4.planning.model import SCHEMES, build_skeleton, check_quantization, list_parts, quantize_skeleton
+from recipes_minigpt4.planning.parallel import Parallelism, hold
+from recipes_minigpt4.planning.plan import Plan, PlannedStage1, make_plan, tell_stage
 from recipes_minigpt4.training.arguments import ModelArguments
 from recipes_minigpt4.training.last_layer import LastLayer
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer

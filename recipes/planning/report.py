@@ -1,12 +1,13 @@
-"""A plan as people read it."""
+"""A plan, and how people read it."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from recipes_minigpt4.plan_data import Source
+import torch
 
-
-if TYPE_CHECKING:
-    from recipes_minigpt4.plan import Plan
+from recipes_minigpt4.planning.data import RowLength, Schedule, Source
+from recipes_minigpt4.planning.model import Part
+from recipes_minigpt4.planning.parallel import Parallelism
+from recipes_minigpt4.training.arguments import StageArguments
 
 
 GB = 1e9
@@ -14,7 +15,48 @@ GPU_SIZES = (24, 40, 80)  # GB of common GPUs; their makers count in GiB, so tha
 COMMON_HOURS = (1, 10, 24)
 
 
-def format_plan(plan: "Plan") -> str:
+@dataclass
+class Plan:
+    """
+    All that is told.
+
+    Args:
+        stage: 1 or 2.
+        on_gpu: whether the run is on GPUs.
+        precision: of mixed precision, or None.
+        parallelism: who holds what.
+        parts: parameters.
+        memory: name, bytes at the peak, and bytes at most, of every part.
+        checkpoint_bytes: of weights and of optimizer state in a checkpoint.
+        row: the longest one.
+        training: the settings.
+        schedule: how long the run is.
+        sources: the data.
+        hours: wanted, or None.
+        notes: what was assumed.
+    """
+
+    stage: int
+    on_gpu: bool
+    precision: torch.dtype | None
+    parallelism: Parallelism
+    parts: list[Part]
+    memory: list[tuple[str, int, int]]
+    checkpoint_bytes: tuple[int, int]
+    row: RowLength
+    training: StageArguments
+    schedule: Schedule
+    sources: list[Source]
+    hours: float | None
+    notes: list[str]
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a process needs at once."""
+        return sum(size for _, size, _ in self.memory)
+
+
+def format_plan(plan: Plan) -> str:
     """The whole plan: parameters, memory, steps, data, and what was assumed."""
     precision = str(plan.precision).removeprefix("torch.") if plan.precision else "float32"
     place = "GPU" if plan.on_gpu else "CPU"
@@ -25,7 +67,7 @@ def format_plan(plan: "Plan") -> str:
     return "\n\n".join(blocks)
 
 
-def _parameters(plan: "Plan") -> str:
+def _parameters(plan: Plan) -> str:
     lines = [f"{'parameters':<24}{'number':>18}  {'state':<8}{'stored in':<14}{'GB':>8}"]
     for part in plan.parts:
         state = "trains" if part.trains else "frozen"
@@ -35,7 +77,7 @@ def _parameters(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def _memory(plan: "Plan") -> str:
+def _memory(plan: Plan) -> str:
     unit = "GPU" if plan.on_gpu else "process"
     lines = [f"{f'memory per {unit}, GB':<42}{'at the peak':>12}{'at most':>10}"]
     lines += [f"  {name:<40}{size / GB:>12.3f}{most / GB:>10.3f}" for name, size, most in plan.memory]
@@ -56,7 +98,7 @@ def _fits(peak: int) -> str:
     return f"fits into {told}{remedy}"
 
 
-def _steps(plan: "Plan") -> str:
+def _steps(plan: Plan) -> str:
     training, row, schedule = plan.training, plan.row, plan.schedule
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     processes, unit = plan.parallelism.processes, "GPU" if plan.on_gpu else "process"
@@ -78,7 +120,7 @@ def _steps(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def _data(plan: "Plan") -> str:
+def _data(plan: Plan) -> str:
     lines = ["data"]
     lines += [f"  {source.name:<22}{_source(source)}" for source in plan.sources]
     if plan.schedule.epochs is not None:
@@ -99,7 +141,7 @@ def _source(source: Source) -> str:
     return ", ".join(text for text in told if text)
 
 
-def _reading_rate(plan: "Plan") -> str:
+def _reading_rate(plan: Plan) -> str:
     """Bytes a second in the wanted time, where files and samples are known."""
     known = [(s.samples, s.nbytes) for s in plan.sources if s.samples and s.nbytes and "elsewhere" not in s.note]
     if not plan.hours or len(known) < len(plan.sources):

@@ -4,7 +4,7 @@
     minigpt4 plan --config stage2_vicuna_7b --accelerate_config fsdp2.yaml --per_device_train_batch_size 4
 
 Takes what `minigpt4 stage1` and `stage2` take. Of models and repositories only the configurations are read; memory is
-that of a step with tensors that have no data (`plan_memory.py`), every row as long as it can be.
+that of a step with tensors that have no data (`memory.py`), every row as long as it can be.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +19,21 @@ from transformers import Trainer
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.feature_cache import STORED
-from recipes_minigpt4.plan_data import (
+from recipes_minigpt4.planning.data import (
     RowLength,
-    Schedule,
-    Source,
     longest_row,
     measure_sources,
     plan_schedule,
 )
-from recipes_minigpt4.plan_memory import OPTIMIZER, Step, needs_values, trace_step
-from recipes_minigpt4.plan_model import (
-    Part,
+from recipes_minigpt4.planning.memory import OPTIMIZER, Step, needs_values, trace_step
+from recipes_minigpt4.planning.model import (
     build_skeleton,
     check_quantization,
     list_parts,
     quantize_skeleton,
 )
-from recipes_minigpt4.plan_parallel import Parallelism, hold, memory_per_process, read_parallelism
-from recipes_minigpt4.plan_report import format_plan
+from recipes_minigpt4.planning.parallel import Parallelism, hold, memory_per_process, read_parallelism
+from recipes_minigpt4.planning.report import Plan, format_plan
 from recipes_minigpt4.stage2_finetune import Stage2Arguments
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments, StageParser, find_config
 from recipes_minigpt4.training.model import weights_dtype
@@ -69,47 +66,6 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-
-
-@dataclass
-class Plan:
-    """
-    All that is told.
-
-    Args:
-        stage: 1 or 2.
-        on_gpu: whether the run is on GPUs.
-        precision: of mixed precision, or None.
-        parallelism: who holds what.
-        parts: parameters.
-        memory: name, bytes at the peak, and bytes at most, of every part.
-        checkpoint_bytes: of weights and of optimizer state in a checkpoint.
-        row: the longest one.
-        training: the settings.
-        schedule: how long the run is.
-        sources: the data.
-        hours: wanted, or None.
-        notes: what was assumed.
-    """
-
-    stage: int
-    on_gpu: bool
-    precision: torch.dtype | None
-    parallelism: Parallelism
-    parts: list[Part]
-    memory: list[tuple[str, int, int]]
-    checkpoint_bytes: tuple[int, int]
-    row: RowLength
-    training: StageArguments
-    schedule: Schedule
-    sources: list[Source]
-    hours: float | None
-    notes: list[str]
-
-    @property
-    def peak(self) -> int:
-        """Bytes that a process needs at once."""
-        return sum(size for _, size, _ in self.memory)
 
 
 def main(arguments: Sequence[str]) -> Plan:

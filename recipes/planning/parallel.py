@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 
-from recipes_minigpt4.plan_memory import ACTIVATIONS, BATCH, GRADIENTS, LOGITS, OPTIMIZER, VISION, Trace
+from recipes_minigpt4.planning.memory import ACTIVATIONS, BATCH, GRADIENTS, LOGITS, OPTIMIZER, VISION, Trace
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
