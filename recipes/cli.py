@@ -22,7 +22,10 @@ COMMANDS = {
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.hub.convert", "turn the original's files into a folder that from_pretrained loads"),
     "push": ("recipes_minigpt4.hub.push", "publish a saved model on the Hub, in one commit"),
-    "ablate": ("recipes_minigpt4.ablate", "run the paper's variants in miniature and compare them with the paper"),
+    "ablate": (
+        "recipes_minigpt4.evaluation.ablate",
+        "run the paper's variants in miniature and compare them with the paper",
+    ),
     "benchmark": ("recipes_minigpt4.benchmark", "measure speed and memory beside transformers' BLIP-2"),
 }
 # What to do after an interruption.

@@ -40,14 +40,14 @@ from modeling_minigpt4.version import __version__
 from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
 from recipes_minigpt4.data.feature_cache import VISION_SIDE
-from recipes_minigpt4.tiny import BACKBONES
-from recipes_minigpt4.tiny.ablation_report import (
+from recipes_minigpt4.evaluation.ablation_report import (
     DIRECTIONS,
     MEASURES,
     print_tables,
     summarize_variants,
     write_reports,
 )
+from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.demo import (
     THREADS,
     Shown,

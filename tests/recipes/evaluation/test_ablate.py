@@ -15,10 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from recipes_minigpt4 import ablate, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.cli import main as run_command
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
-from recipes_minigpt4.tiny import ablation_report, demo, metrics, scenes
+from recipes_minigpt4.evaluation import ablate, ablation_report
+from recipes_minigpt4.tiny import demo, metrics, scenes
 from recipes_minigpt4.utils.errors import RecipeError
 
 

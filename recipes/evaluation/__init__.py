@@ -1,0 +1,1 @@
+"""How good a model is: the paper's variants in miniature, compared with the paper."""
