@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from recipes_minigpt4.benchmark.machine import read_status
 from recipes_minigpt4.benchmark.sides import BUILDERS, Batch, Workload, build_data
-from recipes_minigpt4.full_size_check import read_status
 from recipes_minigpt4.utils.errors import RecipeError
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from recipes_minigpt4.benchmark.machine import surroundings
 from recipes_minigpt4.benchmark.models import Size
-from recipes_minigpt4.full_size_check import surroundings
 from recipes_minigpt4.utils.errors import RecipeError
 
 

@@ -1,6 +1,6 @@
 """Load and run MiniGPT-4 at full size, with random weights.
 
-    python -m recipes_minigpt4.full_size_check --output-dir DIR
+    python -m recipes_minigpt4.benchmark.full_size --output-dir DIR
 
 Writes backbones as the Hub has them (shards of random weights with an index; BLIP-2's names for the vision side) and
 an adapter-only folder that refers to them. A new process then loads the adapter, looks at one picture and generates 8
@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors.torch import save_file
@@ -36,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
+from recipes_minigpt4.benchmark.machine import read_status, surroundings
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import POSITIVE, in_range
@@ -204,13 +202,6 @@ class MemoryWatch(threading.Thread):
         self.join()
 
 
-def read_status() -> dict[str, int]:
-    """Memory of this process by the kernel's names, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    pairs = (line.split(":") for line in lines if line.startswith(("Vm", "Rss")))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
-
-
 def mapped_files() -> list[str]:
     """Files of weights that are mapped into memory at the moment."""
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -268,21 +259,6 @@ def ask(processor: MiniGPT4Processor) -> dict[str, Tensor]:
     return inputs
 
 
-def surroundings() -> dict[str, Any]:
-    """Versions, processor and memory of the machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "threads": torch.get_num_threads(),
-        "cpu": names[0] if names else platform.machine(),
-        "machine_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-
-
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +293,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 def measure_in_new_process(adapter: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "recipes_minigpt4.full_size_check", "--measure", str(adapter)]
+    command = [sys.executable, "-m", "recipes_minigpt4.benchmark.full_size", "--measure", str(adapter)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
         raise RecipeError(
@@ -329,7 +305,7 @@ def measure_in_new_process(adapter: Path) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="full_size_check", description="Load and run a model of full size.")
+    parser = argparse.ArgumentParser(prog="full_size", description="Load and run a model of full size.")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output-dir", type=Path, help="gets the weights and result.json")
     where.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -383,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_check(args)
     except RecipeError as error:
-        print(f"full_size_check: {error}", file=sys.stderr)
+        print(f"full_size: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from safetensors import safe_open
 
-from recipes_minigpt4 import full_size_check
-from recipes_minigpt4.full_size_check import build_config, check, main, parse, run_check
+from recipes_minigpt4.benchmark import full_size
+from recipes_minigpt4.benchmark.full_size import build_config, check, main, parse, run_check
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -63,14 +63,14 @@ def test_what_is_measured(run) -> None:
 def test_too_much_memory_fails_in_one_sentence_and_kept_weights_are_used_again(run, monkeypatch, capsys) -> None:
     """A small model takes far less than the interpreter, so the limit of large ones is exceeded if it is asked for."""
     folder, result = run
-    monkeypatch.setattr(full_size_check, "measure_in_new_process", lambda adapter: result)
-    monkeypatch.setattr(full_size_check, "write_shards", None)  # nothing is written again
+    monkeypatch.setattr(full_size, "measure_in_new_process", lambda adapter: result)
+    monkeypatch.setattr(full_size, "write_shards", None)  # nothing is written again
     arguments = ["--output-dir", str(folder), "--preset", "small", "--keep"]
     assert main(arguments) == 0
     capsys.readouterr()
     assert main([*arguments, "--limit", "1.15"]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("full_size_check: Peak memory was ") and told.count("\n") == 1
+    assert told.startswith("full_size: Peak memory was ") and told.count("\n") == 1
     assert told.endswith("at most 1.15 times is allowed.\n")
 
 
@@ -78,7 +78,7 @@ def test_a_process_that_dies_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch) 
     """As it does when the memory does not suffice."""
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RecipeError, match="exit status 1"):
-        full_size_check.measure_in_new_process(tmp_path)
+        full_size.measure_in_new_process(tmp_path)
 
 
 def test_weights_are_deleted_unless_they_are_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_weights_are_deleted_unless_they_are_kept(tmp_path, monkeypatch: pytest.
         assert (adapter / "model.safetensors").exists()
         return {"new_tokens": 8, "finite": True, "ratio": 1.0, "mapped_files": []}
 
-    monkeypatch.setattr(full_size_check, "measure_in_new_process", measure)
+    monkeypatch.setattr(full_size, "measure_in_new_process", measure)
     assert main(["--output-dir", str(tmp_path), "--preset", "small"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
