@@ -18,7 +18,7 @@ from recipes_minigpt4.data.files import FILE_TYPES, file_type, open_binary, read
 from recipes_minigpt4.data.formatting import BLANK, INSTRUCTIONS, instruction_format
 from recipes_minigpt4.data.webdataset import expand, tars_named
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
-from recipes_minigpt4.training.model import resolve_source
+from recipes_minigpt4.training.model import backbone_sources
 from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -278,8 +278,7 @@ def _local_processor(args: ModelArguments, config: MiniGPT4Config) -> Any:
     try:
         if args.model_name_or_path:
             return MiniGPT4Processor.from_pretrained(args.model_name_or_path, local_files_only=True, **template)
-        parts = {"language_model": args.language_model or "", "vision": args.vision or ""}
-        parts = {part: resolve_source(part, source) for part, source in parts.items()}
+        parts = {part: source for part, source in backbone_sources(args).items() if part != "qformer"}
         return MiniGPT4Processor.from_backbones(**parts, config=config, local_files_only=True, **template)
     except (OSError, ValueError, TypeError):
         return None

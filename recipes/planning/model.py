@@ -17,7 +17,7 @@ from modeling_minigpt4.backbones import part_of
 from modeling_minigpt4.modeling_minigpt4 import compose_config
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, plain_names
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
-from recipes_minigpt4.training.model import NO_MODEL, add_adapter, check_saved, resolve_source, weights_dtype
+from recipes_minigpt4.training.model import NO_MODEL, add_adapter, backbone_sources, check_saved, weights_dtype
 from recipes_minigpt4.training.quantization import quantization_config
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -32,8 +32,7 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
     Raises:
         RecipeError: if a part is not named, cannot be found or does not fit.
     """
-    sources = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
-    parts: dict[str, Any] = {part: resolve_source(part, source) for part, source in sources.items() if source}
+    parts = backbone_sources(args)
     adapter = None
     try:
         if args.model_name_or_path:

@@ -37,8 +37,7 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
         options["attn_implementation"] = args.attn_implementation
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, options["dtype"])
-    parts = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
-    parts = {part: resolve_source(part, source) for part, source in parts.items() if source}
+    parts = backbone_sources(args)
     template = {} if args.chat_template is None else {"chat_template": args.chat_template}
     try:
         if args.model_name_or_path:
@@ -148,9 +147,10 @@ def weights_dtype(args: ModelArguments, training: StageArguments) -> torch.dtype
     return dtype
 
 
-def resolve_source(part: str, source: str) -> str:
-    """The folder of a shipped backbone for `tiny`; every other name as it is."""
-    return backbone_folder(part) if source == TINY else source
+def backbone_sources(args: ModelArguments) -> dict[str, str]:
+    """Part → repository or folder of those that are named; `tiny` stands for the folder of the shipped one."""
+    named = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
+    return {part: backbone_folder(part) if name == TINY else name for part, name in named.items() if name}
 
 
 def describe_parameters(model: MiniGPT4ForConditionalGeneration) -> str:
