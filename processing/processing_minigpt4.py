@@ -68,7 +68,7 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
 
     LLaMA's tokenizer gives the original's ids in every form: slow or fast, `legacy` or not, and as transformers 5
     loads it. For that, a piece that begins with a space has its dummy prefix too, which the fast forms leave out. What
-    cannot be mended is text behind a `<s>` or `</s>` that somebody typed: with `legacy=False` it has no dummy prefix.
+    cannot be fixed is text behind a `<s>` or `</s>` that somebody typed: with `legacy=False` it has no dummy prefix.
 
     Args:
         image_processor ([`MiniGPT4ImageProcessor`]): what makes pixels of pictures.

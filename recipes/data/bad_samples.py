@@ -140,11 +140,11 @@ class SampleCounts:
         """
         skipped, enough = self.skipped - self.ahead, self.enough if enough is None else enough
         if self.drawn >= enough and skipped and skipped == self.drawn:
-            raise RecipeError(f"None of {self.drawn:,} samples can be used: {self.by_cause()}; mend the data.")
+            raise RecipeError(f"None of {self.drawn:,} samples can be used: {self.by_cause()}; fix the data.")
         if self.drawn >= enough and skipped > self.limit * self.drawn:
             raise RecipeError(
                 f"{skipped:,} of {self.drawn:,} samples cannot be used, more than max_bad_share "
-                f"({self.limit:.0%}): {self.by_cause()}; mend the data, or raise --max_bad_share."
+                f"({self.limit:.0%}): {self.by_cause()}; fix the data, or raise --max_bad_share."
             )
 
     def by_cause(self) -> str:

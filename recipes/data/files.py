@@ -80,7 +80,7 @@ def open_table(path: Path) -> Dataset:
     except RecipeError:
         raise
     except Exception as error:  # whatever pandas, pyarrow or json say about a damaged file
-        raise RecipeError(f"{path} cannot be read as {ending[1:]} ({root_reason(error)}); mend the file.") from error
+        raise RecipeError(f"{path} cannot be read as {ending[1:]} ({root_reason(error)}); fix the file.") from error
 
 
 def read_annotations(path: Path) -> list[dict[str, Any]]:

@@ -76,14 +76,14 @@ def expand(pattern: str) -> list[str]:
                 missing.append(name)
         except Exception as error:  # whatever the Hub or a file system says
             raise RecipeError(
-                f"{name} cannot be listed ({one_line(error)}); mend the address, or log in if it is private."
+                f"{name} cannot be listed ({one_line(error)}); fix the address, or log in if it is private."
             ) from error
     if missing and found:
         raise RecipeError(
-            f"{len(missing)} of the tar files {pattern} are missing, {missing[0]} among them; mend --dataset_name."
+            f"{len(missing)} of the tar files {pattern} are missing, {missing[0]} among them; fix --dataset_name."
         )
     if not found:
-        raise RecipeError(f"There is no tar file {pattern}; mend --dataset_name.")
+        raise RecipeError(f"There is no tar file {pattern}; fix --dataset_name.")
     return found
 
 
@@ -160,7 +160,7 @@ def check_columns(tar: str, image_column: str, text_column: str) -> None:
                 return
     except BadSampleError as error:
         if not pictures:
-            raise RecipeError(f"{tar} cannot be read ({error.detail}); mend or remove it.") from error
+            raise RecipeError(f"{tar} cannot be read ({error.detail}); fix or remove it.") from error
     if not pictures:
         raise RecipeError(f"{tar} holds no samples; put pictures and texts of the same name into it, or remove it.")
     for option, column, seen in (("image_column", image_column, pictures), ("text_column", text_column, texts)):

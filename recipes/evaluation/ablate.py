@@ -190,7 +190,7 @@ def read_variant(path: Path) -> Variant:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}); mend the file.") from error
+        raise RecipeError(f"{path} cannot be read as YAML ({one_line(error)}); fix the file.") from error
     kinds = {"title": str, "paper": str, "note": str, "expect": dict, "stage1": dict, "stage2": (dict, type(None))}
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds no variant; it needs the fields title, stage1 and stage2.")

@@ -92,7 +92,7 @@ def _measure(name: str, args: DataArguments, stage: int) -> Source:
     except RecipeError:
         raise
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{name} cannot be read ({one_line(error)}); mend the file.") from error
+        raise RecipeError(f"{name} cannot be read ({one_line(error)}); fix the file.") from error
     return _measure_hub(name, args)
 
 

@@ -100,7 +100,7 @@ def _read_config(path: str) -> ClusterConfig:
         ) from error
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, OSError) as error:
         raise RecipeError(
-            f"{path} is no YAML file of accelerate's ({one_line(error)}); `accelerate config` writes one."
+            f"{path} is not a configuration file of accelerate ({one_line(error)}); `accelerate config` writes one."
         ) from error
     except ValueError as error:  # an unknown key or type, such as TPU
         raise RecipeError(f"{path} cannot be used ({one_line(error)}); a plan knows {KNOWN}.") from error

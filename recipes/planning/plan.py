@@ -136,7 +136,7 @@ def tell_stage(arguments: Sequence[str]) -> int:
         try:
             fields = yaml.safe_load(find_config(given[given.index("--config") + 1]).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"The configuration is no YAML: {one_line(error)}.") from error
+            raise RecipeError(f"The configuration is not YAML: {one_line(error)}.") from error
         names |= set(fields) if isinstance(fields, dict) else set()
     return 2 if names & set(OF_STAGE_2) else 1
 

@@ -238,7 +238,7 @@ class StageParser(TrlParser):
             raise
         except (yaml.YAMLError, ValueError, TypeError, OSError, ImportError) as error:
             # Also what the settings of transformers and TRL refuse, each in its way.
-            kind = "The configuration is no YAML: " if isinstance(error, yaml.YAMLError) else ""
+            kind = "The configuration is not YAML: " if isinstance(error, yaml.YAMLError) else ""
             raise RecipeError(f"{kind}{one_line(error)}.") from error
         for unknown in (text for text in (*in_file, *in_command) if text.startswith("-")):
             name = unknown.lstrip("-").split("=")[0]

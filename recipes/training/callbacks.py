@@ -188,7 +188,7 @@ def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
     try:
         paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)[:count]
     except OSError as error:
-        raise RecipeError(f"--panel_images {folder} is no folder that can be read ({error.strerror}).") from error
+        raise RecipeError(f"--panel_images {folder} is not a folder that can be read ({error.strerror}).") from error
     if not paths:
         raise RecipeError(f"--panel_images {folder} has no pictures; put some in it ({', '.join(sorted(SUFFIXES))}).")
     return [Watched([open_picture(path)], prompt, path.name, one_line) for path in paths]
@@ -204,7 +204,7 @@ def open_picture(path: Path) -> PIL.Image.Image:
         with PIL.Image.open(path) as picture:
             return as_rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # whatever Pillow says about a damaged file
-        raise RecipeError(f"{path} cannot be read ({told(error)}); mend or remove it.") from error
+        raise RecipeError(f"{path} cannot be read ({told(error)}); fix or remove it.") from error
 
 
 def as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:

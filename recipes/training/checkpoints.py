@@ -90,7 +90,7 @@ def together(trainer: Any, final: Path | None) -> Iterator[None]:
         restore_former(final.parent)
         shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
     raise NotWrittenError(
-        f"{final} could not be written ({reasons[0]}); make room or mend what is in the way, then "
+        f"{final} could not be written ({reasons[0]}); make room or fix what is in the way, then "
         f"{how_to_go_on(final.parent)}."
     )
 

@@ -525,7 +525,7 @@ def test_a_short_run_of_which_all_is_skipped_is_an_error(fields: dict, stage: Ca
     arguments = stage(dataset_name=tmp_path / "rows.jsonl", max_steps=2, per_device_train_batch_size=4, **fields)
     assert cli.main(["stage1", *arguments]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "None of 8 samples can be used: 8 × no caption" in told and told.endswith("mend the data.")
+    assert "None of 8 samples can be used: 8 × no caption" in told and told.endswith("fix the data.")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 

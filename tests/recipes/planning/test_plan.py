@@ -687,8 +687,8 @@ def test_mistakes_are_told_in_a_sentence(
 @pytest.mark.parametrize(
     "content, told",
     [
-        ("a: [", "is no YAML file of accelerate's"),
-        ("only words", "is no YAML file of accelerate's"),
+        ("a: [", "is not a configuration file of accelerate"),
+        ("only words", "is not a configuration file of accelerate"),
         ("distributed_type: TPU\nnum_processes: 8\n", "a plan knows one process"),
         ("distributed_type: XLA\nnum_processes: 8\n", "the distributed_type XLA"),
         ("distributed_type: MEGATRON_LM\nnum_processes: 8\n", "the distributed_type MEGATRON_LM"),
