@@ -1,4 +1,4 @@
-"""The model card of a trained adapter, rendered from MODEL_CARD.md.
+"""The model card of a trained adapter, rendered from card_template.md.
 
 A card goes to people who do not have this machine: folders appear by their last name only, never with their path.
 """
@@ -48,8 +48,8 @@ SETTINGS = {
 
 
 def card_template() -> str:
-    """The text of MODEL_CARD.md, a Jinja template that reads well as it stands."""
-    return resources.files(__package__).joinpath("MODEL_CARD.md").read_text(encoding="utf-8")
+    """The text of card_template.md, a Jinja template for `huggingface_hub.ModelCard`."""
+    return resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
 
 
 def last_name(name: str) -> str:
@@ -183,9 +183,7 @@ def render_card(
         settings=None if args is None else _settings(model, args, steps),
         results={public_text(name): public_text(value) for name, value in (results or {}).items()},
     )
-    # The template hides from its readers, in comments, what is to be filled in; empty ones are left of them.
-    text = re.sub(r"<!--.*?-->", "", str(card), flags=re.DOTALL)
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return str(card)
 
 
 def _holds(sources: Mapping[str, Mapping[str, Any]]) -> str:
