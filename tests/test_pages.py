@@ -1,4 +1,4 @@
-"""The pages: their commands are understood, their links lead somewhere, and their Python runs on the embedded world."""
+"""The pages: commands are understood, links lead somewhere, and Python runs on the embedded world."""
 
 import importlib
 import json
@@ -162,7 +162,7 @@ def test_python_runs(page: str, place: Path, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(place)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # trainers change it
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    names: dict = {"__name__": page}
+    names: dict = {"__name__": "__main__"}
     for kind, block in BLOCK.findall(PAGES[page]):
         if kind == "python":
             exec(compile(block, page, "exec"), names)

@@ -249,7 +249,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
 
     def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write README.md into the output folder, from the template MODEL_CARD.md; checkpoints have one as well."""
+        """Write README.md into the output folder, from the template of cards; checkpoints have one as well."""
         if self.is_world_process_zero():
             self._write_card(self.args.output_dir, results)
 
