@@ -46,7 +46,7 @@ class DataArguments:
     )
     shuffle_buffer: int = field(
         default=1000,  # released code, `wds.shuffle(1000)`
-        metadata={"help": "Samples of a stream, still as files, that each worker reads at a time and shuffles."},
+        metadata={"help": "Samples of the blocks in which each worker shuffles a stream, before they are decoded."},
     )
     max_bad_share: float = field(
         default=0.1,
@@ -64,8 +64,8 @@ class DataArguments:
     instruction_template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template of the training text of stage 2: a name or Jinja. Default: the processor's own, "
-            "but vicuna_v0_alignment where it chats in vicuna_v0."
+            "help": "Chat template of the training text of stage 2: a name or Jinja. Default: that of the processor, "
+            "or vicuna_v0_alignment in the place of vicuna_v0."
         },
     )
     end_sym: str | None = field(

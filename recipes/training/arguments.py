@@ -26,8 +26,8 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Adapter to go on from, a folder or a repository: stage 2 starts from what stage 1 saved. The "
-            "parts below then only say where backbones have moved to."
+            "help": "Adapter to continue from, a folder or a repository: stage 2 starts from what stage 1 saved. With "
+            "it, vision, qformer and language_model only say where backbones have moved to."
         },
     )
     vision: str | None = field(
@@ -69,15 +69,15 @@ class ModelArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the frozen weights: float32, bfloat16 or float16. `auto` is that of mixed precision, "
-            "which without a GPU is float32. The projection stays in float32."
+            "help": "Type of the frozen weights: float32, bfloat16 or float16. `auto` takes the type of mixed "
+            "precision, or float32 without a GPU. The projection stays in float32."
         },
     )
     quantization: str | None = field(
         default=None,
         metadata={
             "help": "Load the frozen language model, and nothing else, in fewer bits: bnb-int8, bnb-nf4 or "
-            "torchao-int8. What is saved does not depend on it. Default: none."
+            "torchao-int8. Checkpoints are the same with and without it. Default: none."
         },
     )
     attn_implementation: str | None = field(
@@ -107,13 +107,13 @@ class StageArguments(SFTConfig):
     steps_per_epoch: int | None = field(
         default=None,
         metadata={
-            "help": "Steps after which a warm-up that is not over starts again, as it does with every epoch of the "
-            "original. Default: never."
+            "help": "Steps of an epoch, after which a warm-up that is not over starts again, as in the original. "
+            "Default: never."
         },
     )
     original_schedule: bool = field(
         default=True,
-        metadata={"help": "Use the original's schedule. Otherwise lr_scheduler_type and what belongs to it."},
+        metadata={"help": "Use the original's schedule; if false, lr_scheduler_type and its settings."},
     )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, on matrices only."})
     seed: int = field(default=42, metadata={"help": "Seed of the projection, the order of samples and the prompts."})
@@ -122,14 +122,14 @@ class StageArguments(SFTConfig):
     cache_features: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that keeps the features of the frozen vision side, computed once per picture, to train "
-            "from. Runs may share it, and all processes of a run have to. Default: none."
+            "help": "Folder for the features of the frozen vision side. They are computed once per picture, and "
+            "training reads them from there. Runs may share it; all processes of a run have to. Default: none."
         },
     )
     cache_features_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type of the kept features: float32, bfloat16 or float16. Default: that of the frozen weights."
+            "help": "Type of the stored features: float32, bfloat16 or float16. Default: that of the frozen weights."
         },
     )
 
@@ -138,9 +138,8 @@ class StageArguments(SFTConfig):
     panel_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Let the model describe a few fixed pictures after every so many steps, for panel.html of the "
-            "output folder (it shows the pictures, and is pushed with the folder) and what report_to names. "
-            "Default: never."
+            "help": "Let the model describe a few fixed pictures every so many steps. Pictures and descriptions go to "
+            "panel.html in the output folder, which is pushed with it, and to what report_to names. Default: never."
         },
     )
     panel_images: str | None = field(
@@ -151,12 +150,12 @@ class StageArguments(SFTConfig):
     non_finite: str = field(
         default=STOP,
         metadata={
-            "help": "What a loss that is not finite does: stop ends the run, skip leaves its step out, for which it "
-            "looks before every step and so waits for the GPU."
+            "help": "What to do about a loss that is not finite: stop ends the run when the loss is logged; skip "
+            "leaves its step out, and waits for the GPU in every step to notice it."
         },
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite; looking for them waits for the GPU."}
+        default=False, metadata={"help": "Hide losses that are not finite in the log; every step then waits for the GPU."}
     )
 
     # Model card
@@ -165,9 +164,9 @@ class StageArguments(SFTConfig):
 
     # Settings of TRL that pictures need
     max_length: int | None = field(
-        default=None, metadata={"help": "Never cut a row: max_txt_len cuts answers, and images stay whole."}
+        default=None, metadata={"help": "Tokens of the longest row. Default: any, as max_txt_len cuts answers."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are made from all columns."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: rows are made of all columns."})
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled, as in `training_args.bin`: everything but the token."""
