@@ -1,4 +1,4 @@
-"""MiniGPT-4 in miniature: both stages on the CPU, a table of what each has taught, and an adapter to load.
+"""Run MiniGPT-4 in miniature: both stages on the CPU, a table of what each taught, and an adapter to load.
 
     minigpt4 demo --output-dir demo-output --seed 0
 
@@ -119,7 +119,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read `--output-dir` and `--seed`."""
     parser = CommandParser(prog="minigpt4 demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="default: %(default)s")
-    parser.add_argument("--seed", type=in_range(SEED), default=0, help="of both stages, default: %(default)s")
+    parser.add_argument("--seed", type=in_range(SEED), default=0, help="seed of both stages; default: %(default)s")
     return parser.parse_args(arguments)
 
 

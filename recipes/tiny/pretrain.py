@@ -554,7 +554,7 @@ def logging_to(folder: Path, mode: str = "w") -> Iterator[Log]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the frozen backbones of the embedded world.")
-    parser.add_argument("--output-dir", type=Path, required=True, help="gets the folders blip2/ and llama/")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for blip2/ and llama/")
     parts = {"vision": make_vision, "sharpen": sharpen, "language": make_language, "harden": harden}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--vision-steps", type=in_range(COUNT), default=3000)
@@ -563,14 +563,14 @@ def main() -> None:
         "--language-lr",
         type=in_range(POSITIVE, float),
         default=3e-3,
-        help="of the language model, the highest",
+        help="highest learning rate of the language model",
     )
-    parser.add_argument("--language-from", type=Path, help="folder of a language model to go on from")
+    parser.add_argument("--language-from", type=Path, help="folder of a language model to continue from")
     parser.add_argument("--sharpen-steps", type=in_range(COUNT), default=800)
     parser.add_argument("--harden-steps", type=in_range(COUNT), default=1500)
     parser.add_argument("--seed", type=in_range(SEED), default=0)
     parser.add_argument(
-        "--threads", type=in_range(COUNT), default=1, help="torch threads; sums, hence weights, may depend on it"
+        "--threads", type=in_range(COUNT), default=1, help="threads of torch; the weights may depend on their number"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -43,9 +43,9 @@ def render_report(
         examples: pictures and replies.
     """
     body = f"""<h1>MiniGPT-4 in miniature</h1>
-<p>A small vision encoder with a Q-Former and a small language model that has never seen a picture, both frozen. All
-that was trained is one linear layer between them: {results["adapter_bytes"]:,} bytes. Stage 1 learned from short,
-noisy captions, stage 2 from a few careful descriptions in the chat template.</p>
+<p>A small vision encoder with a Q-Former looks at the picture, and a small language model that has never seen one
+answers. Both are frozen. Only one linear layer between them was trained: {results["adapter_bytes"]:,} bytes. Stage 1
+learned from short, noisy captions, stage 2 from a few careful descriptions in the chat template.</p>
 <p class="soft">Seed {escape(str(results["seed"]))}, {results["seconds"]:.0f} seconds on the CPU.</p>
 <h2>Results on scenes never shown</h2>
 <div class="wide">
