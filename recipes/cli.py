@@ -14,10 +14,10 @@ from recipes_minigpt4.utils.redaction import redact, redact_logs
 # Command → the module whose `main(arguments)` runs it, and a line of help.
 COMMANDS = {
     "stage1": ("recipes_minigpt4.stage1_pretrain", "train the projection on many image–caption pairs"),
-    "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on few long descriptions in the chat template"),
+    "stage2": ("recipes_minigpt4.stage2_finetune", "tune it on a few thousand long descriptions in the chat template"),
     "plan": (
         "recipes_minigpt4.planning.plan",
-        "tell parameters, memory per GPU, steps and data of a run before it starts",
+        "print parameters, memory per GPU, steps and data of a run before it starts",
     ),
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.hub.convert", "turn the original's files into a folder that from_pretrained loads"),
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="minigpt4",
         description="MiniGPT-4 with Hugging Face tools.",
-        epilog="`minigpt4 COMMAND --help` lists what a command takes. `python -m recipes_minigpt4.accelerate` tells "
-        "where the configurations for several GPUs are.",
+        epilog="`minigpt4 COMMAND --help` lists the options of a command. `python -m recipes_minigpt4.accelerate` "
+        "prints where the launch files for several GPUs are.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():

@@ -22,8 +22,8 @@ from recipes_minigpt4.utils.command_line import CommandParser
 # takes, `run(args)`, which returns the report, and `WITH_MODELS = False` if it has no models.
 KINDS = {
     "train": ("recipes_minigpt4.benchmark.training", "a training step: from pixels, and from cached features"),
-    "generate": ("recipes_minigpt4.benchmark.generation", "writing replies"),
-    "data": ("recipes_minigpt4.benchmark.data", "reading tar files, beside Pillow alone"),
+    "generate": ("recipes_minigpt4.benchmark.generation", "the generation of replies"),
+    "data": ("recipes_minigpt4.benchmark.data", "reading tar files into batches, beside Pillow alone"),
 }
 
 

@@ -307,16 +307,16 @@ def measure_in_new_process(adapter: Path) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="full_size", description="Load and run a model of full size.")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output-dir", type=Path, help="gets the weights and result.json")
+    where.add_argument("--output-dir", type=Path, help="folder for the weights and result.json")
     where.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=[*PRESETS, *SMALL_SIZES], default="vicuna-7b")
     parser.add_argument("--stored-dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
                         help="type of the backbones on the disk; they are loaded in bfloat16")  # fmt: skip
     parser.add_argument("--shard-size", default="2GB", help="largest size of one file")
     parser.add_argument("--limit", type=in_range(POSITIVE, float),
-                        help=f"highest peak memory, in times of the weights; default: {LIMIT}, and none for small and "
-                        "medium, which take less than the interpreter or little more")  # fmt: skip
-    parser.add_argument("--keep", action="store_true", help="keep the weights, and use them in the next run")
+                        help=f"highest peak memory, as a multiple of the weights; default: {LIMIT}, and none for "
+                        "small and medium, whose weights are small beside the interpreter")  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="keep the weights for the next run")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""The paper's variants in miniature: each a few lines of YAML over `tiny_stage1` and `tiny_stage2`, and one table.
+"""Run the paper's variants in miniature, each a few lines of YAML over `tiny_stage1` and `tiny_stage2`; compare them.
 
     minigpt4 ablate --output-dir ablation-output
     minigpt4 ablate --output-dir ablation-output --variants baseline,three_layers,my_variant.yaml --seeds 0,1
@@ -355,10 +355,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--scenes",
         type=in_range(SCENES),
         default=240,
-        help="to evaluate on, a third with held-out pairs; default: %(default)s",
+        help="number of scenes to evaluate on, a third of them with held-out pairs; default: %(default)s",
     )
     parser.add_argument(
-        "--cache-features", type=Path, metavar="DIR", help="keeps features of frozen vision sides; default: none"
+        "--cache-features", type=Path, metavar="DIR", help="stores the features of frozen vision sides; default: none"
     )
     return parser.parse_args(arguments)
 

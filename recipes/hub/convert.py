@@ -1,4 +1,4 @@
-"""Official files of MiniGPT-4 as a folder or repository that `from_pretrained` loads.
+"""Turn the released files of MiniGPT-4 into a folder or repository that `from_pretrained` loads.
 
 From the original's files, or with the vision side of a BLIP-2 repository instead of two of them:
 

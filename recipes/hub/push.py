@@ -1,4 +1,4 @@
-"""A trained adapter, or any saved MiniGPT-4, as a repository of the Hub.
+"""Publish a trained adapter, or any saved MiniGPT-4, as a repository of the Hub.
 
     minigpt4 push runs/stage2 you/your-adapter --private
 

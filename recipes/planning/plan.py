@@ -1,10 +1,10 @@
-"""What a training run will take, told before anything is loaded: parameters, memory per GPU, steps, time and data.
+"""Compute what a training run needs before anything is loaded: parameters, memory per GPU, steps, time and data.
 
     minigpt4 plan --config stage1_vicuna_7b --num_processes 4 --hours 10
     minigpt4 plan --config stage2_vicuna_7b --accelerate_config fsdp2.yaml --per_device_train_batch_size 4
 
-Takes what `minigpt4 stage1` and `stage2` take. Of models and repositories only the configurations are read; memory is
-that of a step with tensors that have no data (`memory.py`), every row as long as it can be.
+Takes the arguments of `minigpt4 stage1` and `stage2`. Of models and repositories only the configurations are read;
+memory is that of a step with tensors that have no data (`memory.py`), every row as long as it can be.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,12 +57,12 @@ class PlanArguments:
     )
     accelerate_config: str | None = field(
         default=None,
-        metadata={"help": "File of accelerate's that the run will be launched with: DDP, FSDP2 or DeepSpeed."},
+        metadata={"help": "Configuration of `accelerate launch` for the run: DDP, FSDP2 or DeepSpeed."},
     )
     num_processes: int | None = field(
         default=None, metadata={"help": "GPUs of all machines. Default: those of accelerate_config, or 1."}
     )
-    hours: float | None = field(default=None, metadata={"help": "Time that the run may take."})
+    hours: float | None = field(default=None, metadata={"help": "Hours that the run may take."})
 
     def __post_init__(self) -> None:
         check_ranges(self)
