@@ -155,7 +155,7 @@ class StageArguments(SFTConfig):
         },
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite in the log; every step then waits for the GPU."}
+        default=False, metadata={"help": "Hide losses that are not finite; to find them every step waits for the GPU."}
     )
 
     # Model card
