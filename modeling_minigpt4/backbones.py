@@ -4,9 +4,7 @@ A backbone is an ordinary checkpoint, on the Hub or in a folder. Its tensors are
 MiniGPT-4 (vision encoder, Q-Former or language model) and handed to transformers' own loader under our names.
 """
 
-import copy
 import hashlib
-import importlib.util
 import json
 import os
 from collections import Counter
@@ -17,13 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .checks_minigpt4 import check_dtype, why_missing
-from .compat_minigpt4 import DEFAULT_DTYPE
-from .peft_minigpt4 import PeftMixin, find_peft_folder
+from .checks_minigpt4 import why_missing
 from .quantization_minigpt4 import stored_quantization
 
 
@@ -98,7 +94,8 @@ def is_local(source: Mapping[str, Any]) -> bool:
     return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)
 
 
-def _fetch_options(source: Mapping[str, Any], hub_options: Mapping[str, Any]) -> dict[str, Any]:
+def fetch_options(source: Mapping[str, Any], hub_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of transformers' `cached_file` for a file of a backbone."""
     options = {key: value for key, value in hub_options.items() if key in HUB_OPTIONS and value is not None}
     return {**options, "revision": source.get("revision"), "subfolder": source.get("subfolder") or ""}
 
@@ -125,7 +122,7 @@ def load_backbone_config(
         OSError: if there is no such repository or folder.
         ValueError: if its weights are stored quantized.
     """
-    options = _fetch_options(source, hub_options)
+    options = fetch_options(source, hub_options)
     try:
         # The file first: its place in the cache tells the commit, and a missing repository fails here.
         config_file = cached_file(source["name_or_path"], "config.json", **options)
@@ -198,7 +195,7 @@ class Checkpoint:
     def __init__(self, source: Mapping[str, Any], part: str, hub_options: Mapping[str, Any] | None = None) -> None:
         self.source = source
         self.part = part
-        self._options = _fetch_options(source, hub_options or {})
+        self._options = fetch_options(source, hub_options or {})
         self._open_files: dict[str, Any] = {}
         self._paths: dict[str, str] = {}
         self._file_of = self._list_tensors()
@@ -413,276 +410,19 @@ def collect(
     return {name: checkpoint.tensor(key, dtype) for name, key in needed.items()}, found
 
 
-def _target_dtype(config: PretrainedConfig, options: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that the options of `from_pretrained` ask for, or None where transformers finds out by itself."""
-    dtype = options.get("dtype", options.get("torch_dtype", DEFAULT_DTYPE))
-    dtype = getattr(config, "dtype", None) if dtype == "auto" else dtype
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return dtype if isinstance(dtype, torch.dtype) else None
-
-
-# What the card says that transformers makes where a repository has none.
-GENERAL_CARD = "This model card has been automatically generated"
-
-# Names under which a saved folder is found with `trust_remote_code=True`.
-AUTO_MAP = {
-    "AutoConfig": "configuration_minigpt4.MiniGPT4Config",
-    "AutoModel": "modeling_minigpt4.MiniGPT4Model",
-    "AutoModelForImageTextToText": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
-    "AutoModelForVision2Seq": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
-}
-
-
-class BackbonesMixin(PeftMixin):
-    """
-    Checkpoints that hold only what no backbone provides: a few MB instead of 30 GB.
-
-    `config.backbones` tells where the rest comes from. Everything about dtypes, devices and quantization is left to
-    transformers: this class finds the tensors, checks them and hands them over.
-    """
-
-    # What the class that this is mixed into brings.
-    config: Any
-    config_class: Any
-    base_model_prefix: str
-    named_parameters: Any
-    state_dict: Any
-    _skeleton: Any
-    _new_projection: Any
-
-    # Names of tensors that came with the checkpoint although their part has a backbone, e.g. a tuned Q-Former.
-    _own_tensors: frozenset[str] = frozenset()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        config: Any = None,
-        backbones: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        r"""
-        Load a full checkpoint, or an adapter-only one together with the backbones that its configuration names.
-
-        Takes every option of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
-        `quantization_config`, `attn_implementation`, … Of an adapter-only checkpoint all but the projection is frozen.
-        Quantized are linear layers of the language model's decoder alone, less those that the config leaves out.
-
-        Args:
-            pretrained_model_name_or_path: repository or folder of the checkpoint.
-            config: configuration to use instead of the checkpoint's.
-            backbones: part (`"vision"`, `"qformer"`, `"language_model"`) → repository, folder or dict, for backbones
-                that have moved. They must hold the weights that the projection was trained with.
-
-        Raises:
-            OSError: if a file of the checkpoint or of a backbone is missing or damaged.
-            ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with.
-        """
-        load = super().from_pretrained  # type: ignore[misc]
-        check_dtype(kwargs)
-        if unknown := sorted(set(map(str, backbones or {})) - set(PARTS)):
-            raise ValueError(f"`backbones` names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
-        adapter, pretrained_model_name_or_path = find_peft_folder(pretrained_model_name_or_path, kwargs)
-        where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
-        if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
-            path = pretrained_model_name_or_path if config is None else config
-            # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
-            ours = ("dtype", "torch_dtype", "quantization_config")
-            loading: dict[str, Any] = {name: kwargs.pop(name) for name in ours if name in kwargs}
-            config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-            kwargs = {**kwargs, **where, **loading}
-        if pretrained_model_name_or_path is None or not config.backbones:
-            loaded = load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-            return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
-
-        for name in where:
-            kwargs.pop(name)
-        config = copy.deepcopy(config)
-        config.__dict__.pop("quantization_config", None)  # that of a model which was loaded: backbones are whole
-        for part, source in config.backbones.items():
-            if source["name_or_path"] == HERE:
-                config.backbones[part] = _inside(pretrained_model_name_or_path, source, where)
-        for part, source in (backbones or {}).items():
-            # Of where it was, only what tells the weights apart still holds.
-            known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
-            config.backbones[part] = {**known, **normalize_source(source)}
-        generation_config = kwargs.pop("generation_config", None) or _find_generation_config(
-            pretrained_model_name_or_path, where
-        )
-        checkpoint = Checkpoint({"name_or_path": pretrained_model_name_or_path, **where}, "adapter", where)
-        loaded = cls._compose(config, where, *model_args, checkpoint=checkpoint, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
-        if generation_config is not None and model.can_generate():
-            model.generation_config = generation_config
-        return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
-
-    @classmethod
-    def _with_adapter(
-        cls, loaded: Any, from_peft: tuple[Any, dict[str, Any]] | None, path: Any, where: Mapping[str, Any]
-    ) -> Any:
-        """Put on the language model what the checkpoint holds for it, or what PEFT has saved by itself."""
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        subfolder = model.config.__dict__.pop("language_model_adapter", None)  # written anew with every adapter
-        if subfolder is not None and path is not None:
-            model._load_adapter(path, where, subfolder)
-        if from_peft is not None and not (from_peft[0] == path and model.has_adapter):
-            model._load_adapter(*from_peft)
-        return loaded
-
-    @classmethod
-    def _compose(
-        cls,
-        config: Any,
-        hub_options: Mapping[str, Any],
-        *model_args: Any,
-        checkpoint: Checkpoint | None = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Merge the tensors of a checkpoint and of `config.backbones` and let transformers load the whole."""
-        check_dtype(kwargs)
-        skeleton = cls._skeleton(config)
-        shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        if config.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
-        merged = cls._new_projection(config) if checkpoint is None else read_adapter(checkpoint, shapes, config)
-        own = frozenset(merged)
-        if not issubclass(cls, type(skeleton)):  # the model without a head
-            shapes = {name: shape for name, shape in shapes.items() if name.startswith(f"{cls.base_model_prefix}.")}
-        for part, source in config.backbones.items():
-            names = skeleton.lm_head_name, skeleton.decoder_name
-            dtype = _target_dtype(config, kwargs)
-            tensors, digest = collect(part, source, shapes, *names, hub_options, skip=own, dtype=dtype)
-            config.backbones[part] = {**source, "fingerprint": digest}
-            merged.update(tensors)
-        if not issubclass(cls, type(skeleton)):  # the model without a head
-            prefix = f"{cls.base_model_prefix}."
-            merged = {name.removeprefix(prefix): value for name, value in merged.items() if name.startswith(prefix)}
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            None, *model_args, config=config, state_dict=merged, output_loading_info=True, **kwargs
-        )
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{len(missing)} tensors are in no backbone and not in the checkpoint, {missing[0]} among them; name "
-                f"the right backbones (now {', '.join(map(describe, config.backbones.values()))})."
-            )
-        model._own_tensors = own
-        model.freeze_backbones()
-        model._remember_backbones()
-        model._choose_what_to_save()
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(
-        self,
-        save_directory: "str | os.PathLike[str]",
-        *args: Any,
-        full: bool = False,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        r"""
-        Save configuration, generation config, code, and the tensors that no backbone provides.
-
-        Those are the projection, whatever else was trained, and frozen tensors that are no longer their backbones' (a
-        merged adapter, averaged weights, an edit in place, a resized vocabulary), of which a warning tells how much it
-        is; an adapter of PEFT lies in the folder `peft` beside them, in PEFT's own format. Takes every option of
-        [`~transformers.PreTrainedModel.save_pretrained`].
-
-        Args:
-            save_directory: folder to write.
-            full: write every tensor, so that the folder needs no backbone (for vLLM and the like). An adapter stays
-                beside them and is not merged.
-            push_to_hub: upload the folder too.
-
-        Raises:
-            ValueError: if a quantized language model would have to be written.
-        """
-        backbones = self.config.backbones
-        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
-        local = {
-            part: source["name_or_path"]
-            for part, source in _relative(backbones, save_directory).items()
-            if is_local(source)
-        }
-        if local and not full:
-            where = ", ".join(f"{part} {path}" for part, path in local.items())
-            logger.warning_once(
-                f"This checkpoint holds no backbone weights and refers to folders of this machine ({where}), so "
-                "nobody else can load it. Before publishing, push these backbones and name them by repository, or "
-                "save with `full=True`."
-            )
-        try:
-            self.config.backbones = {} if full else _relative(backbones, save_directory)
-            with self._adapter_aside(save_directory, args, kwargs) as (args, kwargs):
-                super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
-            _remove_older(save_directory, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-        finally:
-            self.config.backbones = backbones
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what `push_to_hub` has saved, with this project's card in the place of transformers' general one."""
-        card = Path(working_dir, "README.md")
-        general = card.is_file() and GENERAL_CARD in card.read_text(encoding="utf-8")
-        if general and importlib.util.find_spec("recipes_minigpt4"):  # not beside code that came with a checkpoint
-            cards = importlib.import_module("recipes_minigpt4.hub.card")
-            card.write_text(cards.render_card(self, repo_id=repo_id), encoding="utf-8")
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
-
-
-def _relative(backbones: Mapping[str, Any], folder: "str | os.PathLike[str]") -> dict[str, Any]:
-    """The same sources, with those that lie in the folder itself named so that both can be moved."""
-    here = str(Path(folder).resolve())
-    return {
-        part: {**source, "name_or_path": HERE} if source["name_or_path"] == here else source
-        for part, source in backbones.items()
-    }
-
-
-def _remove_older(folder: "str | os.PathLike[str]", *names: str) -> None:
-    """Keep the newest of files that stand for the same thing, e.g. shards where one file was before."""
-    paths = sorted(
-        (path for name in names if (path := Path(folder, name)).is_file()), key=lambda path: path.stat().st_mtime_ns
-    )
-    for path in paths[:-1]:
-        path.unlink(missing_ok=True)  # another process may have been faster
-
-
-def _inside(path: Any, source: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell out where a backbone is that lies in the checkpoint's own repository or folder."""
-    commit = extract_commit_hash(cached_file(path, "config.json", **_fetch_options(where, where)), None)
-    folders = [folder for folder in (where.get("subfolder"), source.get("subfolder")) if folder]
-    own = {"name_or_path": os.fspath(path), "revision": commit, "subfolder": "/".join(folders)}
-    return normalize_source({**source, **own})
-
-
-def read_adapter(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], config: Any
-) -> dict[str, torch.Tensor]:
-    """The checkpoint's own tensors, after checking that none is missing, unknown or of another shape."""
-    where = describe(checkpoint.source)
-    # The model without a head has saved names of its own.
-    keys = {name if (name := f"model.{key}") in shapes else key: key for key in checkpoint.keys()}  # noqa: SIM118
-    own = {name for name in shapes if part_of(name) not in config.backbones}
-    if missing := sorted(own - keys.keys()):
-        raise ValueError(
-            f"{where} lacks {', '.join(missing[:3])}, which is trained and in no backbone; the folder is incomplete "
-            "or its configuration was changed, so download or save it again."
-        )
-    if unknown := sorted(keys.keys() - shapes.keys()):
-        raise ValueError(
-            f"{where} holds {', '.join(unknown[:3])}, which its configuration has no place for; restore the "
-            "config.json that it was saved with (`projector_num_layers`, `qformer_config`)."
-        )
-    remedy = "it was trained for another language model or vision encoder, so load it with those."
-    check_shapes(keys, shapes, checkpoint, remedy)
-    return {name: checkpoint.tensor(key) for name, key in keys.items()}
-
-
-def _find_generation_config(path: Any, options: Mapping[str, Any]) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(path, **options)
-    except OSError:
-        return None
+__all__ = [
+    "HERE",
+    "HUB_OPTIONS",
+    "PARTS",
+    "Checkpoint",
+    "StoredTensor",
+    "check_shapes",
+    "collect",
+    "describe",
+    "fetch_options",
+    "is_local",
+    "load_backbone_config",
+    "match_names",
+    "normalize_source",
+    "part_of",
+]

@@ -1,5 +1,6 @@
 """What is wrong with the parts and the inputs of a model, in a sentence; of tensors only shapes are looked at."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -119,9 +120,17 @@ def has_learned_positions(text_config: PretrainedConfig) -> bool:
     return max_positions(text_config) is not None and not any(getattr(text_config, name, None) for name in names)
 
 
-def check_length(tokens: int, text_config: PretrainedConfig, room: int = 0) -> None:
-    """Raise an `InputError` if there are more tokens than positions, `room` for a reply included."""
-    limit = max_positions(text_config)
+def check_length(tokens: int, text_config: PretrainedConfig, room: int = 0, may_go_beyond: bool = False) -> None:
+    """
+    Raise an `InputError` if there are more tokens than positions.
+
+    Args:
+        tokens: of the longest row.
+        text_config: of the language model.
+        room: tokens of a reply that has to fit too.
+        may_go_beyond: whether positions that are computed may be more than those that the model was trained with.
+    """
+    limit = None if may_go_beyond and not has_learned_positions(text_config) else max_positions(text_config)
     if limit is not None and tokens + room > limit:
         raise InputError(
             f"The text has {tokens:,} tokens, image tokens included, but the language model has {limit:,} positions"
@@ -156,6 +165,18 @@ def check_pixels(pixel_values: torch.Tensor, config: Any) -> None:
         f"`pixel_values` {reason}; they have to be numbers of shape (pictures, {channels}, {height}, {width}), as "
         "this model's processor makes them."
     )
+
+
+def check_given(input_ids: Any, inputs_embeds: Any, has_pictures: bool, image_token_id: int) -> None:
+    """Raise a `ValueError` if there is no text, or two of them, or no ids that tell the places of pictures."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if has_pictures and input_ids is None:
+        raise ValueError(
+            f"Pictures need `input_ids`, whose placeholders {image_token_id} tell their places; embeddings given as "
+            "`inputs_embeds` must hold the image tokens already, which those of PEFT's prompt tuning and P-tuning do "
+            "not (LoRA, IA3 and prefix tuning work)."
+        )
 
 
 def check_inputs(
@@ -217,7 +238,24 @@ def _named(rows: torch.Tensor) -> str:
     return "`inputs_embeds`" if rows.ndim > 2 and rows.is_floating_point() else "`input_ids`"
 
 
-def out_of_range(input_ids: torch.Tensor, places: torch.Tensor | None, config: Any) -> InputError:
+def tells_out_of_range(embed: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Let a method of ids, image tokens and their places say which of them are out of range, on the CPU."""
+
+    @functools.wraps(embed)
+    def embed_or_tell(
+        model: Any, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, places: torch.Tensor | None
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return embed(model, input_ids, image_tokens, places)
+        try:
+            return embed(model, input_ids, image_tokens, places)
+        except IndexError as error:
+            raise _out_of_range(input_ids, places, model.config) from error
+
+    return embed_or_tell
+
+
+def _out_of_range(input_ids: torch.Tensor, places: torch.Tensor | None, config: Any) -> InputError:
     """The error for an id without a row in the embedding, or a place outside; looks at values, so for afterwards."""
     size, image_token_id = config.text_config.vocab_size, config.image_token_id
     wrong = input_ids[((input_ids < 0) | (input_ids >= size)) & (input_ids != image_token_id)]
@@ -232,7 +270,27 @@ def out_of_range(input_ids: torch.Tensor, places: torch.Tensor | None, config: A
     )
 
 
+def describe_mismatch(places: int, tokens: int, image_token_id: int) -> str:
+    """What to say of more or fewer places than image tokens."""
+    return (
+        f"Image features and image tokens do not match, tokens: {places}, features: {tokens}; `input_ids` need "
+        f"{image_token_id} exactly once per image token, so prepare text and images together with this model's "
+        f"processor (with `processor.image_token_id = {image_token_id}`, which moves when tokens are added), and do "
+        "not let truncation cut an image."
+    )
+
+
 # ---- configuration --------------------------------------------------------------------------------------------------
+
+
+def check_joins(tokens: int, merge: int) -> None:
+    """Raise a `ValueError` if patch tokens cannot be joined `merge` at a time without remainder."""
+    if tokens % merge:
+        raise ValueError(
+            f"The vision encoder gives {tokens} tokens, which cannot be joined {merge} at a time; set "
+            "`patch_merge_size` to a divisor, or `vision_feature_select_strategy` to 'full' if the encoder has no CLS "
+            "token."
+        )
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -259,15 +317,17 @@ def why_missing(name: str) -> str:
 __all__ = [
     "InputError",
     "check_dtype",
+    "check_given",
     "check_inputs",
+    "check_joins",
     "check_length",
     "check_part",
     "check_pixels",
-    "has_learned_positions",
+    "describe_mismatch",
     "is_positive",
     "is_whole",
     "max_positions",
-    "out_of_range",
+    "tells_out_of_range",
     "warn_about_size",
     "why_missing",
 ]

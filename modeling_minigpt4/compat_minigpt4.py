@@ -11,6 +11,8 @@ from unittest import mock
 
 import torch
 import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import peft as peft_integration
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -62,6 +64,11 @@ def argument_names(forward: Callable[..., Any]) -> tuple[frozenset[str], str]:
     return names, next((name for name in (CACHE, *CACHE_NAMES) if name in names), CACHE)
 
 
+def accepted(options: dict[str, Any], arguments: frozenset[str]) -> dict[str, Any]:
+    """Those options that a forward takes, which names these arguments."""
+    return options if "kwargs" in arguments else {name: options[name] for name in options if name in arguments}
+
+
 def checkpoint_with_gradients_only(layer_class: type[GradientCheckpointingLayer]) -> None:
     """
     Let layers checkpoint where there are gradients only, as since 5.24.
@@ -96,6 +103,40 @@ def installed_peft() -> Iterator[None]:
         yield
 
 
+def no_split_modules(model: PreTrainedModel) -> list[str]:
+    """
+    Classes of the layers that this very model is made of, which `device_map` and FSDP handle as one.
+
+    4.57 leaves out those of the parts; 5.x also names layers that a part might have, over which FSDP stumbles.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return sorted(_outermost(model, {name for one in parts for name in one._no_split_modules or ()}))
+
+
+def _outermost(module: nn.Module, names: set[str]) -> set[str]:
+    """Those classes among `names` that modules below this one have, unless they are inside another of them only."""
+    found: set[str] = set()
+    for child in module.children():
+        name = type(child).__name__
+        found |= {name} if name in names else _outermost(child, names)
+    return found
+
+
+def attention_of_parts(config: PretrainedConfig, attn_implementation: "str | dict[str, str]") -> Any:
+    """The argument of `set_attn_implementation`; the Q-Former of 4.57, which knows eager attention only, keeps it."""
+    if not IS_TRANSFORMERS_4 or config.qformer_config is None:
+        return attn_implementation
+    if isinstance(attn_implementation, str):
+        attn_implementation = dict.fromkeys(("", *config.sub_configs), attn_implementation)
+    return {**attn_implementation, "qformer_config": "eager"}
+
+
+def keep_qformer_eager(config: PretrainedConfig) -> None:
+    """Give the Q-Former of 4.57 the one attention that it knows; that of 5.x goes through the interface."""
+    if IS_TRANSFORMERS_4:
+        config.qformer_config._attn_implementation = "eager"
+
+
 def tied_weights_keys(source: str) -> Any:
     """`_tied_weights_keys` of a model whose LM head is `source`, if its configuration ties them."""
     return ["lm_head.weight"] if IS_TRANSFORMERS_4 else {"lm_head.weight": source}
@@ -107,9 +148,13 @@ __all__ = [
     "DEFAULT_DTYPE",
     "GATHER_LOGITS",
     "IS_TRANSFORMERS_4",
+    "accepted",
     "argument_names",
+    "attention_of_parts",
     "checkpoint_with_gradients_only",
     "installed_peft",
+    "keep_qformer_eager",
+    "no_split_modules",
     "takes_cache",
     "tied_weights_keys",
 ]

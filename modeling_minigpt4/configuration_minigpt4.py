@@ -17,7 +17,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .checks_minigpt4 import is_positive, is_whole
+from .checks_minigpt4 import check_joins, is_positive, is_whole
 from .compat_minigpt4 import CACHE_NAMES
 
 
@@ -186,12 +186,7 @@ class MiniGPT4Config(PretrainedConfig):
         tokens, is_map = vision_output_tokens(self.vision_config)
         if self.vision_feature_select_strategy == "default" and not is_map:
             tokens -= 1
-        if tokens % self.patch_merge_size:
-            raise ValueError(
-                f"The vision encoder gives {tokens} tokens, which cannot be joined {self.patch_merge_size} at a time; "
-                "set `patch_merge_size` to a divisor, or `vision_feature_select_strategy` to 'full' if the encoder "
-                "has no CLS token."
-            )
+        check_joins(tokens, self.patch_merge_size)
         return tokens // self.patch_merge_size
 
     @classmethod

@@ -268,10 +268,6 @@ class MiniGPT4GenerationMixin(GenerationMixin):
     several threads can share a model.
     """
 
-    # What the class that this is mixed into brings.
-    config: MiniGPT4Config
-    model: Any
-
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:

@@ -6,8 +6,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from .configuration_minigpt4 import MiniGPT4Config
+
+
+def register_name(model_type: str, class_name: str) -> None:
+    """
+    Enter a class in the two tables of names by which transformers tells what a model does.
+
+    Trainer shifts labels before it smooths them for classes in the first, and `transformers serve` tells by the other
+    that a model sees.
+    """
+    for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        names[model_type] = class_name
 
 
 def mask_image_labels(
@@ -109,4 +124,4 @@ def scored_elsewhere(logits: torch.Tensor, image_token_id: int) -> torch.Tensor:
     return guarded
 
 
-__all__ = ["mask_image_labels", "mask_look_ups", "scored_elsewhere"]
+__all__ = ["mask_image_labels", "mask_look_ups", "register_name", "scored_elsewhere"]

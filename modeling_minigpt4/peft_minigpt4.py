@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import cached_file
 
+from .backbones import HUB_OPTIONS
 from .compat_minigpt4 import installed_peft
 
 
@@ -30,8 +32,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
-# Options of `from_pretrained`: how files are fetched, and which of a repository's.
-FETCHING = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+# Options of `from_pretrained` that say which of a repository's files are meant.
 PLACE = ("revision", "subfolder")
 
 # PEFT picks layers by the ends of their names, and vision encoders have a `q_proj` too.
@@ -130,7 +131,7 @@ def find_peft_folder(path: Any, options: dict[str, Any]) -> tuple[tuple[Any, dic
     """
     theirs: dict[str, Any] = dict(options.pop("adapter_kwargs", None) or {})
     found = theirs.pop("_adapter_model_path", None)
-    shared: dict[str, Any] = {name: options[name] for name in FETCHING if name in options}
+    shared: dict[str, Any] = {name: options[name] for name in HUB_OPTIONS if name in options}
     if path is None or (found is not None and found != path):
         return (None if found is None else (found, {**shared, **theirs})), path
     where = shared | {name: options[name] for name in PLACE if name in options}
@@ -172,22 +173,8 @@ def _of_transformers(name: str) -> Callable[..., Any]:
     return method
 
 
-class PeftMixin:
+class PeftMixin(PreTrainedModel):
     """An adapter on the language model, in the way transformers has them (`add_adapter`, `disable_adapters`, …)."""
-
-    # What the class that this is mixed into brings.
-    config: Any
-    peft_config: Any
-    base_model_prefix: str
-    named_parameters: Any
-    state_dict: Any
-    train: Any
-    training: bool
-    freeze_backbones: Any
-    _choose_what_to_save: Any
-    _marked: Any
-    _keys_to_ignore_on_save: Any
-    _hf_peft_config_loaded: bool
 
     load_adapter = _of_transformers("load_adapter")
     set_adapter = _of_transformers("set_adapter")
@@ -223,7 +210,7 @@ class PeftMixin:
         trained = [parameter for _, parameter in self._outside_language_model() if parameter.requires_grad]
         try:
             with self._marked(), installed_peft():
-                super().add_adapter(config, adapter_name)  # type: ignore[misc]
+                super().add_adapter(config, adapter_name)
         except Exception as error:
             self._hf_peft_config_loaded = had_one
             if "target" not in str(error) or not isinstance(error, ValueError):
@@ -234,7 +221,7 @@ class PeftMixin:
         self._after_injection(adapter_name or "default")
 
     def _describe_targets(self, config: Any) -> str:
-        layers = self.get_decoder().named_modules()  # type: ignore[attr-defined]
+        layers = self.get_decoder().named_modules()
         names = {name.split(".")[-1] for name, layer in layers if type(layer).__name__ in ("Linear", "Conv1D")}
         targets = config.target_modules
         targets = sorted(targets) if isinstance(targets, (set, list)) else targets
@@ -287,14 +274,14 @@ class PeftMixin:
         projection = {name for name in self.state_dict() if "language_projection." in name}
         own = {name: tensors.pop(name) for name in projection & tensors.keys()}
         result = peft.set_peft_model_state_dict(self, tensors, self.active_adapters()[0])
-        plain = plain_names(self, result.missing_keys)  # type: ignore[arg-type]
+        plain = plain_names(self, result.missing_keys)
         wrong = sorted({name for name in result.missing_keys if plain[name] is None} | set(result.unexpected_keys))
         if wrong:
             raise ValueError(
                 f"The adapter in {path} does not fit its own {ADAPTER_CONFIG}: {len(wrong)} tensors are missing or "
                 f"unknown, {wrong[0]} among them; save or download it again."
             )
-        self.load_state_dict(own, strict=False)  # type: ignore[attr-defined]
+        self.load_state_dict(own, strict=False)
 
     def _save_adapter(self, folder: "str | os.PathLike[str]", state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write the active adapter in PEFT's own format."""
@@ -321,7 +308,7 @@ class PeftMixin:
         Raises:
             ValueError: saying what to do first.
         """
-        wrappers = [child for child in self.modules() if is_wrapper(child)]  # type: ignore[attr-defined]
+        wrappers = [child for child in self.modules() if is_wrapper(child)]
         if any(getattr(wrapper, "merged", False) for wrapper in wrappers):
             raise ValueError(
                 "The adapter is merged into the weights and still there, so it would count twice when it is loaded; "
@@ -329,7 +316,7 @@ class PeftMixin:
                 "good with `merge_and_unload()`."
             )
         names = self.state_dict() if wrappers and not self.has_adapter else {}
-        if any(name is None for name in plain_names(self, names).values()):  # type: ignore[arg-type]
+        if any(name is None for name in plain_names(self, names).values()):
             raise ValueError(
                 "PEFT has wrapped this model, and saves the adapter by `save_pretrained` of the PeftModel; use that, "
                 "or `merge_and_unload()` first. Adapters of `model.add_adapter` are saved with the model."
@@ -360,7 +347,7 @@ class PeftMixin:
         Yields:
             The options with the tensors to save.
         """
-        if not any(is_wrapper(child) for child in self.modules()):  # type: ignore[attr-defined]
+        if not any(is_wrapper(child) for child in self.modules()):
             yield args, kwargs
             return
         kwargs = {**kwargs, **dict(zip(("is_main_process", "state_dict"), args[:2], strict=False))}
@@ -368,7 +355,7 @@ class PeftMixin:
         if is_main_process and self.has_adapter:
             self._save_adapter(Path(folder) / ADAPTER_FOLDER, tensors)
         tensors = self.state_dict() if tensors is None else tensors
-        kept = {name: plain for name, plain in plain_names(self, tensors).items() if plain is not None}  # type: ignore[arg-type]
+        kept = {name: plain for name, plain in plain_names(self, tensors).items() if plain is not None}
         tensors = {plain: tensors[name] for name, plain in kept.items() if name not in self._keys_to_ignore_on_save}
         had_one = self.has_adapter
         self._hf_peft_config_loaded = False
@@ -382,7 +369,7 @@ class PeftMixin:
 
     def _get_files_timestamps(self, working_dir: "str | os.PathLike[str]") -> Any:
         """Files that an upload may leave out if they have not changed; the adapter is written before this is asked."""
-        found = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        found = super()._get_files_timestamps(working_dir)
         return {name: time for name, time in found.items() if name != ADAPTER_FOLDER}
 
     def reload_adapter(self, folder: "str | os.PathLike[str]") -> None:

@@ -7,7 +7,6 @@ of whoever loads a model, out of checkpoints that hold no language model.
 """
 
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,7 +14,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
@@ -99,17 +98,8 @@ def number_of_values(parameter: torch.Tensor) -> int:
     return torch.Size(shape).numel()
 
 
-class QuantizationMixin:
+class QuantizationMixin(PreTrainedModel):
     """Quantizes the language model alone while it is loaded, lets the rest train, and saves nothing of it."""
-
-    # What the class that this is mixed into brings.
-    config: Any
-    hf_quantizer: Any
-    get_decoder: Any
-    get_input_embeddings: Any
-    named_parameters: Any
-    _own_tensors: frozenset[str]
-    _gradients_pass: bool
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -119,7 +109,7 @@ class QuantizationMixin:
         Raises:
             ValueError: for a config that cannot be kept to them, or that leaves none.
         """
-        load = super().from_pretrained  # type: ignore[misc]
+        load = super().from_pretrained
         if kwargs.get("load_in_8bit") or kwargs.get("load_in_4bit"):
             raise ValueError(
                 "`load_in_8bit` and `load_in_4bit` are fields of BitsAndBytesConfig, which is given as "
@@ -217,16 +207,17 @@ class QuantizationMixin:
                 )
         self._gradients_pass = True
 
-    def save_pretrained(self, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
+    @contextmanager
+    def _unquantized(self) -> Iterator[None]:
         """
-        transformers' own, without a word of quantization, which is for whoever loads the checkpoint to decide.
+        Take every word of quantization away while a checkpoint is saved: it is for whoever loads that to decide.
 
         Raises:
             ValueError: if the quantized language model would be part of the checkpoint.
         """
         self.check_language_model_is_elsewhere()
         with _without(TRACES, self, self.config, *map(self.config.__dict__.get, self.config.sub_configs)):
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            yield
 
     def check_language_model_is_elsewhere(self) -> None:
         """

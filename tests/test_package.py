@@ -103,6 +103,15 @@ def test_wheel_holds_three_packages_and_their_data(wheel: Path) -> None:
     assert not [name for name in names if name.endswith("README.md")]  # pages belong to the checkout
 
 
+def test_cards_of_the_recipes_are_found_by_the_model(site: Path, tmp_path: Path) -> None:
+    script = """
+    from importlib.metadata import entry_points
+    from modeling_minigpt4.saving_minigpt4 import CARDS
+    print(entry_points(group=CARDS)["recipes"].load().__name__)
+    """
+    assert run(script, tmp_path, site, without=("trl", "datasets", "peft")) == "render_card\n"
+
+
 def test_core_imports_without_any_extra(site: Path, tmp_path: Path) -> None:
     script = """
     import modeling_minigpt4, processing_minigpt4, sys

@@ -20,8 +20,10 @@ from transformers import logging
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
-from modeling_minigpt4.backbones import AUTO_MAP, HERE, PARTS, Checkpoint, collect, is_local, read_adapter
+from modeling_minigpt4.backbones import HERE, PARTS, Checkpoint, collect, is_local
+from modeling_minigpt4.composition_minigpt4 import read_adapter
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, ADAPTER_WEIGHTS, plain_names
+from modeling_minigpt4.saving_minigpt4 import AUTO_MAP
 from recipes_minigpt4.hub.card import NAMELESS, last_name, render_card
 from recipes_minigpt4.hub.publish import could_not_push, make_repository, published_files, upload
 from recipes_minigpt4.utils.command_line import CommandParser

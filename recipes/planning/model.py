@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
-from modeling_minigpt4.modeling_minigpt4 import compose_config
+from modeling_minigpt4.composition_minigpt4 import compose_config
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, plain_names
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
 from recipes_minigpt4.training.model import NO_MODEL, add_adapter, backbone_sources, check_saved, weights_dtype

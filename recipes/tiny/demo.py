@@ -165,7 +165,7 @@ def quiet() -> Iterator[None]:
     backbones in folders of this machine are no use to others. The latter is said at the end.
     """
     with_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    logger = logging.getLogger("modeling_minigpt4.backbones")
+    logger = logging.getLogger("modeling_minigpt4.saving_minigpt4")
     level = logger.level
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

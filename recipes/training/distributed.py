@@ -23,9 +23,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from modeling_minigpt4 import unchanged_minigpt4 as unchanged
 from modeling_minigpt4.digest_minigpt4 import digests
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from modeling_minigpt4.unchanged_minigpt4 import Part
 from recipes_minigpt4.training.non_finite import SKIP
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -114,16 +114,16 @@ def changed_tensors(trainer: Any) -> set[str]:
     processes have to call it.
     """
     model = trainer.model
-    frozen, names = model.frozen_tensors()
+    frozen, names = unchanged.frozen_tensors(model)
     parts, sums = {}, dict[str, int]()
     for name, tensor in frozen.items():
         if isinstance(tensor, DTensor):
             shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             local: Any = tensor.detach()
-            parts[name] = Part(local.to_local().view(shape), start[0] if start else 0)
+            parts[name] = unchanged.Part(local.to_local().view(shape), start[0] if start else 0)
         elif hasattr(tensor, "ds_shape"):  # a share of all values, in their order
-            share = tensor.ds_tensor.detach()
-            parts[name] = Part(share, share.numel() * trainer.accelerator.process_index)
+            share: torch.Tensor = tensor.ds_tensor.detach()  # type: ignore[attr-defined]
+            parts[name] = unchanged.Part(share, share.numel() * trainer.accelerator.process_index)
     found = digests({name: part.tensor for name, part in parts.items()}, {name: p.first for name, p in parts.items()})
     for mesh, placements in {(t.device_mesh, t.placements) for t in frozen.values() if isinstance(t, DTensor)}:
         these = [name for name in parts if getattr(frozen[name], "placements", None) == placements]
@@ -135,8 +135,8 @@ def changed_tensors(trainer: Any) -> set[str]:
     def agree(told: set[str]) -> set[str]:
         return {name for each in gather_object([told]) for name in each}
 
-    changed = model.compare(parts, names, {**found, **sums}, whole=bool(sums), agree=agree)
-    return agree(changed | model.changed_tensors())
+    changed = unchanged.compare(model, parts, names, {**found, **sums}, whole=bool(sums), agree=agree)
+    return agree(changed | unchanged.changed_tensors(model))
 
 
 def _gather_fsdp(tensor: torch.Tensor, trainer: Any) -> torch.Tensor:

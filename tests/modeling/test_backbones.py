@@ -149,8 +149,9 @@ def test_an_adapter_holds_the_projection_and_nothing_else(adapter) -> None:
     assert files == {
         "config.json", "generation_config.json", "model.safetensors", "configuration_minigpt4.py",
         "modeling_minigpt4.py", "backbones.py", "generation_minigpt4.py", "heads_minigpt4.py", "labels_minigpt4.py",
-        "checks_minigpt4.py", "compat_minigpt4.py", "digest_minigpt4.py", "peft_minigpt4.py",
-        "quantization_minigpt4.py", "unchanged_minigpt4.py", "whole_minigpt4.py",
+        "checks_minigpt4.py", "compat_minigpt4.py", "composition_minigpt4.py", "digest_minigpt4.py",
+        "freezing_minigpt4.py", "peft_minigpt4.py", "projector_minigpt4.py", "quantization_minigpt4.py",
+        "saving_minigpt4.py", "unchanged_minigpt4.py",
     }  # fmt: skip
     assert sum(file.stat().st_size for file in adapter.glob("*.safetensors")) < 3000
 
@@ -235,10 +236,10 @@ def test_without_qformer(backbones, tmp_path, make_inputs) -> None:
     assert_close(score(load(tmp_path), make_inputs), score(model, make_inputs))
 
 
-def test_the_model_without_a_head_loads_from_the_same_folder(adapter, make_inputs) -> None:
+def test_the_model_without_a_head_loads_from_the_same_folder(adapter, backbones, make_inputs) -> None:
     whole = load(adapter)
     base = MiniGPT4Model.from_pretrained(adapter).eval()
-    assert type(base) is MiniGPT4Model
+    assert type(base) is type(MiniGPT4Model.from_backbones(**backbones.parts())) is MiniGPT4Model
     inputs = make_inputs(whole, [[1, "image", 5]])
     assert_close(base(**inputs).last_hidden_state, whole.model(**inputs).last_hidden_state)
     assert {name for name, parameter in base.named_parameters() if parameter.requires_grad} == {

@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from closeness import assert_close
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor, saving_minigpt4
 
 
 ID, PRIVATE, EYES, WORDS = "you/adapter", "you/secret", "you/eyes", "you/words"
@@ -166,6 +168,20 @@ def test_model_push_to_hub_sends_adapter_code_and_this_project_s_card(published)
     assert card.data.base_model == [EYES, WORDS] and card.data.base_model_relation == "adapter"
     assert f'from_pretrained("{ID}")' in card.text and "This repository holds the projection only" in card.text
     assert "automatically generated" not in card.text
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_the_card_is_written_by_who_is_registered_for_it(
+    registered: bool, make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SimpleNamespace(load=lambda: lambda model, repo_id: f"{type(model).__name__} of {repo_id}")
+    monkeypatch.setattr(saving_minigpt4, "entry_points", lambda group: [writer] if registered else [])
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", lambda *args, **kwargs: None)
+    general = f"<!-- {saving_minigpt4.GENERAL_CARD} -->"
+    for text, written in ((general, f"MiniGPT4ForConditionalGeneration of {ID}"), ("My own", "My own")):
+        (tmp_path / "README.md").write_text(text)
+        make_model()._upload_modified_files(tmp_path, ID)
+        assert (tmp_path / "README.md").read_text() == (written if registered else text)
 
 
 def test_processor_push_to_hub_completes_it_and_keeps_the_card(published) -> None:

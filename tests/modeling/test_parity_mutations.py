@@ -17,8 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, convert_minigpt4_to_hf
+from modeling_minigpt4 import freezing_minigpt4 as freezing
 from modeling_minigpt4 import generation_minigpt4 as generation
-from modeling_minigpt4 import modeling_minigpt4 as modeling
 from recipes_minigpt4.data import formatting as recipes
 
 
@@ -68,7 +68,7 @@ def biases_of_queries_and_values_are_swapped(patch: Patch) -> None:
 
 
 def qformer_is_left_in_train_mode(patch: Patch) -> None:
-    patch.delattr(modeling.MiniGPT4PreTrainedModel, "train")
+    patch.delattr(freezing.FreezingMixin, "train")
 
 
 def qformer_does_not_see_cls(patch: Patch) -> None:

@@ -1,0 +1,310 @@
+"""Joining backbones and a projection: `from_backbones` makes a new model, `from_pretrained` loads a saved one."""
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .backbones import (
+    HERE,
+    HUB_OPTIONS,
+    PARTS,
+    Checkpoint,
+    check_shapes,
+    collect,
+    describe,
+    fetch_options,
+    load_backbone_config,
+    normalize_source,
+    part_of,
+)
+from .checks_minigpt4 import check_dtype, check_part
+from .compat_minigpt4 import DEFAULT_DTYPE
+from .configuration_minigpt4 import MiniGPT4Config, vision_image_size, vision_output_tokens
+from .generation_minigpt4 import compose_generation_config
+from .peft_minigpt4 import find_peft_folder
+from .projector_minigpt4 import new_projection
+from .unchanged_minigpt4 import Provided, remember_backbones
+
+
+class CompositionMixin(PreTrainedModel):
+    """
+    Loads a model from the checkpoint of its projection and from the backbones that `config.backbones` names.
+
+    Everything about dtypes, devices and quantization is left to transformers: this class finds the tensors, checks
+    them and hands them over.
+    """
+
+    # Names of tensors that came with the checkpoint although their part has a backbone, e.g. a tuned Q-Former.
+    _own_tensors: frozenset[str] = frozenset()
+
+    # What the backbones have provided, by the names of the whole model without an adapter.
+    _provided: Mapping[str, Provided] = {}
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: Any,
+        language_model: Any,
+        qformer: Any = None,
+        separator: str | None = "auto",
+        **kwargs: Any,
+    ) -> Self:
+        r"""
+        Join a vision encoder and a language model by a new projection; both are frozen and stay what they are.
+
+        Args:
+            vision: repository, `"repository@revision"`, folder, or dict with `name_or_path`, `revision`, `subfolder`:
+                any model of `AutoModel` that takes pictures, or a composite one (BLIP-2, CLIP) that holds one.
+            language_model: the same for any decoder of `AutoModelForCausalLM`.
+            qformer: the same for a repository that holds a BLIP-2 Q-Former and its queries. `None` joins patches
+                instead.
+            separator: text at which replies end beside EOS. `"auto"` is `###`, the original's, unless the language
+                model's tokenizer brings a chat template, whose turns end with EOS. `None` for EOS only.
+            **kwargs: fields of [`MiniGPT4Config`] (`projector_num_layers`, `patch_merge_size`, …); everything else
+                goes to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`, `token`, …).
+
+        Returns:
+            The model with `config.backbones` filled, revisions pinned, and a projection initialized as `nn.Linear`
+            is, from torch's seed.
+
+        Raises:
+            OSError: if a repository or folder cannot be opened.
+            ValueError: if the parts do not fit together.
+        """
+        fields = set(inspect.signature(MiniGPT4Config).parameters) - {"kwargs", "backbones"}
+        options = {name: kwargs.pop(name) for name in fields & set(kwargs)}
+        hub = {name: kwargs.get(name) for name in HUB_OPTIONS}
+        config = compose_config(vision, language_model, qformer, hub, **options)
+        model: Self = cls._compose(config, hub, **kwargs)
+        if model.can_generate():
+            source = config.backbones["language_model"]
+            model.generation_config = compose_generation_config(source, config, separator, hub)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        backbones: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Load a full checkpoint, or an adapter-only one together with the backbones that its configuration names.
+
+        Takes every option of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
+        `quantization_config`, `attn_implementation`, … Of an adapter-only checkpoint all but the projection is frozen.
+        Quantized are linear layers of the language model's decoder alone, less those that the config leaves out.
+
+        Args:
+            pretrained_model_name_or_path: repository or folder of the checkpoint.
+            config: configuration to use instead of the checkpoint's.
+            backbones: part (`"vision"`, `"qformer"`, `"language_model"`) → repository, folder or dict, for backbones
+                that have moved. They must hold the weights that the projection was trained with.
+
+        Raises:
+            OSError: if a file of the checkpoint or of a backbone is missing or damaged.
+            ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with.
+        """
+        load = super().from_pretrained
+        check_dtype(kwargs)
+        if unknown := sorted(set(map(str, backbones or {})) - set(PARTS)):
+            raise ValueError(f"`backbones` names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
+        adapter, pretrained_model_name_or_path = find_peft_folder(pretrained_model_name_or_path, kwargs)
+        where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
+        if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
+            path = pretrained_model_name_or_path if config is None else config
+            # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
+            ours = ("dtype", "torch_dtype", "quantization_config")
+            loading: dict[str, Any] = {name: kwargs.pop(name) for name in ours if name in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+            kwargs = {**kwargs, **where, **loading}
+        if pretrained_model_name_or_path is None or not config.backbones:
+            loaded = load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
+
+        for name in where:
+            kwargs.pop(name)
+        config = copy.deepcopy(config)
+        config.__dict__.pop("quantization_config", None)  # that of a model which was loaded: backbones are whole
+        for part, source in config.backbones.items():
+            if source["name_or_path"] == HERE:
+                config.backbones[part] = _inside(pretrained_model_name_or_path, source, where)
+        for part, source in (backbones or {}).items():
+            # Of where it was, only what tells the weights apart still holds.
+            known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
+            config.backbones[part] = {**known, **normalize_source(source)}
+        generation_config = kwargs.pop("generation_config", None) or _find_generation_config(
+            pretrained_model_name_or_path, where
+        )
+        checkpoint = Checkpoint({"name_or_path": pretrained_model_name_or_path, **where}, "adapter", where)
+        loaded = cls._compose(config, where, *model_args, checkpoint=checkpoint, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
+        if generation_config is not None and model.can_generate():
+            model.generation_config = generation_config
+        return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
+
+    @classmethod
+    def _with_adapter(
+        cls, loaded: Any, from_peft: tuple[Any, dict[str, Any]] | None, path: Any, where: Mapping[str, Any]
+    ) -> Any:
+        """Put on the language model what the checkpoint holds for it, or what PEFT has saved by itself."""
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        subfolder = model.config.__dict__.pop("language_model_adapter", None)  # written anew with every adapter
+        if subfolder is not None and path is not None:
+            model._load_adapter(path, where, subfolder)
+        if from_peft is not None and not (from_peft[0] == path and model.has_adapter):
+            model._load_adapter(*from_peft)
+        return loaded
+
+    @classmethod
+    def _compose(
+        cls,
+        config: Any,
+        hub_options: Mapping[str, Any],
+        *model_args: Any,
+        checkpoint: Checkpoint | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Merge the tensors of a checkpoint and of `config.backbones` and let transformers load the whole."""
+        check_dtype(kwargs)
+        skeleton = cls._skeleton(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        if config.tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+        merged = new_projection(config) if checkpoint is None else read_adapter(checkpoint, shapes, config)
+        own = frozenset(merged)
+        if not issubclass(cls, type(skeleton)):  # the model without a head
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(f"{cls.base_model_prefix}.")}
+        for part, source in config.backbones.items():
+            names = skeleton.lm_head_name, skeleton.decoder_name
+            dtype = _target_dtype(config, kwargs)
+            tensors, digest = collect(part, source, shapes, *names, hub_options, skip=own, dtype=dtype)
+            config.backbones[part] = {**source, "fingerprint": digest}
+            merged.update(tensors)
+        if not issubclass(cls, type(skeleton)):  # the model without a head
+            prefix = f"{cls.base_model_prefix}."
+            merged = {name.removeprefix(prefix): value for name, value in merged.items() if name.startswith(prefix)}
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=merged, output_loading_info=True, **kwargs
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{len(missing)} tensors are in no backbone and not in the checkpoint, {missing[0]} among them; name "
+                f"the right backbones (now {', '.join(map(describe, config.backbones.values()))})."
+            )
+        model._own_tensors = own
+        model.freeze_backbones()
+        remember_backbones(model)
+        model._choose_what_to_save()
+        return (model, info) if output_loading_info else model
+
+
+def compose_config(
+    vision: Any, language_model: Any, qformer: Any, hub_options: Mapping[str, Any], **options: Any
+) -> MiniGPT4Config:
+    """
+    The configuration of a model joined from backbones, of which only the configurations are read.
+
+    Args:
+        vision, language_model, qformer: see [`MiniGPT4ForConditionalGeneration.from_backbones`].
+        hub_options: how files are fetched.
+        **options: fields of [`MiniGPT4Config`] that are not the backbones'.
+
+    Raises:
+        OSError: if a repository or folder cannot be opened.
+        ValueError: if the parts do not fit together.
+    """
+    sources = {"vision": vision, "qformer": qformer, "language_model": language_model}
+    if missing := [part for part in ("vision", "language_model") if sources[part] is None]:
+        raise ValueError(f"`{missing[0]}` is None; name a repository or folder. Only `qformer` can be left out.")
+    sources = {part: normalize_source(source) for part, source in sources.items() if source is not None}
+    found: dict[str, PretrainedConfig] = {}
+    for part in sources:
+        found[part], sources[part] = load_backbone_config(part, sources[part], hub_options)
+        check_part(part, found[part], sources[part]["name_or_path"])
+
+    options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
+    options.setdefault("text_config", found["language_model"].get_text_config())
+    if "qformer" not in found:
+        options.setdefault("qformer_config", None)
+        options.setdefault("vision_feature_select_strategy", _select_strategy(options["vision_config"]))
+    elif not hasattr(found["qformer"], "qformer_config"):
+        raise ValueError(
+            f"{sources['qformer']['name_or_path']} is a {found['qformer'].model_type!r} model without a Q-Former; "
+            "name a BLIP-2 repository, or leave `qformer` out."
+        )
+    else:
+        options.setdefault("qformer_config", found["qformer"].qformer_config)
+        options.setdefault("num_query_tokens", found["qformer"].num_query_tokens)
+    # What "auto" stands for, today's default: the language model's own, not that of the projection (float32).
+    options.setdefault("dtype", found["language_model"].get_text_config().dtype or found["language_model"].dtype)
+    return MiniGPT4Config(**options, backbones=sources)
+
+
+def _select_strategy(vision_config: PretrainedConfig) -> str:
+    """`"default"` for an encoder with a CLS token: one token more than its patches."""
+    tokens, is_map = vision_output_tokens(vision_config)
+    patch = getattr(vision_config, "patch_size", None)
+    if is_map or not isinstance(patch, int):
+        return "full"
+    height, width = vision_image_size(vision_config)
+    return "default" if tokens == (height // patch) * (width // patch) + 1 else "full"
+
+
+def read_adapter(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], config: Any
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's own tensors, after checking that none is missing, unknown or of another shape."""
+    where = describe(checkpoint.source)
+    # The model without a head has saved names of its own.
+    keys = {name if (name := f"model.{key}") in shapes else key: key for key in checkpoint.keys()}  # noqa: SIM118
+    own = {name for name in shapes if part_of(name) not in config.backbones}
+    if missing := sorted(own - keys.keys()):
+        raise ValueError(
+            f"{where} lacks {', '.join(missing[:3])}, which is trained and in no backbone; the folder is incomplete "
+            "or its configuration was changed, so download or save it again."
+        )
+    if unknown := sorted(keys.keys() - shapes.keys()):
+        raise ValueError(
+            f"{where} holds {', '.join(unknown[:3])}, which its configuration has no place for; restore the "
+            "config.json that it was saved with (`projector_num_layers`, `qformer_config`)."
+        )
+    remedy = "it was trained for another language model or vision encoder, so load it with those."
+    check_shapes(keys, shapes, checkpoint, remedy)
+    return {name: checkpoint.tensor(key) for name, key in keys.items()}
+
+
+def _target_dtype(config: PretrainedConfig, options: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that the options of `from_pretrained` ask for, or None where transformers finds out by itself."""
+    dtype = options.get("dtype", options.get("torch_dtype", DEFAULT_DTYPE))
+    dtype = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _inside(path: Any, source: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell out where a backbone is that lies in the checkpoint's own repository or folder."""
+    commit = extract_commit_hash(cached_file(path, "config.json", **fetch_options(where, where)), None)
+    folders = [folder for folder in (where.get("subfolder"), source.get("subfolder")) if folder]
+    own = {"name_or_path": os.fspath(path), "revision": commit, "subfolder": "/".join(folders)}
+    return normalize_source({**source, **own})
+
+
+def _find_generation_config(path: Any, options: Mapping[str, Any]) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path, **options)
+    except OSError:
+        return None
+
+
+__all__ = ["CompositionMixin", "compose_config", "read_adapter"]

@@ -1,0 +1,62 @@
+"""The projection, the one part of MiniGPT-4 that trains: from vision features to tokens of the language model."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_minigpt4 import MiniGPT4Config, vision_hidden_size
+
+
+class Float32Linear(nn.Linear):
+    """
+    A linear layer whose weights stay in float32 whatever the rest of the model is cast to.
+
+    The projection is the only thing that trains: AdamW steps of 1e-4 and less vanish in bfloat16.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, dtype=torch.float32)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Float32Linear":
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
+
+
+def build_projection(config: MiniGPT4Config) -> nn.Module:
+    """
+    The trained part: one linear layer from vision features to the language model's width (paper, section 3.1).
+
+    With `projector_num_layers` > 1 the further layers keep that width, with an activation in between (Table 5).
+    """
+    if config.qformer_config is not None:
+        in_features = config.qformer_config.hidden_size
+    else:
+        in_features = vision_hidden_size(config.vision_config) * config.patch_merge_size
+    out_features = config.text_config.hidden_size
+    layers: list[nn.Module] = [Float32Linear(in_features, out_features)]
+    for _ in range(config.projector_num_layers - 1):
+        layers += [ACT2FN[config.projector_hidden_act], Float32Linear(out_features, out_features)]
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def first_layer(projection: nn.Module) -> Any:
+    """The linear layer that takes the vision features."""
+    return projection[0] if isinstance(projection, nn.Sequential) else projection
+
+
+def new_projection(config: MiniGPT4Config) -> dict[str, torch.Tensor]:
+    """The tensors of an untrained projection, under their names in [`MiniGPT4ForConditionalGeneration`]."""
+    tensors = build_projection(config).state_dict()
+    return {f"model.language_projection.{name}": tensor for name, tensor in tensors.items()}
+
+
+__all__ = ["Float32Linear", "build_projection", "first_layer", "new_projection"]
