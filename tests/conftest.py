@@ -1,7 +1,10 @@
 """What all tests share: tiny models, a tokenizer, backbone folders and pictures, made in code and offline."""
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and huggingface_hub are imported
+# Before transformers and huggingface_hub are imported: no network, and no file of an earlier run or of the user.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import deprecations  # before our packages are imported
@@ -29,6 +34,8 @@ from transformers import (
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 IMAGE_SIZE = 28  # pixels of a picture's side; patches of 14, so 4 and a CLS token
 NUM_QUERIES = 4  # image tokens of a picture with the Q-Former
