@@ -30,7 +30,7 @@ class GrowingLayer(DynamicLayer):
     """
     The cache layer of transformers with room for tokens to come: it does not copy all keys and values for every token.
 
-    `keys` and `values` are views of the room. Whoever replaces them, as beam search does, is followed.
+    `keys` and `values` are views of the room. Whoever replaces or cuts them is followed.
     """
 
     SHARE = 4  # a new room is larger than what it has to hold by this part of it, at least by
@@ -47,20 +47,6 @@ class GrowingLayer(DynamicLayer):
         self.keys = self._append(0, self.keys, key_states)  # type: ignore[has-type]
         self.values = self._append(1, self.values, value_states)  # type: ignore[has-type]
         return self.keys, self.values
-
-    # What comes out of these has no room, and the old one would only take memory.
-
-    def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
-        super().reorder_cache(*args, **kwargs)
-        self._rooms = [None, None]
-
-    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
-        super().batch_repeat_interleave(*args, **kwargs)
-        self._rooms = [None, None]
-
-    def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
-        super().batch_select_indices(*args, **kwargs)
-        self._rooms = [None, None]
 
     def _append(self, place: int, kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         length, needed = kept.shape[-2], kept.shape[-2] + added.shape[-2]
@@ -271,10 +257,10 @@ class MiniGPT4GenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Let a cache that generation makes for itself grow in place."""
+        """Let a cache that generation makes for itself grow in place; with beams it is copied anyway."""
         given = model_kwargs.get(CACHE)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None:
+        if given is None and generation_config.num_beams == 1:
             with_growing_layers(model_kwargs.get(CACHE))
         return result
 

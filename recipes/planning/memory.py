@@ -22,11 +22,12 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import masking_utils
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.data.collator import to_pixels
 from recipes_minigpt4.training.last_layer import LastLayer
-from recipes_minigpt4.training.loss import rows_are_not_packed, without_last_column
+from recipes_minigpt4.training.loss import score_answers
 from recipes_minigpt4.utils.errors import one_line
 
 
@@ -233,7 +234,7 @@ def trace_step(
         watch.most = Counter(watch.now)
         _prepare_model(model, step)
         try:
-            with watch.counting(ACTIVATIONS), rows_are_not_packed(), LastLayer(model.language_model):
+            with watch.counting(ACTIVATIONS), _rows_are_not_packed(), LastLayer(model.language_model):
                 for batch in batches[:2]:  # gradients are there from the second on; the others are like it
                     _forward_and_backward(model, batch, step, watch)
         except Exception as error:  # whatever operations say that need values, such as the routers of some experts
@@ -281,6 +282,18 @@ def _make_state(watch: StorageWatch, optimizer: torch.optim.Optimizer, trained: 
     with watch.counting(OPTIMIZER):
         optimizer.step()
     optimizer.zero_grad()
+
+
+@contextmanager
+def _rows_are_not_packed() -> Iterator[None]:
+    """Keep transformers from looking for rows of several sequences: positions have no values here."""
+    name = "find_packed_sequence_indices"
+    looks = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda positions: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, looks)
 
 
 def _batch(model: MiniGPT4ForConditionalGeneration, step: Step) -> dict[str, torch.Tensor]:
@@ -333,15 +346,11 @@ def _loss(
     precision: AbstractContextManager[Any] = nullcontext()
     if step.autocast is not None:
         precision = torch.autocast("cpu", step.autocast)
-    labels, places = inputs.pop("labels"), inputs.pop("label_positions")
-    del inputs["attention_mask"]  # rows of the same length need none, as transformers finds out by their values
-    if step.whole_rows:
-        with precision:
-            return model(**inputs, labels=labels, use_cache=False).loss
-    answers = labels.flatten().index_select(0, places)
-    inputs["input_ids"] = inputs["input_ids"][:, :-1]
-    inputs["image_positions"] = without_last_column(inputs["image_positions"], step.length)
-    before = without_last_column(places - 1, step.length)
     with precision:
-        outputs = model(**inputs, answers=answers, answer_positions=before, use_cache=False)
-    return -outputs.log_probs.sum() / len(answers)
+        if step.whole_rows:
+            # Rows of the same length need no mask, as transformers finds out by their values.
+            for name in ("label_positions", "attention_mask"):
+                del inputs[name]
+            return model(**inputs, use_cache=False).loss
+        log_probs = score_answers(model, inputs, looks_ahead=False).log_probs
+    return -log_probs.sum() / len(log_probs)

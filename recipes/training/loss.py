@@ -1,54 +1,42 @@
-"""What a training step need not compute: positions whose output nobody reads, and waiting for the device.
+"""The forward pass of a training step: answers are scored, and nothing else is computed that does not change them.
 
-A row is scored at its answer only. Pads behind an answer tell it nothing, nor does a row's last token, as long as the
-decoder's attention is causal.
+Pads behind an answer tell it nothing, nor does a row's last token, as long as the decoder's attention is causal.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, masking_utils
+from torch import nn
+from transformers import PreTrainedModel
 
 
-def without_last_column(positions: torch.Tensor, length: int) -> torch.Tensor:
+def score_answers(model: nn.Module, batch: Mapping[str, Any], looks_ahead: bool) -> Any:
+    """
+    Score the answers of a batch.
+
+    Args:
+        model: a `MiniGPT4ForConditionalGeneration`, perhaps wrapped by a trainer.
+        batch: what `StageCollator` makes; `label_positions` tells where answers are.
+        looks_ahead: whether a later token changes an earlier one, see below; pads and masks stay then.
+
+    Returns:
+        The model's output with `log_probs`, `entropy` and `is_top1`, each of shape (answer tokens,).
+    """
+    inputs = dict(batch)
+    length, places = inputs["input_ids"].shape[1], inputs.pop("label_positions")
+    answers, before = inputs.pop("labels").flatten().index_select(0, places), places - 1
+    if not looks_ahead:
+        del inputs["attention_mask"]
+        inputs["input_ids"] = inputs["input_ids"][:, :-1]
+        before = _without_last_column(before, length)
+        inputs["image_positions"] = _without_last_column(inputs["image_positions"], length)
+    return model(**inputs, answers=answers, answer_positions=before, use_cache=False)
+
+
+def _without_last_column(positions: torch.Tensor, length: int) -> torch.Tensor:
     """Places in flattened rows of `length` as places in the same rows without their last column."""
     return positions - positions // length
-
-
-_UNPACKED: ContextVar[bool] = ContextVar("unpacked", default=False)  # of this thread
-_LOCK = threading.Lock()
-_asked: Any = None  # transformers' own
-_inside = 0  # how many threads are in `rows_are_not_packed`
-
-
-@contextmanager
-def rows_are_not_packed() -> Iterator[None]:
-    """
-    Keep transformers from asking the device, in every forward, whether rows hold several sequences; ours never do.
-
-    It looks at the positions for that, and waits for the answer (4.57 to 5.24, `masking_utils`). There is no switch,
-    so the function is replaced meanwhile, by one that other threads do not notice.
-    """
-    global _inside, _asked
-    name = "find_packed_sequence_indices"
-    with _LOCK:
-        if _inside == 0 and (_asked := getattr(masking_utils, name, None)) is not None:
-            asked = _asked
-            setattr(masking_utils, name, lambda positions: None if _UNPACKED.get() else asked(positions))
-        _inside += 1
-    token = _UNPACKED.set(True)
-    try:
-        yield
-    finally:
-        _UNPACKED.reset(token)
-        with _LOCK:
-            _inside -= 1
-            if _inside == 0 and _asked is not None:
-                setattr(masking_utils, name, _asked)
 
 
 @torch.no_grad()

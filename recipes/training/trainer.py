@@ -23,7 +23,7 @@ from recipes_minigpt4.training.arguments import StageArguments
 from recipes_minigpt4.training.callbacks import ImagesProgressCallback, PanelCallback, undisturbed
 from recipes_minigpt4.training.checkpointing import CheckpointingMixin
 from recipes_minigpt4.training.last_layer import LastLayer
-from recipes_minigpt4.training.loss import looks_ahead, rows_are_not_packed, without_last_column
+from recipes_minigpt4.training.loss import looks_ahead, score_answers
 from recipes_minigpt4.training.non_finite import STOP, FiniteSteps, FiniteStepsCallback
 from recipes_minigpt4.training.publishing import PublishingMixin
 from recipes_minigpt4.training.resume import ProcessState, StreamEpochCallback
@@ -175,21 +175,12 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         if return_outputs or not self._is_plain(inputs):
             inputs.pop("label_positions", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        answers = labels.flatten().index_select(0, inputs["label_positions"])
-        before = inputs["label_positions"] - 1
-        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "label_positions")}
-        if not self._looks_ahead:  # pads are behind answers, and a row's last token tells nobody anything
-            del inputs["attention_mask"]
-            inputs["input_ids"] = ids[:, :-1]
-            before = without_last_column(before, ids.shape[1])
-            inputs["image_positions"] = without_last_column(inputs["image_positions"], ids.shape[1])
-        with rows_are_not_packed():
-            outputs = model(**inputs, answers=answers, answer_positions=before, use_cache=False)
-        count = torch.full((), len(answers), device=outputs.entropy.device)
+        outputs = score_answers(model, inputs, self._looks_ahead)
+        answers = outputs.log_probs
+        count = torch.full((), len(answers), device=answers.device)
         metrics = torch.stack([outputs.is_top1.sum(), outputs.entropy.sum(), count])
         self._answers = metrics if self._answers is None else self._answers + metrics
-        loss = -outputs.log_probs.sum()
+        loss = -answers.sum()
         if num_items_in_batch is None:
             return loss / max(len(answers), 1)
         # None at all if every sample of the batch was skipped. It counts the tokens of all processes, whose gradients
