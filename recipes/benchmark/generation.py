@@ -89,12 +89,14 @@ def build_inputs(size_name: str, images: int) -> dict[str, Tensor]:
     return {name: inputs[name].to(device()) for name in names}
 
 
-def build_works(args: argparse.Namespace, inputs: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """For both sides a call that returns the ids of its replies, of shape (images, new tokens)."""
+def build_works(
+    args: argparse.Namespace, inputs: Mapping[str, Tensor], **options: Any
+) -> dict[str, Callable[[], Tensor]]:
+    """For both sides a call that returns the ids of its replies, of shape (images, new tokens), with more options."""
     size = SIZES[args.size]
     ours = build_ours(size, args.seed).to(device()).eval()
     peer = build_peer(size, args.seed, ours=ours).to(device()).eval()
-    options = {
+    options |= {
         "min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens, "do_sample": False,
         "eos_token_id": ours.config.text_config.eos_token_id, "pad_token_id": ours.config.text_config.pad_token_id,
     }  # fmt: skip
@@ -116,8 +118,8 @@ def check_replies(replies: Mapping[str, Tensor], new_tokens: int) -> None:
     for name, ids in replies.items():
         if ids.shape[1] != new_tokens:
             raise RecipeError(f"{name!r} wrote {ids.shape[1]} tokens instead of {new_tokens}, so times say nothing.")
-    if differing := int((replies["ours"] != replies["peer"]).any(-1).sum()):
+    first, second = replies.values()
+    if differing := int((first != second).any(-1).sum()):
         raise RecipeError(
-            f"The sides do not do the same work, so times say nothing: {differing} of {len(replies['ours'])} replies "
-            "differ."
+            f"The sides do not do the same work, so times say nothing: {differing} of {len(first)} replies differ."
         )
