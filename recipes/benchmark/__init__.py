@@ -3,6 +3,7 @@
     minigpt4 benchmark train
     minigpt4 benchmark generate --output generate.json
     minigpt4 benchmark data
+    minigpt4 benchmark optimizations
 
 Every side has the same weights and the same rows, and is asked for the same result before it is timed. Sides take
 turns, so that a busy minute of the machine hits all of them; what is told are medians over the rounds.
@@ -24,6 +25,7 @@ KINDS = {
     "train": ("recipes_minigpt4.benchmark.training", "a training step: from pixels, and from cached features"),
     "generate": ("recipes_minigpt4.benchmark.generation", "the generation of replies"),
     "data": ("recipes_minigpt4.benchmark.data", "reading tar files into batches, beside Pillow alone"),
+    "optimizations": ("recipes_minigpt4.benchmark.optimizations", "each larger optimisation, with it and without it"),
 }
 
 

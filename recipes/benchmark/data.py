@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The report.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     pictures = build_pictures(DIFFERENT, args.seed)
     rates: dict[str, list[float]] = {"pillow": [], "ours": []}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            write_tars(Path(folder), pictures, args.pictures)
-            for _ in range(args.rounds + 1):  # the first is not counted
-                pin(cores[:1])
-                rates["pillow"].append(decode_and_resize(pictures, args.pictures))
-                pin(cores[1:])
-                rates["ours"].append(stream(Path(folder), args, cores[:1]))
-    finally:
-        pin(cores)
+    with tempfile.TemporaryDirectory() as folder, worker_apart() as (core, others):
+        write_tars(Path(folder), pictures, args.pictures)
+        for _ in range(args.rounds + 1):  # the first is not counted
+            pin(core)
+            rates["pillow"].append(decode_and_resize(pictures, args.pictures))
+            pin(others)
+            rates["ours"].append(stream(Path(folder), args, core))
     counted = {name: of[1:] for name, of in rates.items()}
     ratios = [ours / bare for ours, bare in zip(counted["ours"], counted["pillow"], strict=True)]
     report = {
@@ -91,6 +88,17 @@ def pin(cores: list[int]) -> None:
     """Let this process run on these processors only; on any if none is named or the system does not know how."""
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+
+
+@contextmanager
+def worker_apart() -> Iterator[tuple[list[int], list[int]]]:
+    """The processor of a worker, and those that are left for this process, which is let run on all of them behind."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    pin(cores[1:])
+    try:
+        yield cores[:1], cores[1:]
+    finally:
+        pin(cores)
 
 
 def start_worker(cores: list[int], _: int) -> None:

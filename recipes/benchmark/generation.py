@@ -116,8 +116,8 @@ def check_replies(replies: Mapping[str, Tensor], new_tokens: int) -> None:
     for name, ids in replies.items():
         if ids.shape[1] != new_tokens:
             raise RecipeError(f"{name!r} wrote {ids.shape[1]} tokens instead of {new_tokens}, so times say nothing.")
-    if differing := int((replies["ours"] != replies["peer"]).any(-1).sum()):
+    first, second = replies.values()
+    if differing := int((first != second).any(-1).sum()):
         raise RecipeError(
-            f"The sides do not do the same work, so times say nothing: {differing} of {len(replies['ours'])} replies "
-            "differ."
+            f"The sides do not do the same work, so times say nothing: {differing} of {len(first)} replies differ."
         )

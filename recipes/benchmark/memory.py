@@ -27,7 +27,13 @@ from recipes_minigpt4.utils.errors import RecipeError
 STEPS = 3
 
 
-def measure_sides(workload: Workload, peer_batches: Sequence[Batch], threads: int) -> dict[str, dict[str, int]]:
+def measure_sides(
+    workload: Workload,
+    peer_batches: Sequence[Batch],
+    threads: int,
+    sides: Sequence[str] | None = None,
+    program: Sequence[str] = ("recipes_minigpt4.benchmark.memory",),
+) -> dict[str, dict[str, int]]:
     """
     Peak memory of every side.
 
@@ -35,6 +41,8 @@ def measure_sides(workload: Workload, peer_batches: Sequence[Batch], threads: in
         workload: what to train.
         peer_batches: the peer's batches; our sides make theirs.
         threads: of torch.
+        sides: keys of `BUILDERS`; all of them if left out.
+        program: the module that measures a side, and what it takes before the JSON.
 
     Returns:
         For every side `peak_bytes`, that of the process, and `peak_above_start_bytes`, what came on top of
@@ -48,11 +56,11 @@ def measure_sides(workload: Workload, peer_batches: Sequence[Batch], threads: in
         tensors = {f"{n} {name}": tensor for n, batch in enumerate(peer_batches) for name, tensor in batch.items()}
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
         task = {"workload": asdict(workload), "threads": threads, "batches": str(path)}
-        return {side: _in_new_process({**task, "side": side}) for side in BUILDERS}
+        return {side: _in_new_process(program, {**task, "side": side}) for side in sides or BUILDERS}
 
 
-def _in_new_process(task: dict[str, object]) -> dict[str, int]:
-    command = [sys.executable, "-m", "recipes_minigpt4.benchmark.memory", json.dumps(task)]
+def _in_new_process(program: Sequence[str], task: dict[str, object]) -> dict[str, int]:
+    command = [sys.executable, "-m", *program, json.dumps(task)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
     if done.returncode:

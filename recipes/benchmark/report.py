@@ -107,9 +107,11 @@ def format_report(report: Mapping[str, Any]) -> str:
     parts = [
         f"minigpt4 benchmark {report['benchmark']}, {size}medians of {report['rounds']} rounds",
         _format_surroundings(report),
-        _format_sides(report["sides"]),
-        _format_ratios(report),
     ]
+    if "optimizations" in report:
+        parts += [_format_optimization(name, found) for name, found in report["optimizations"].items()]
+    else:
+        parts += [_format_sides(report["sides"]), _format_ratios(report)]
     if report["bars"]:
         parts.append(_format_bars(report))
     return "\n\n".join(parts)
@@ -123,7 +125,7 @@ def _format_surroundings(report: Mapping[str, Any]) -> str:
         "threads": f"{machine['threads']} of torch",
         "versions": versions,
         **{name.replace("_", " "): text for name, text in shapes.items()},
-        **{name: {**LEGEND, **report.get("legend", {})}[name] for name in report["sides"]},
+        **{name: {**LEGEND, **report.get("legend", {})}[name] for name in report.get("sides", ())},
     }
     if "gpu" in machine:
         lines["gpu"] = machine["gpu"]
@@ -156,6 +158,14 @@ def _format_ratios(report: Mapping[str, Any]) -> str:
         )
     if "memory_ratios" in report:
         lines.append("  start: the interpreter, its libraries and the rows, right before the model is built")
+    return "\n".join(lines)
+
+
+def _format_optimization(name: str, found: Mapping[str, Any]) -> str:
+    lines = [f"  {name}, {found['lines']} lines: {'pays' if found['pays'] else 'does not pay'}"]
+    for measure, ratio in found["without"].items():
+        spread = f"({ratio['min']:.3f}–{ratio['max']:.3f} over the rounds)"
+        lines.append(f"    {measure + ' without it':<28}{ratio['median']:.3f} times {spread}")
     return "\n".join(lines)
 
 

@@ -107,25 +107,28 @@ def kept_in_eval_mode(module: nn.Module) -> Iterator[None]:
         del module.train
 
 
-def check_first_step(results: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
+def check_first_step(
+    results: Mapping[str, tuple[float, float]], reference: str = "peer"
+) -> dict[str, dict[str, float]]:
     """
     Make sure that all sides came to the same loss and gradient.
 
     Args:
         results: side → loss and norm of the gradient in its first step.
+        reference: the side that the others are held against.
 
     Returns:
         The same by name.
 
     Raises:
-        RecipeError: if they differ from the peer's.
+        RecipeError: if they differ.
     """
     for name, numbers in results.items():
-        for what, number, reference in zip(("loss", "gradient norm"), numbers, results["peer"], strict=True):
-            if not math.isclose(number, reference, rel_tol=TOLERANCE):
+        for what, number, expected in zip(("loss", "gradient norm"), numbers, results[reference], strict=True):
+            if not math.isclose(number, expected, rel_tol=TOLERANCE):
                 raise RecipeError(
                     f"The sides do not do the same work, so times say nothing: in the first step the {what} of "
-                    f"{name!r} is {number:.6f}, and the peer's is {reference:.6f}."
+                    f"{name!r} is {number:.6f}, and that of {reference!r} is {expected:.6f}."
                 )
     return {name: {"first_loss": loss, "first_gradient_norm": norm} for name, (loss, norm) in results.items()}
 

@@ -10,14 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from modeling_minigpt4 import generation_minigpt4, heads_minigpt4
 from recipes_minigpt4 import benchmark, cli
 from recipes_minigpt4.benchmark import data, generation, memory, training
 from recipes_minigpt4.benchmark.measure import compare, count_flops, take_turns
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_peer, peer_inputs, peer_name
+from recipes_minigpt4.benchmark.optimizations import OPTIMIZATIONS, both_ways
 from recipes_minigpt4.benchmark.report import Bar, format_report, judge
-from recipes_minigpt4.benchmark.sides import Workload
+from recipes_minigpt4.benchmark.sides import Workload, build_data, build_our_side
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.sources import open_source
+from recipes_minigpt4.training import last_layer, loss, trainer
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -113,6 +116,64 @@ def test_generation_reports_both_sides(tmp_path, capsys: pytest.CaptureFixture) 
         assert side["tokens_per_second"] == pytest.approx(10 / side["seconds_per_batch"])
         assert f"{side['seconds_per_batch']:.3f}" in printed
     assert "2 prompts of" in printed and "5 new tokens each" in printed
+
+
+# ---- optimisations --------------------------------------------------------------------------------------------------
+
+
+def test_optimizations_are_measured_with_and_without(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks, programs = iter(range(100, 200)), []
+
+    def take(workload, batches, threads, sides, program):
+        programs.append(program[1:])
+        return {side: {"peak_above_start_bytes": next(peaks)} for side in sides}
+
+    monkeypatch.setattr(memory, "measure_sides", take)
+    monkeypatch.setattr(data, "PICTURES", 32)
+    path = tmp_path / "report.json"
+    arguments = ["optimizations", *TINY, "--output", str(path)]
+    report = benchmark.main(arguments)
+    printed = capsys.readouterr().out
+    assert json.loads(path.read_text()) == report
+    assert report["optimizations"].keys() == OPTIMIZATIONS.keys()
+    for name, found in report["optimizations"].items():
+        assert tuple(found["without"]) == OPTIMIZATIONS[name].measures
+        for measure, ratio in found["without"].items():
+            turns = found["turns"][measure]
+            assert ratio == compare(turns["without"], turns["with"]) and len(turns["with"]) == 2
+            assert f"{ratio['median']:.3f} times" in printed
+        assert found["pays"] == any(ratio["median"] >= 1.03 for ratio in found["without"].values())
+        assert f"{name}, {found['lines']} lines: {'pays' if found['pays'] else 'does not pay'}" in printed
+    assert programs[:4] == [["last_layer"], [], ["last_layer"], []]
+    assert "32 and 128 tokens, greedy" in printed
+
+
+@pytest.mark.parametrize(
+    "name, place, attribute",
+    [
+        ("last_layer", last_layer.LastLayer, "_gather"),
+        ("frozen_head", heads_minigpt4, "_score_in_place"),
+        ("no_pads", loss, "_without_last_column"),
+        ("byte_pictures", trainer, "to_pixels"),
+        ("growing_cache", generation_minigpt4.GrowingLayer, "_append"),
+    ],
+)
+def test_what_is_left_out_does_not_run(name: str, place, attribute: str, tmp_path, monkeypatch) -> None:
+    calls, original = [], getattr(place, attribute)
+    monkeypatch.setattr(place, attribute, lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1])
+    if name == "growing_cache":
+        args = SimpleNamespace(size="tiny", seed=0, new_tokens=3)
+        work = generation.build_works(args, generation.build_inputs("tiny", 2))["ours"]
+    else:
+        workload = Workload("tiny")
+
+        def work() -> None:
+            build_our_side(workload, tmp_path, build_data(workload)).step()
+
+    for way, run in both_ways(name, work).items():
+        calls.clear()
+        run()
+        assert bool(calls) == (way == "with")
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
