@@ -72,7 +72,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
-    A step scores answers only and never waits for the device. Samples that cannot be used are skipped, counted and
+    A step scores answers only and does not wait for the device itself. Samples that cannot be used are skipped, counted and
     reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is, with the processor beside
     it; they are whole or not there. A resumed run, also one on a stream, gives the weights of one that never stopped.
     Logs tell images per second, and the model card is this project's.
