@@ -224,7 +224,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [0, 700, 3000, 30_000])
+@pytest.mark.parametrize("size", [0, 700, 3000, 20_000])
 def test_a_full_disk_costs_the_checkpoint_that_is_written(
     size: int, stage: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -259,7 +259,7 @@ def test_a_full_disk_at_the_end_leaves_the_former_adapter(
     save = MiniGPT4Trainer._save
 
     def with_a_full_disk(trainer, *args, **kwargs) -> None:
-        with files_of_at_most(30_000):
+        with files_of_at_most(20_000):
             save(trainer, *args, **kwargs)
 
     monkeypatch.setattr(MiniGPT4Trainer, "_save", with_a_full_disk)

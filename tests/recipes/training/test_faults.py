@@ -219,7 +219,7 @@ def fill_the_disk_of_the_first_rank() -> None:
 
     def limited(trainer, model, trial) -> None:
         if os.environ["RANK"] == "0" and trainer.state.global_step > 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (35_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, resource.RLIM_INFINITY))
         save(trainer, model, trial)
 
     MiniGPT4Trainer._save_checkpoint = limited
