@@ -200,11 +200,6 @@ class Checkpoint:
         self._paths: dict[str, str] = {}
         self._file_of = self._list_tensors()
 
-    @property
-    def opened_files(self) -> list[str]:
-        """Names of the files opened so far."""
-        return sorted(self._open_files)
-
     def keys(self) -> Iterable[str]:
         return self._file_of.keys()
 

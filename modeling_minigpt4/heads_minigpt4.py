@@ -91,7 +91,7 @@ def score_answers(
         whether a token is the most likely one; all of shape (tokens,), float32.
     """
     if not any(parameter.requires_grad for parameter in head.parameters()):
-        return _FrozenHeadScores.apply(hidden_states, answers, head, text_config)
+        return FrozenHeadScores.apply(hidden_states, answers, head, text_config)
     log_probs = adjust_logits(head(hidden_states), text_config).float().log_softmax(-1)
     answers = answers.to(log_probs.device)
     chosen = -F.nll_loss(log_probs, answers, reduction="none")
@@ -99,7 +99,7 @@ def score_answers(
         return chosen, -(log_probs.exp() * log_probs).sum(-1), (log_probs.argmax(-1) == answers).float()
 
 
-class _FrozenHeadScores(torch.autograd.Function):
+class FrozenHeadScores(torch.autograd.Function):
     """
     `score_answers` for a head that does not train: the gradient is computed together with the scores, in the place of
     the logits, so that these are there once, up to `_AT_ONCE` of them, and do not wait for the backward pass.
@@ -119,7 +119,7 @@ class _FrozenHeadScores(torch.autograd.Function):
             if logits.dtype == torch.float16:  # which would lose the gradients of tokens that are almost certain
                 ctx.scale = 1024.0  # a power of two costs no digit
             gradient = logits.detach()  # shares its memory
-            scores.append(_score_in_place(gradient, ids.to(gradient.device), text_config, ctx.scale))
+            scores.append(score_in_place(gradient, ids.to(gradient.device), text_config, ctx.scale))
             if ctx.needs_input_grad[0]:
                 gradients += torch.autograd.grad(logits, states, gradient)
         if gradients:
@@ -135,7 +135,7 @@ class _FrozenHeadScores(torch.autograd.Function):
         return (upstream * gradient).to(gradient.dtype), None, None, None
 
 
-def _score_in_place(
+def score_in_place(
     logits: torch.Tensor, answers: torch.Tensor, text_config: PretrainedConfig, scale: float
 ) -> torch.Tensor:
     """Scores of shape (3, tokens); `logits` become the gradient of the log-probabilities, times `scale`."""

@@ -36,6 +36,7 @@ from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
 from recipes_minigpt4.benchmark.machine import read_status, surroundings
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
 from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.files import write_json
 from recipes_minigpt4.utils.ranges import POSITIVE, in_range
 
 
@@ -142,7 +143,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def random_like(name: str, tensor: Tensor) -> Tensor:
@@ -343,7 +344,7 @@ def run_check(args: argparse.Namespace) -> dict[str, Any]:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
     result = {"preset": args.preset, "stored_dtype": args.stored_dtype, "write_seconds": written, **measured}
-    (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output_dir / "result.json", result)
     print(format_result(result), flush=True)
     full_size = args.preset in PRESETS
     check(result, args.limit if args.limit is not None else LIMIT if full_size else math.inf)

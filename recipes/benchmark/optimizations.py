@@ -72,13 +72,13 @@ OPTIMIZATIONS = {
         (LastLayer,), lambda: mock.patch.object(LastLayer, "__enter__", lambda layer: layer), TRAINING
     ),
     "frozen_head": Optimization(
-        (model_heads._FrozenHeadScores, model_heads._score_in_place),
+        (model_heads.FrozenHeadScores, model_heads.score_in_place),
         lambda: mock.patch.object(model_file, "score_answers", score_with_autograd),
         TRAINING,
     ),
     "no_pads": Optimization(
-        (loss.looks_ahead, loss._without_last_column),
-        lambda: mock.patch.object(trainer, "looks_ahead", lambda decoder: True),
+        (loss.is_causal_decoder, loss.without_last_column),
+        lambda: mock.patch.object(trainer, "is_causal_decoder", lambda decoder: False),
         TRAINING,
     ),
     "byte_pictures": Optimization(

@@ -181,6 +181,6 @@ def _format_bars(report: Mapping[str, Any]) -> str:
 def write_report(report: Mapping[str, Any], path: Path) -> None:
     """Write the report as JSON."""
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # in place: it may be a device
     except OSError as error:
         raise RecipeError(f"{path} cannot be written ({error.strerror}); name another file with --output.") from error

@@ -92,7 +92,7 @@ def _numbers(option: str, values: Any) -> list[float]:
         raise RecipeError(f"{option} are {values}; give numbers, one for each --dataset_name.") from error
 
 
-def check_weights(args: DataArguments) -> list[float] | None:
+def check_dataset_weights(args: DataArguments) -> list[float] | None:
     """`dataset_weights` as probabilities."""
     names, weights = args.dataset_name or [], args.dataset_weights
     if weights is None:

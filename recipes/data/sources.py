@@ -14,7 +14,7 @@ import pyarrow.compute  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Image, IterableDataset, Value, interleave_datasets
 
 from processing_minigpt4.image_opening_minigpt4 import inline_picture, path_of_url, without_content
-from recipes_minigpt4.data.arguments import DataArguments, check_weights
+from recipes_minigpt4.data.arguments import DataArguments, check_dataset_weights
 from recipes_minigpt4.data.files import open_dataset, open_table, read_annotations, refuse_address, writable_cache
 from recipes_minigpt4.data.streaming import shuffle_blocks, shuffle_shards
 from recipes_minigpt4.data.webdataset import stream_tars, tars_named
@@ -47,7 +47,7 @@ def load_pairs(args: DataArguments, stage: int, seed: int = 42) -> Dataset | Ite
     """
     if not args.dataset_name:
         raise RecipeError("No data: name a dataset, a folder or a file with --dataset_name.")
-    weights = check_weights(args)
+    weights = check_dataset_weights(args)
     # Types are there to be mixed, and cost time for every sample.
     typed = len(args.dataset_name) > 1
     sources = [open_source(name, args, stage, typed, seed) for name in args.dataset_name]

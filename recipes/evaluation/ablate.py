@@ -48,22 +48,14 @@ from recipes_minigpt4.evaluation.ablation_report import (
     write_reports,
 )
 from recipes_minigpt4.tiny import BACKBONES
-from recipes_minigpt4.tiny.demo import (
-    THREADS,
-    Shown,
-    adapter_bytes,
-    describe,
-    load_adapter,
-    prepare_folder,
-    quiet,
-    reproducible,
-)
+from recipes_minigpt4.tiny.demo import THREADS, Shown, adapter_bytes, describe, load_adapter
 from recipes_minigpt4.tiny.metrics import repetition_rate, score
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError, one_line
-from recipes_minigpt4.utils.files import write_json
+from recipes_minigpt4.utils.files import prepare_folder, write_json
 from recipes_minigpt4.utils.ranges import SEED, Range, in_range
+from recipes_minigpt4.utils.runs import quiet, reproducible
 from recipes_minigpt4.utils.text import heading
 
 

@@ -7,13 +7,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes_minigpt4.tiny.demo import COLUMNS
-from recipes_minigpt4.tiny.report import MEANING
+from recipes_minigpt4.tiny.metrics import MEANING, SCORES
 from recipes_minigpt4.utils.html import render_page, render_table
 from recipes_minigpt4.utils.text import format_table, heading
 
 
-MEASURES = {**COLUMNS, "repetition_rate": ("repetition rate", "{:.1%}")}
+MEASURES = {**SCORES, "repetition_rate": ("repetition rate", "{:.1%}")}
 NOTES = (
     " ".join(MEANING.split())
     + " Repetition rate: replies that are empty or repeat something, finished or not; what is "

@@ -18,11 +18,7 @@ from typing import Any
 
 from modeling_minigpt4 import MiniGPT4Config
 from modeling_minigpt4.backbones import describe
-from modeling_minigpt4.convert_minigpt4_to_hf import (
-    PRESETS,
-    VISION_FOLDER,
-    convert_original_checkpoint,
-)
+from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS, VISION_FOLDER, convert_original_checkpoint
 from recipes_minigpt4.hub.card import render_card
 from recipes_minigpt4.hub.push import push
 from recipes_minigpt4.utils.command_line import CommandParser

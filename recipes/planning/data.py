@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from modeling_minigpt4 import MiniGPT4Config
 from processing_minigpt4 import MiniGPT4Processor
-from recipes_minigpt4.data.arguments import DataArguments, check_weights
+from recipes_minigpt4.data.arguments import DataArguments, check_dataset_weights
 from recipes_minigpt4.data.files import FILE_TYPES, file_type, open_binary, read_annotations, refuse_address
 from recipes_minigpt4.data.formatting import BLANK, INSTRUCTIONS, instruction_format
 from recipes_minigpt4.data.webdataset import expand, tars_named
@@ -62,7 +62,7 @@ def measure_sources(args: DataArguments, stage: int) -> list[Source]:
     """
     if not args.dataset_name:
         raise RecipeError("No data: name a dataset, a folder or a file with --dataset_name.")
-    check_weights(args)
+    check_dataset_weights(args)
     sources = [_measure(name, args, stage) for name in args.dataset_name]
     if args.streaming or len(sources) > 1:
         sources = [replace(source, streams=True) for source in sources]

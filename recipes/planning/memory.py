@@ -27,7 +27,7 @@ from transformers import masking_utils
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.data.collator import to_pixels
 from recipes_minigpt4.training.last_layer import LastLayer
-from recipes_minigpt4.training.loss import score_answers
+from recipes_minigpt4.training.loss import score_batch
 from recipes_minigpt4.utils.errors import one_line
 
 
@@ -352,5 +352,5 @@ def _loss(
             for name in ("label_positions", "attention_mask"):
                 del inputs[name]
             return model(**inputs, use_cache=False).loss
-        log_probs = score_answers(model, inputs, looks_ahead=False).log_probs
+        log_probs = score_batch(model, inputs, is_causal=True).log_probs
     return -log_probs.sum() / len(log_probs)

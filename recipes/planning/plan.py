@@ -19,19 +19,9 @@ from transformers import Trainer
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.feature_cache import STORED
-from recipes_minigpt4.planning.data import (
-    RowLength,
-    longest_row,
-    measure_sources,
-    plan_schedule,
-)
+from recipes_minigpt4.planning.data import RowLength, longest_row, measure_sources, plan_schedule
 from recipes_minigpt4.planning.memory import OPTIMIZER, Step, needs_values, trace_step
-from recipes_minigpt4.planning.model import (
-    build_skeleton,
-    check_quantization,
-    list_parts,
-    quantize_skeleton,
-)
+from recipes_minigpt4.planning.model import build_skeleton, check_quantization, list_parts, quantize_skeleton
 from recipes_minigpt4.planning.parallel import Parallelism, hold, memory_per_process, read_parallelism
 from recipes_minigpt4.planning.report import Plan, format_plan
 from recipes_minigpt4.stage2_finetune import Stage2Arguments

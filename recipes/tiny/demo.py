@@ -13,46 +13,36 @@ The two stages are the recipes themselves with `tiny_stage1` and `tiny_stage2`. 
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging as transformers_logging
 
 import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
 from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
-from recipes_minigpt4.tiny.metrics import score
+from recipes_minigpt4.tiny.metrics import SCORES, score
 from recipes_minigpt4.tiny.report import Example, render_report
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.training.model import load_model
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.files import prepare_folder, write_json
 from recipes_minigpt4.utils.html import Curve
 from recipes_minigpt4.utils.ranges import SEED, in_range
+from recipes_minigpt4.utils.runs import quiet, reproducible
 from recipes_minigpt4.utils.text import format_table, heading
 
 
 STAGES = {"untrained": "untrained projection", "stage1": "after stage 1", "stage2": "after stage 2"}
-COLUMNS = {  # measure → title of its column, format of its values
-    "object_f1": ("object F1", "{:.3f}"),
-    "position_accuracy": ("position accuracy", "{:.3f}"),
-    "failure_rate": ("failure rate", "{:.1%}"),
-    "mean_words": ("mean words", "{:.1f}"),
-}
 INSTRUCTION = "Describe this image in detail."
 MAX_NEW_TOKENS = 120  # a description of three things takes at most about 90
 THREADS = 1  # models this small gain little from a second one, and lose much when something else runs
@@ -94,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         RecipeError: for arguments that are not understood and an output folder that cannot be written.
     """
     args = parse(arguments)
-    folder = prepare_folder(args.output_dir)
+    folder = prepare_folder(args.output_dir, parts=("stage1", "adapter"))
     started = time.perf_counter()
     with reproducible(THREADS), quiet():
         shown = evaluation_scenes()
@@ -121,64 +111,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="default: %(default)s")
     parser.add_argument("--seed", type=in_range(SEED), default=0, help="seed of both stages; default: %(default)s")
     return parser.parse_args(arguments)
-
-
-def prepare_folder(folder: Path, parts: Sequence[str] = ("stage1", "adapter")) -> Path:
-    """
-    Make the output folder and its parts. What else lies in it stays; what an earlier run wrote will be written anew.
-
-    Raises:
-        RecipeError: if it cannot be made or written into.
-    """
-    folder = folder.expanduser().absolute()
-    try:
-        for place in (folder, *(folder / part for part in parts)):
-            place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place):
-                pass
-    except OSError as error:
-        raise RecipeError(
-            f"--output-dir {folder} cannot be used ({error.strerror or error}: {error.filename}); name a folder that "
-            "can be written into."
-        ) from error
-    return folder
-
-
-@contextmanager
-def reproducible(threads: int) -> Iterator[None]:
-    """The same digits for the same seed, whatever the machine's number of cores."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No bars while files are read and written, which takes no time here; the trainer's own stay.
-
-    Nor what is no news to whoever tries the demo: names that transformers will drop one day, and, at every save, that
-    backbones in folders of this machine are no use to others. The latter is said at the end.
-    """
-    with_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    logger = logging.getLogger("modeling_minigpt4.saving_minigpt4")
-    level = logger.level
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if with_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def train_and_describe(
@@ -265,13 +197,13 @@ def card_results(results: Mapping[str, Any]) -> dict[str, str]:
     """Measure → value of the trained adapter, for the model card."""
     told = {}
     for key, title in (("stages", "scenes never shown"), ("held_out", "those with a held-out colour–shape pair")):
-        for measure, text in zip(COLUMNS, format_scores(results[key]["stage2"]), strict=True):
-            told[f"{COLUMNS[measure][0]}, {title}"] = text
+        for measure, text in zip(SCORES, format_scores(results[key]["stage2"]), strict=True):
+            told[f"{SCORES[measure][0]}, {title}"] = text
     return told
 
 
 def format_scores(scores: Scores) -> list[str]:
-    return [style.format(scores[measure]) for measure, (_, style) in COLUMNS.items()]
+    return [style.format(scores[measure]) for measure, (_, style) in SCORES.items()]
 
 
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -280,7 +212,7 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for stage, title in STAGES.items():
         rows.append([title, *format_scores(results["stages"][stage])])
         rows.append(["  held-out pairs", *format_scores(results["held_out"][stage])])
-    return ["", *(title for title, _ in COLUMNS.values())], rows
+    return ["", *(title for title, _ in SCORES.values())], rows
 
 
 def choose_examples(shown: Shown, replies: Mapping[str, Sequence[str]], count: int) -> list[Example]:
@@ -301,7 +233,7 @@ def choose_examples(shown: Shown, replies: Mapping[str, Sequence[str]], count: i
 
 def write_results(folder: Path, results: Mapping[str, Any], curves: Mapping[str, Curve], examples: Any) -> None:
     """Write `results.json` and `report.html`."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", results)
     header, rows = table(results)
     page = render_report(results, header, rows, curves, examples)
     (folder / "report.html").write_text(page, encoding="utf-8")

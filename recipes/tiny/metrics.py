@@ -13,6 +13,17 @@ _PLACE = re.compile(rf"\b({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})\b|\bcentre\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
+SCORES = {  # measure → its title in a table, format of its values
+    "object_f1": ("object F1", "{:.3f}"),
+    "position_accuracy": ("position accuracy", "{:.3f}"),
+    "failure_rate": ("failure rate", "{:.1%}"),
+    "mean_words": ("mean words", "{:.1f}"),
+}
+# What the measures of the tables mean.
+MEANING = """Object F1: objects named with their colour and shape. Position accuracy: share of the objects that are
+named and put in the right place. Failure rate: replies with a repeated or unfinished sentence."""
+
+
 def named_objects(text: str) -> Counter[tuple[str, str]]:
     """Every (colour, shape) that stands side by side in the text, as often as it is said."""
     return Counter((colour, shape) for colour, shape in _OBJECT.findall(text.lower()))

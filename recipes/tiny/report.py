@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from recipes_minigpt4.tiny.metrics import MEANING
 from recipes_minigpt4.utils.html import Curve, data_uri, draw_curve, render_page, render_table
 
 
@@ -18,11 +19,6 @@ class Example:
     truth: str
     held_out: bool  # whether it shows a colour–shape pair of no training stage
     replies: Mapping[str, str]  # title of a stage → reply
-
-
-# What the measures of the tables mean.
-MEANING = """Object F1: objects named with their colour and shape. Position accuracy: share of the objects that are
-named and put in the right place. Failure rate: replies with a repeated or unfinished sentence."""
 
 
 def render_report(

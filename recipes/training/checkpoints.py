@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from transformers.trainer import TRAINING_ARGS_NAME  # a pickle, which is not pushed and nobody needs to resume
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
@@ -26,7 +27,6 @@ UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed
 FORMER = "former-"  # begins the name of a checkpoint that is being replaced
 FILES = "files.json"
 STATE = "trainer_state.json"
-NOT_NEEDED = "training_args.bin"  # a pickle of the settings, which is not pushed
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def together(trainer: Any, final: Path | None) -> Iterator[None]:
 
 
 def _put_in_place(scratch: Path, final: Path) -> None:
-    files = [path for path in sorted(scratch.rglob("*")) if path.is_file() and path.name != NOT_NEEDED]
+    files = [path for path in sorted(scratch.rglob("*")) if path.is_file() and path.name != TRAINING_ARGS_NAME]
     sizes = {path.relative_to(scratch).as_posix(): path.stat().st_size for path in files}
     (scratch / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     for path in (*files, scratch / FILES, scratch):

@@ -92,7 +92,7 @@ def gather(trainer: Any) -> dict[str, torch.Tensor]:
     All processes have to call it, for each gives its part.
     """
     model, saves = trainer.model, trainer.args.should_save
-    model._choose_what_to_save(changed=changed_tensors(trainer))
+    model._choose_what_to_save(changed=changed_on_any_rank(trainer))
     tensors = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -106,7 +106,7 @@ def gather(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: whole[id(tensor)] for name, tensor in tensors.items()} if saves else {}
 
 
-def changed_tensors(trainer: Any) -> set[str]:
+def changed_on_any_rank(trainer: Any) -> set[str]:
     """
     Names of frozen tensors that are no longer their backbones', whichever process holds what has changed.
 

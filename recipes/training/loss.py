@@ -11,14 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def score_answers(model: nn.Module, batch: Mapping[str, Any], looks_ahead: bool) -> Any:
+def score_batch(model: nn.Module, batch: Mapping[str, Any], is_causal: bool) -> Any:
     """
     Score the answers of a batch.
 
     Args:
         model: a `MiniGPT4ForConditionalGeneration`, perhaps wrapped by a trainer.
         batch: what `StageCollator` makes; `label_positions` tells where answers are.
-        looks_ahead: whether a later token changes an earlier one, see below; pads and masks stay then.
+        is_causal: whether tokens see earlier ones only, see `is_causal_decoder`; otherwise pads and their mask stay.
 
     Returns:
         The model's output with `log_probs`, `entropy` and `is_top1`, each of shape (answer tokens,).
@@ -26,26 +26,27 @@ def score_answers(model: nn.Module, batch: Mapping[str, Any], looks_ahead: bool)
     inputs = dict(batch)
     length, places = inputs["input_ids"].shape[1], inputs.pop("label_positions")
     answers, before = inputs.pop("labels").flatten().index_select(0, places), places - 1
-    if not looks_ahead:
+    if is_causal:
         del inputs["attention_mask"]
         inputs["input_ids"] = inputs["input_ids"][:, :-1]
-        before = _without_last_column(before, length)
-        inputs["image_positions"] = _without_last_column(inputs["image_positions"], length)
+        before = without_last_column(before, length)
+        inputs["image_positions"] = without_last_column(inputs["image_positions"], length)
     return model(**inputs, answers=answers, answer_positions=before, use_cache=False)
 
 
-def _without_last_column(positions: torch.Tensor, length: int) -> torch.Tensor:
+def without_last_column(positions: torch.Tensor, length: int) -> torch.Tensor:
     """Places in flattened rows of `length` as places in the same rows without their last column."""
     return positions - positions // length
 
 
 @torch.no_grad()
-def looks_ahead(language_model: PreTrainedModel) -> bool:
+def is_causal_decoder(language_model: PreTrainedModel) -> bool:
     """
-    Whether a later token changes what a decoder makes of an earlier one, so that pads behind an answer matter.
+    Whether later tokens change nothing in what a decoder makes of earlier ones, so that pads behind an answer do not
+    matter.
 
     It is tried out on four positions. Where that is not possible, as with weights that lie elsewhere, the answer is
-    yes.
+    no.
     """
     embeddings = language_model.get_input_embeddings().weight
     try:
@@ -55,6 +56,6 @@ def looks_ahead(language_model: PreTrainedModel) -> bool:
         first, second = (
             language_model(inputs_embeds=rows, use_cache=False).last_hidden_state[:, :-1] for rows in (one, other)
         )
-        return not torch.allclose(first, second, rtol=1e-2, atol=1e-3)  # noqa: TID251 (wide enough for every dtype)
+        return torch.allclose(first, second, rtol=1e-2, atol=1e-3)  # noqa: TID251 (wide enough for every dtype)
     except Exception:  # sharded, offloaded or on the meta device
-        return True
+        return False

@@ -6,10 +6,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_minigpt4.checks_minigpt4 import InputError
-from recipes_minigpt4.training.checkpoints import (
-    how_to_go_on,
-    latest_checkpoint,
-)
+from recipes_minigpt4.training.checkpoints import how_to_go_on, latest_checkpoint
 from recipes_minigpt4.training.model import describe_parameters
 from recipes_minigpt4.training.preemption import PreemptionCallback, is_lost_process
 from recipes_minigpt4.training.resume import check_same, find_checkpoint

@@ -16,16 +16,16 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from recipes_minigpt4.data.bad_samples import ENOUGH, SampleCounts
 from recipes_minigpt4.data.collator import COUNTS, StageCollator, to_pixels
-from recipes_minigpt4.data.feature_cache import train_from_features
 from recipes_minigpt4.hub.card import render_card
 from recipes_minigpt4.training import distributed
 from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.training.cached_features import train_from_features
 from recipes_minigpt4.training.callbacks import ImagesProgressCallback, PanelCallback, undisturbed
 from recipes_minigpt4.training.checkpointing import CheckpointingMixin
 from recipes_minigpt4.training.last_layer import LastLayer
-from recipes_minigpt4.training.loss import looks_ahead, score_answers
+from recipes_minigpt4.training.loss import is_causal_decoder, score_batch
 from recipes_minigpt4.training.non_finite import STOP, FiniteSteps, FiniteStepsCallback
-from recipes_minigpt4.training.publishing import PublishingMixin
+from recipes_minigpt4.training.push_to_hub import PublishingMixin
 from recipes_minigpt4.training.resume import ProcessState, StreamEpochCallback
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -72,10 +72,10 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
-    A step scores answers only and does not wait for the device itself. Samples that cannot be used are skipped, counted and
-    reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is, with the processor beside
-    it; they are whole or not there. A resumed run, also one on a stream, gives the weights of one that never stopped.
-    Logs tell images per second, and the model card is this project's.
+    A step scores answers only and does not wait for the device itself. Samples that cannot be used are skipped,
+    counted and reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is, with the
+    processor beside it; they are whole or not there. A resumed run, also one on a stream, gives the weights of one
+    that never stopped. Logs tell images per second, and the model card is this project's.
 
     Args:
         dataset_name: names of the training data, for the model card.
@@ -126,7 +126,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         table = getattr(getattr(self.processing_class, "image_processor", None), "pixel_table", None)
         self._pixel_table = None if table is None else torch.from_numpy(table())
         with undisturbed(self.model):
-            self._looks_ahead = looks_ahead(self.model.language_model)
+            self._is_causal = is_causal_decoder(self.model.language_model)
         if isinstance(self.train_dataset, IterableDataset):
             self.add_callback(StreamEpochCallback)
         if self.pop_callback(ProgressCallback):
@@ -175,7 +175,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         if return_outputs or not self._is_plain(inputs):
             inputs.pop("label_positions", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = score_answers(model, inputs, self._looks_ahead)
+        outputs = score_batch(model, inputs, self._is_causal)
         answers = outputs.log_probs
         count = torch.full((), len(answers), device=answers.device)
         metrics = torch.stack([outputs.is_top1.sum(), outputs.entropy.sum(), count])

@@ -336,7 +336,7 @@ def test_safetensors_come_before_bin(backbones, tmp_path, make_inputs) -> None:
     (tmp_path / "llama" / "pytorch_model.bin").write_bytes(b"must not be opened")
     checkpoint = Checkpoint(normalize_source(tmp_path / "llama"), "language_model")
     checkpoint.tensor("lm_head.weight")
-    assert checkpoint.opened_files == ["model.safetensors"]
+    assert list(checkpoint._open_files) == ["model.safetensors"]
 
 
 # ---- what is wrong is said ----------------------------------------------------------------------------------------

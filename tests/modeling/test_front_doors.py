@@ -14,13 +14,7 @@ import torch
 import transformers
 from closeness import assert_close
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.pipelines import SUPPORTED_TASKS
 
 import modeling_minigpt4

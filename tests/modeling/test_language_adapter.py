@@ -11,13 +11,7 @@ import torch
 from closeness import assert_close
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
 

@@ -152,8 +152,8 @@ def test_optimizations_are_measured_with_and_without(tmp_path, capsys, monkeypat
     "name, place, attribute",
     [
         ("last_layer", last_layer.LastLayer, "_gather"),
-        ("frozen_head", heads_minigpt4, "_score_in_place"),
-        ("no_pads", loss, "_without_last_column"),
+        ("frozen_head", heads_minigpt4, "score_in_place"),
+        ("no_pads", loss, "without_last_column"),
         ("byte_pictures", trainer, "to_pixels"),
         ("growing_cache", generation_minigpt4.GrowingLayer, "_append"),
     ],

@@ -1,7 +1,5 @@
 """The demo: what it writes and prints, with backbones that have learned nothing and stages of a few steps."""
 
-import base64
-import io
 import json
 import random
 import re
@@ -17,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from recipes_minigpt4 import tiny
 from recipes_minigpt4.cli import main as run_command
 from recipes_minigpt4.tiny import demo, pretrain, report, scenes
-from recipes_minigpt4.utils import html
-from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.runs import quiet, reproducible
 from recipes_minigpt4.utils.text import format_table
 
 
@@ -63,33 +60,6 @@ def test_arguments_that_are_not_understood(arguments, message, capsys):
     captured = capsys.readouterr()
     assert re.search(rf"^minigpt4 demo: .*{message}", captured.err)
     assert captured.out == ""
-
-
-@pytest.mark.parametrize(
-    ("file", "folder"), [("out", "out"), ("out", "out/below"), ("out/adapter", "out"), ("out/stage1", "out")]
-)
-def test_an_output_folder_where_a_file_is_in_the_way(file, folder, tmp_path):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("precious")
-    with pytest.raises(RecipeError, match=r"--output-dir .* cannot be used .*; name a folder"):
-        demo.prepare_folder(tmp_path / folder)
-    assert (tmp_path / file).read_text() == "precious"
-
-
-def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    def refuse(dir):
-        raise PermissionError(13, "Permission denied", str(dir))
-
-    monkeypatch.setattr(demo.tempfile, "TemporaryFile", refuse)  # root may write everywhere
-    with pytest.raises(RecipeError, match=r"cannot be used \(Permission denied"):
-        demo.prepare_folder(tmp_path / "out")
-
-
-def test_what_lies_in_the_output_folder_stays(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    demo.prepare_folder(tmp_path)
-    demo.prepare_folder(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "stage1", "adapter"}
 
 
 # ---- numbers and the table ------------------------------------------------------------------------------------------
@@ -193,36 +163,6 @@ def test_replies_cannot_write_html():
     assert "<script>alert('x')</script> & \"<b>\"" in Page(text).texts
 
 
-def test_a_picture_comes_back_from_its_link():
-    image = scenes.draw_scene(SHOWN[0][1])
-    back = Image.open(io.BytesIO(base64.b64decode(html.data_uri(image).partition(",")[2])))
-    assert back.tobytes() == image.tobytes()
-
-
-@pytest.mark.parametrize("curve", [[(1, 2.0)], [(25, 6.5), (50, 1.25), (500, 0.001)], [(1, 0.0), (2, 0.0)]])
-def test_curves_stay_inside_their_picture(curve):
-    drawing = html.draw_curve(curve, "a <title>")
-    assert "a &lt;title&gt;" in drawing
-    (points,) = re.findall(r'points="([^"]+)"', drawing)
-    points = [tuple(map(float, point.split(","))) for point in points.split()]
-    assert len(points) == len(curve)
-    assert all(0 <= x <= 440 and 0 <= y <= 220 for x, y in points)
-    assert [x for x, _ in points] == sorted(x for x, _ in points)
-    losses = [loss for _, loss in curve]
-    assert [y for _, y in points] == sorted((y for _, y in points), reverse=losses == sorted(losses))
-
-
-def test_no_curve_no_drawing():
-    assert "<svg" not in html.draw_curve([], "empty")
-
-
-@pytest.mark.parametrize(
-    ("extent", "step"), [(0, 1), (0.04, 0.01), (1, 0.2), (4, 1), (6.7, 2), (500, 100), (501, 200)]
-)
-def test_nice_steps(extent, step):
-    assert html.nice_step(extent) == pytest.approx(step)
-
-
 # ---- the whole of it, in small --------------------------------------------------------------------------------------
 
 
@@ -317,7 +257,7 @@ def test_the_same_seed_gives_the_same_digits(short_demo, untaught, monkeypatch, 
     first = load_file(short_demo / "stage1" / "model.safetensors")
     for seed, same in ((11, True), (12, False)):
         folder = tmp_path / str(seed)
-        with demo.reproducible(demo.THREADS), demo.quiet():
+        with reproducible(demo.THREADS), quiet():
             demo.stage1_pretrain.main([*demo.stage_arguments("tiny_stage1", folder, seed), *SHORT])
         again = load_file(folder / "model.safetensors")
         assert all(torch.equal(again[name], first[name]) is same for name in first)

@@ -20,7 +20,7 @@ from recipes_minigpt4.data.formatting import Rows, stage1_rows, stage2_rows
 from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.training.arguments import StageArguments
 from recipes_minigpt4.training.last_layer import LastLayer
-from recipes_minigpt4.training.loss import looks_ahead
+from recipes_minigpt4.training.loss import is_causal_decoder
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
 
@@ -259,15 +259,15 @@ class Mean(nn.Module):
 def test_a_decoder_that_looks_ahead_keeps_its_mask(trainer_of: Callable) -> None:
     trainer, masks = trainer_of(), []
     decoder = trainer.model.language_model
-    assert not looks_ahead(decoder) and not trainer._looks_ahead
-    assert looks_ahead(Mean())
-    assert looks_ahead(Mean().to("meta"))  # which cannot be tried
+    assert is_causal_decoder(decoder) and trainer._is_causal
+    assert not is_causal_decoder(Mean())
+    assert not is_causal_decoder(Mean().to("meta"))  # which cannot be tried
     decoder.register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     batch = batch_of(trainer)
     step(trainer, batch)
-    trainer._looks_ahead = True
+    trainer._is_causal = False
     step(trainer, batch)
     assert masks[0] is None and torch.equal(masks[1], batch["attention_mask"])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from transformers.trainer import TRAINING_ARGS_NAME  # a pickle, which nobody needs to resume
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
@@ -20,7 +21,6 @@ from recipes_minigpt4.utils.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 DRAFT = "_push-"  # begins the name of a folder with links to what is on its way
-SETTINGS_OF_RUN = "training_args.bin"  # a pickle, which nobody needs to resume
 
 
 class PublishingMixin:
@@ -166,7 +166,7 @@ class PublishingMixin:
 def _all_files(folder: "str | os.PathLike[str]") -> dict[str, Path]:
     """Every file of a checkpoint but the settings of the run: what resuming takes."""
     root = Path(folder)
-    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != SETTINGS_OF_RUN)
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != TRAINING_ARGS_NAME)
     return {path.relative_to(root).as_posix(): path for path in files}
 
 

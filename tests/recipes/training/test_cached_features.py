@@ -237,7 +237,7 @@ def test_damaged_shards_are_computed_again(train: Callable, counts: Counts, tmp_
 
 def test_an_interrupted_run_goes_on(train: Callable, counts: Counts, monkeypatch, tmp_path: Path) -> None:
     plain = train(cache_features=None)
-    monkeypatch.setattr("recipes_minigpt4.data.feature_cache.SHARD_BYTES", 1)  # a shard per batch
+    monkeypatch.setattr("recipes_minigpt4.training.cached_features.SHARD_BYTES", 1)  # a shard per batch
     encode = MiniGPT4Model.encode_images
 
     def fail(model, pixel_values, **kwargs):

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.training import publishing
+from recipes_minigpt4.training import push_to_hub
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -170,7 +170,7 @@ def test_a_full_disk_costs_one_line(pushing, hub: HubServer, monkeypatch, caplog
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(publishing.tempfile, "TemporaryDirectory", full)
+        patch.setattr(push_to_hub.tempfile, "TemporaryDirectory", full)
         stage1_pretrain.main(pushing(max_steps=2, **EVERY_STEP))
     assert sum("step 1 is not on the Hub: [Errno 28] No space left" in text for text in caplog.messages) == 1
     assert hub.messages(ID) == ["End of training"]
