@@ -102,13 +102,15 @@ class MiniGPT4PreTrainedModel(SavingMixin, CompositionMixin, PeftMixin, Freezing
     4. `FreezingMixin`: says what trains; the rest stays in eval mode.
     5. `QuantizationMixin`: quantizes the language model and nothing else.
 
-    Calls pass through them in this order, and through transformers at the end:
+    Who overrides what, and whom it calls:
 
-    - `save_pretrained`: 1 chooses the tensors and checks them, 3 writes the adapter, 5 hides the quantization.
-    - `from_pretrained`: 2 merges checkpoint and backbones, 5 keeps quantization to the decoder; 3 then puts on the
-      saved adapter.
-    - `train`: 4 alone, after 5 has checked that gradients pass through quantized layers.
-    - `generate`: `MiniGPT4GenerationMixin` alone, which stands in front of the model with a head.
+    - `save_pretrained`: 1. It chooses the tensors and checks them; it has 3 write the adapter and 5 hide the
+      quantization while transformers writes the rest.
+    - `from_pretrained`: 2, then 5, then transformers. 2 merges the checkpoint with its backbones, 5 keeps quantization
+      to the decoder. On the loaded model 2 calls 4 to freeze it, 1 to choose what a save will write, and 3 to put on
+      the saved adapter.
+    - `train`: 4. It has 5 check that gradients pass through quantized layers.
+    - `generate`: `MiniGPT4GenerationMixin`, which stands in front of the model with a head.
     """
 
     config_class = MiniGPT4Config
