@@ -500,7 +500,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4GenerationMixin, MiniGPT4PreTrain
             check_inputs(input_ids if inputs_embeds is None else inputs_embeds, labels=labels)
         more = ("output_hidden_states", "output_attentions")  # which are of all positions
         if answers is not None and not any(kwargs.get(name) or getattr(self.config, name) for name in more):
-            kwargs["answer_positions"] = answer_positions  # for whoever leaves out what nobody reads of the last layer
+            kwargs["answer_positions"] = answer_positions  # the last layer may compute these positions only
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

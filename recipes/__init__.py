@@ -1,4 +1,4 @@
-"""The two training stages of MiniGPT-4 with TRL, and a world small enough to run both on a laptop.
+"""MiniGPT-4's recipes: both training stages with TRL, and what goes with them, from data to the Hub.
 
 Importing this package is cheap; the stages need the extra `[train]`: `pip install "minigpt4-transformers[train]"`.
 """

@@ -44,7 +44,8 @@ def commands_of(text: str) -> list[str]:
     """The commands of a page, from its blocks and from its sentences."""
     blocks = [block.replace("\\\n", " ") for kind, block in BLOCK.findall(text) if kind == "bash"]
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split(" && ")]
-    lines += [" ".join(code.split()) for code in re.findall(r"`((?:minigpt4|make) [^`]+)`", BLOCK.sub("", text))]
+    in_sentences = re.findall(r"`((?:minigpt4 |make |python -m recipes_minigpt4\.)[^`]+)`", BLOCK.sub("", text))
+    lines += [" ".join(code.split()) for code in in_sentences]
     known = ("minigpt4 ", "make ", "python -m recipes_minigpt4.", "accelerate launch ")
     return [line for line in lines if line.startswith(known) and "COMMAND" not in line]
 
@@ -67,7 +68,7 @@ def parse(command: str) -> None:
     else:
         name, arguments = arguments[1], arguments[2:]
     module = importlib.import_module(name)
-    if hasattr(module, "parse"):
+    if name != "recipes_minigpt4.accelerate":  # it takes no arguments
         module.parse(arguments)
 
 

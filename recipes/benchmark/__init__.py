@@ -1,4 +1,4 @@
-"""How fast this package is beside transformers' own BLIP-2 of equal shape, on this machine and in one process.
+"""Speed and memory beside transformers' own BLIP-2 of equal shape, measured on this machine.
 
     minigpt4 benchmark train
     minigpt4 benchmark generate --output generate.json
@@ -6,7 +6,8 @@
     minigpt4 benchmark optimizations
 
 Every side has the same weights and the same rows, and is asked for the same result before it is timed. Sides take
-turns, so that a busy minute of the machine hits all of them; what is told are medians over the rounds.
+turns in one process, so that a busy minute of the machine hits all of them; the report has medians over the rounds.
+Peak memory is measured in a process of its own for each side.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""From anywhere to rows: sources, tar files, streams, formatting, the collator, stored features, damaged samples."""
+"""From sources to batches: files, webdataset, streaming, formatting, collator, feature cache, bad samples."""

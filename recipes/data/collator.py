@@ -57,7 +57,7 @@ def to_pixels(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 class StageCollator(DataCollatorForVisionLanguageModeling):
     """
-    TRL's collator, which leaves out rows that are `skipped` (`rows.py`).
+    TRL's collator, which leaves out rows that are `skipped` (`formatting.py`).
 
     A batch is TRL's, with
 

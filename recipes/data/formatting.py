@@ -2,7 +2,7 @@
 
 A row is TRL's prompt–completion with `images`, so only the answer carries loss. Rows are made when they are asked for:
 no picture is decoded ahead of its batch. A pair that cannot be used gives a row whose `skipped` tells why; the
-collator leaves it out and the trainer counts it (`skipped.py`).
+collator leaves it out and the trainer counts it (`bad_samples.py`).
 """
 
 import hashlib

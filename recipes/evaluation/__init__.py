@@ -1,1 +1,1 @@
-"""How good a model is: the paper's variants in miniature, compared with the paper."""
+"""`minigpt4 ablate`: the paper's ablations in miniature, and a report that compares them with the paper."""

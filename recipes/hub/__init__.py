@@ -1,1 +1,1 @@
-"""To and from the Hub: the model card, publishing, and the files that the authors of MiniGPT-4 released."""
+"""The Hub: model card, publishing, push, and conversion of the checkpoints that the authors of MiniGPT-4 released."""

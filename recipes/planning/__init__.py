@@ -1,1 +1,1 @@
-"""What a run needs, told before it starts: parameters, memory per GPU, steps, time and data."""
+"""`minigpt4 plan`: parameters, memory per GPU, steps, time and data of a run, before it starts."""

@@ -18,7 +18,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -552,11 +552,14 @@ def logging_to(folder: Path, mode: str = "w") -> Iterator[Log]:
         yield log
 
 
-def main() -> None:
+PARTS = {"vision": make_vision, "sharpen": sharpen, "language": make_language, "harden": harden}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Make the frozen backbones of the embedded world.")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for blip2/ and llama/")
-    parts = {"vision": make_vision, "sharpen": sharpen, "language": make_language, "harden": harden}
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--vision-steps", type=in_range(COUNT), default=3000)
     parser.add_argument("--language-steps", type=in_range(COUNT), default=4000)
     parser.add_argument(
@@ -572,10 +575,14 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=in_range(COUNT), default=1, help="threads of torch; the weights may depend on their number"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
-    for part, run in parts.items():
+    for part, run in PARTS.items():
         if part in arguments.parts:
             run(arguments.output_dir / ("blip2" if part in ("vision", "sharpen") else "llama"), arguments)
 

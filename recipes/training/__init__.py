@@ -1,1 +1,1 @@
-"""The trainer of both stages: arguments, model, steps, checkpoints, going on, many processes, what a run shows."""
+"""Training both stages: arguments, model, trainer, loss, checkpoints, resume, distributed, preemption, callbacks."""

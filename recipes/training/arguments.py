@@ -14,6 +14,7 @@ from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.training.argument_checks import check_evaluation, check_settings, check_texts
 from recipes_minigpt4.training.non_finite import SKIP, STOP
+from recipes_minigpt4.utils.command_line import DefaultsHelpFormatter
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.ranges import check_ranges
 
@@ -211,7 +212,9 @@ class StageParser(TrlParser):
 
     def __init__(self, command: str, dataclass_types: Sequence[type]) -> None:
         usage = f"minigpt4 {command} [--config YAML] [--FIELD VALUE ...]"
-        super().__init__(dataclass_types=dataclass_types, usage=usage, allow_abbrev=False)
+        super().__init__(
+            dataclass_types=dataclass_types, usage=usage, allow_abbrev=False, formatter_class=DefaultsHelpFormatter
+        )
 
     def error(self, message: str) -> Any:
         raise RecipeError(f"{message.rstrip('.')}.")

@@ -1,4 +1,4 @@
-"""The last layer of a decoder in training, where positions whose output nobody reads need not be computed."""
+"""In training, a decoder's last layer computes only the positions that are scored: nothing reads the others."""
 
 from contextvars import ContextVar
 from typing import Any

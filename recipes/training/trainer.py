@@ -1,4 +1,4 @@
-"""The trainer of both stages: TRL's, with the original's optimizer and schedule, and steps that never wait."""
+"""The trainer of both stages: TRL's, with the original's optimizer and schedule, and steps that score answers only."""
 
 import math
 import time
@@ -72,10 +72,11 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
-    A step scores answers only and does not wait for the device itself. Samples that cannot be used are skipped,
-    counted and reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is, with the
-    processor beside it; they are whole or not there. A resumed run, also one on a stream, gives the weights of one
-    that never stopped. Logs tell images per second, and the model card is this project's.
+    A step scores answers only. It waits for the device once, where transformers looks for packed rows, and once more
+    with `non_finite="skip"`. Samples that cannot be used are skipped, counted and reported at the end. Checkpoints are
+    adapter-only, because `model.save_pretrained` is, with the processor beside it; they are whole or not there. A
+    resumed run, also one on a stream, gives the weights of one that never stopped. Logs tell images per second, and
+    the model card is this project's.
 
     Args:
         dataset_name: names of the training data, for the model card.
@@ -171,7 +172,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss and metrics of a plain training step, without what nobody reads or the device is waited for."""
+        """TRL's loss and metrics; a plain step scores answers only and keeps its metrics on the device until a log."""
         if return_outputs or not self._is_plain(inputs):
             inputs.pop("label_positions", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -1,1 +1,1 @@
-"""What every room uses: errors told in a sentence, command lines, secrets kept out of what is written, HTML pages."""
+"""Shared by all rooms: errors, command-line parser, ranges of numbers, redaction of secrets, files, text and HTML."""

@@ -11,3 +11,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise RecipeError(f"{message[:1].upper()}{message[1:]}.")
+
+
+class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of an option to its help, unless the text tells it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if "Default:" in (action.help or "") else super()._get_help_string(action)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -80,6 +81,14 @@ def test_help_of_a_stage_lists_its_fields(command: str, field: str, capsys: pyte
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert field in capsys.readouterr().out
+
+
+def test_help_tells_every_default_once(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["stage1", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "as in the original. Default: never. --" in printed and "on matrices only. (default: 0.05)" in printed
+    assert not re.findall(r"Default: [^.(]*\. \(default: [^)]*\)", printed)
 
 
 def test_importing_the_command_imports_no_training_library() -> None:
