@@ -142,7 +142,8 @@ def train_and_describe(
 
 def stage_arguments(config: str, folder: Path, seed: int) -> list[str]:
     """Command line of a stage."""
-    return ["--config", config, "--output_dir", str(folder), "--seed", str(seed)]
+    settings = {"config": config, "output_dir": folder, "overwrite_output_dir": True, "seed": seed}
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
 def load_adapter(folder: Path) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_minigpt4 import MiniGPT4Config
 from recipes_minigpt4.utils.errors import RecipeError, one_line
@@ -205,6 +206,12 @@ def check_start(model_args: Any, data_args: Any, settings: Any) -> None:
     if (kind := _kind_of_model(folder)) not in (None, MiniGPT4Config.model_type):
         raise RecipeError(
             f"--output_dir {folder} holds a {kind!r} model, whose files would be overwritten; name another folder."
+        )
+    goes_on = str(settings.resume_from_checkpoint or "").lower() not in ("", "false", "none")
+    if (folder / SAFE_WEIGHTS_NAME).is_file() and not (goes_on or settings.overwrite_output_dir):
+        raise RecipeError(
+            f"--output_dir {folder} holds the result of an earlier run; name another folder, or overwrite it with "
+            "--overwrite_output_dir true."
         )
     check_writable(folder, "--output_dir")
     if settings.cache_features and not {"vision", "qformer"} & set(model_args.train_parts):  # refused by and by

@@ -1,6 +1,7 @@
 """What both stages take: which model, and how it is trained; and the parser that reads YAML files and arguments."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +120,11 @@ class StageArguments(SFTConfig):
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, on matrices only."})
     seed: int = field(default=42, metadata={"help": "Seed of the projection, the order of samples and the prompts."})
 
+    # Where results go
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Overwrite the result of an earlier run in output_dir."}
+    )
+
     # Stored features of the vision side
     cache_features: str | None = field(
         default=None,
@@ -182,6 +188,8 @@ class StageArguments(SFTConfig):
     def __post_init__(self) -> None:
         check_ranges(self)
         check_texts(self)
+        if self.disable_tqdm is None:  # type: ignore[has-type]
+            self.disable_tqdm = not sys.stderr.isatty()  # a bar would leave a line for every step in a file
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             self.bf16 = gpu and torch.cuda.is_bf16_supported()

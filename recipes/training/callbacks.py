@@ -11,7 +11,7 @@ import importlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 import torch
 from PIL import ImageOps
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
@@ -40,13 +40,44 @@ CELL = ' style="text-align: left; vertical-align: top; white-space: pre-line; mi
 TRACKERS = ("wandb", "trackio")  # which have the same `Table`, `Image` and `log`
 
 
+# What a line of the log shows: name in the log → title, format. The trackers and `trainer_state.json` get everything.
+SHOWN = {
+    "loss": ("loss", "{:.4f}"),
+    "learning_rate": ("learning rate", "{:.2e}"),
+    "mean_token_accuracy": ("accuracy", "{:.3f}"),
+    "images_per_second": ("images/s", "{:.1f}"),
+}
+
+
+def log_line(logs: Mapping[str, Any], state: Any) -> str | None:
+    """A few aligned numbers; None for what the last lines of a run tell."""
+    if "train_runtime" in logs:
+        return None
+    shown = {name: SHOWN[name] for name in SHOWN if name in logs} or {name: (name, "{}") for name in logs}
+    numbers = [f"{title} {style.format(logs[name])}" for name, (title, style) in shown.items()]
+    width = len(f"{state.max_steps:,}")
+    return "  ".join([f"step {state.global_step:>{width},}/{state.max_steps:,}", *numbers])
+
+
 class ImagesProgressCallback(ProgressCallback):
-    """The bar of transformers, which tells steps and the time left, with images per second behind it."""
+    """The bar of transformers, which shows steps and the time left, with loss and images per second behind it."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if self.training_bar is not None and "images_per_second" in (logs or {}):
-            self.training_bar.set_postfix_str(f"{logs['images_per_second']:.1f} images/s")
+        if self.training_bar is None or not logs:
+            return
+        if line := log_line(logs, state):
+            self.training_bar.write(line)
+        if "loss" in logs:
+            rate = f", {logs['images_per_second']:.1f} images/s" if "images_per_second" in logs else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}{rate}")
+
+
+class LinesCallback(PrinterCallback):
+    """Lines in the place of a bar, for output that is no terminal."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and (line := log_line(logs, state)):
+            print(line, flush=True)
 
 
 @dataclass(frozen=True)

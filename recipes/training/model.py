@@ -11,7 +11,6 @@ from transformers import set_seed
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from modeling_minigpt4.checks_minigpt4 import why_missing
 from modeling_minigpt4.peft_minigpt4 import find_peft_folder
-from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
 from recipes_minigpt4.training.quantization import quantization_config
 from recipes_minigpt4.utils.embedded_world import TINY, backbone_folder
@@ -151,19 +150,3 @@ def backbone_sources(args: ModelArguments) -> dict[str, str]:
     """Part → repository or folder of those that are named; `tiny` stands for the folder of the shipped one."""
     named = {"vision": args.vision, "qformer": args.qformer, "language_model": args.language_model}
     return {part: backbone_folder(part) if name == TINY else name for part, name in named.items() if name}
-
-
-def describe_parameters(model: MiniGPT4ForConditionalGeneration) -> str:
-    """What trains and what is frozen: a line per part with its number of parameters, and the names that train."""
-    counts: dict[tuple[bool, str], int] = {}
-    for name, parameter in model.named_parameters():
-        part = name.removeprefix("model.").split(".")[0]
-        key = (parameter.requires_grad, part)
-        counts[key] = counts.get(key, 0) + number_of_values(parameter)
-    lines = [
-        f"{'trains' if trains else 'frozen'}  {part:<20} {count:>14,} parameters"
-        for (trains, part), count in sorted(counts.items(), reverse=True)
-    ]
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return "\n".join([*lines, f"names that train: {shown}"])

@@ -7,9 +7,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_minigpt4.checks_minigpt4 import InputError
 from recipes_minigpt4.training.checkpoints import how_to_go_on, latest_checkpoint
-from recipes_minigpt4.training.model import describe_parameters
 from recipes_minigpt4.training.preemption import PreemptionCallback, is_lost_process
 from recipes_minigpt4.training.resume import check_same, find_checkpoint
+from recipes_minigpt4.training.summary import describe_end, describe_start, told_at_the_end
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import PreemptedError, RecipeError, one_line
 
@@ -26,11 +26,11 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     folder = Path(trainer.args.output_dir)
     check_max_length(trainer)
     if trainer.is_world_process_zero():
-        print(describe_parameters(trainer.model))
+        print(describe_start(trainer))
     preemption = PreemptionCallback()
     trainer.add_callback(preemption)
     try:
-        with preemption:
+        with preemption, told_at_the_end():
             _train(trainer, folder)
             if preemption.preempted:
                 checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
@@ -41,6 +41,8 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
             _save(trainer, folder)  # which a signal does not cut short
     finally:
         trainer.remove_callback(preemption)
+    if trainer.is_world_process_zero():
+        print(describe_end(trainer))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 

@@ -10,7 +10,7 @@ import torch
 from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -20,7 +20,7 @@ from recipes_minigpt4.hub.card import render_card
 from recipes_minigpt4.training import distributed
 from recipes_minigpt4.training.arguments import StageArguments
 from recipes_minigpt4.training.cached_features import train_from_features
-from recipes_minigpt4.training.callbacks import ImagesProgressCallback, PanelCallback, undisturbed
+from recipes_minigpt4.training.callbacks import ImagesProgressCallback, LinesCallback, PanelCallback, undisturbed
 from recipes_minigpt4.training.checkpointing import CheckpointingMixin
 from recipes_minigpt4.training.last_layer import LastLayer
 from recipes_minigpt4.training.loss import is_causal_decoder, score_batch
@@ -132,6 +132,8 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
             self.add_callback(StreamEpochCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ImagesProgressCallback)
+        if self.pop_callback(PrinterCallback):
+            self.add_callback(LinesCallback)
         if self.args.panel_steps:  # before numbers of features take the place of pictures
             self.add_callback(PanelCallback(self, self.args.panel_steps, self.args.panel_images))
         if self.args.cache_features:

@@ -5,6 +5,8 @@ What trains for real knows only this name; the world itself (`recipes_minigpt4.t
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -23,3 +25,10 @@ def stage_examples(stage: int) -> Callable[..., list[dict[str, Any]]]:
     scenes = import_module(f"{WORLD}.scenes")
     examples: Callable[..., list[dict[str, Any]]] = scenes.stage1_examples if stage == 1 else scenes.stage2_examples
     return examples
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a backbone is one of those that ship with this package, found without importing the world."""
+    spec = find_spec(WORLD)
+    homes = [] if spec is None else spec.submodule_search_locations or []
+    return any(Path(name).is_relative_to(Path(home).resolve()) for home in homes)

@@ -178,7 +178,7 @@ def stage(parts: dict[str, str], pairs_file: Path, tmp_path: Path) -> Callable:
             **({} if "model_name_or_path" in fields else parts),
             "dataset_name": pairs_file, "output_dir": tmp_path / output, "max_steps": 2, "warmup_steps": 1,
             "learning_rate": 0.01, "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True,
-            "save_strategy": "no", "disable_tqdm": True,
+            "save_strategy": "no", "disable_tqdm": True, "overwrite_output_dir": True,
         }  # fmt: skip
         chosen = {name: value for name, value in {**defaults, **fields}.items() if value is not None}
         return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]

@@ -18,8 +18,8 @@ from trl import SFTConfig, SFTTrainer
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.quantization_minigpt4 import is_exact, quantized_layers
 from recipes_minigpt4 import stage1_pretrain, stage2_finetune
-from recipes_minigpt4.training.model import describe_parameters
 from recipes_minigpt4.training.quantization import QUANTIZATIONS, quantization_config
+from recipes_minigpt4.training.summary import describe_parameters
 from recipes_minigpt4.utils.errors import RecipeError
 
 

@@ -76,20 +76,9 @@ def test_only_the_projection_moves(command: str, stage: Callable) -> None:
     assert after["model.language_projection.weight"].dtype == torch.float32
 
 
-def test_it_says_what_trains_and_what_is_frozen(run: Callable, stage: Callable) -> None:
-    lines = run("stage1", stage(max_steps=1)).splitlines()
-    told = [line.split()[:3] for line in lines if line.split()[:1] in (["trains"], ["frozen"])]
-    assert ["trains", "language_projection", "408"] in told  # 16 × 24 + 24
-    assert {part for word, part, _ in told if word == "frozen"} == {
-        "vision_model", "qformer", "query_tokens", "language_model", "lm_head",
-    }  # fmt: skip
-    (names,) = [line for line in lines if line.startswith("names that train")]
-    assert set(names.split(": ")[1].split(", ")) == PROJECTION
-
-
 def test_more_parts_train_when_asked_for(run: Callable, stage: Callable, tmp_path: Path) -> None:
     printed = run("stage1", stage(max_steps=1, train_parts="qformer"))
-    assert re.search(r"^trains +qformer ", printed, re.MULTILINE)
+    assert re.search(r"^trains .*qformer [\d,]+.* parameters; frozen: vision_model", printed, re.MULTILINE)
     saved = tensors_of(tmp_path / "run")
     assert {name.split(".")[1] for name in saved} == {"language_projection", "qformer", "query_tokens"}
 

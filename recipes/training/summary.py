@@ -1,0 +1,98 @@
+"""What a run says of itself: five lines at its start; at its end where the adapter is, and what comes next."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modeling_minigpt4.backbones import is_local
+from modeling_minigpt4.quantization_minigpt4 import number_of_values
+from recipes_minigpt4.utils.embedded_world import TINY, is_shipped
+from recipes_minigpt4.utils.text import read_time
+
+
+SAVING = logging.getLogger("modeling_minigpt4.saving_minigpt4")  # which tells of local backbones at every save
+PANEL, LOG = "panel.html", "trainer_state.json"
+
+
+def describe_start(trainer: Any) -> str:
+    """Five lines: the parts, what trains, the data, the steps, and where results go."""
+    args, model = trainer.args, trainer.model
+    names_of: dict[str, list[str]] = {}  # source → its parts
+    for part, source in model.config.backbones.items():
+        name = source["name_or_path"]
+        names_of.setdefault(TINY if is_shipped(name) else name, []).append(part.replace("_", " "))
+    parts = "; ".join(f"{', '.join(those)} {name}" for name, those in names_of.items()) or "saved whole"
+    names = trainer.dataset_name or []
+    names = [names] if isinstance(names, str) else list(names)
+    count = f", {len(trainer.train_dataset):,} samples" if hasattr(trainer.train_dataset, "__len__") else ", streamed"
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    total = batch * accumulation * args.world_size
+    length = f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs in steps"
+    saved = {"no": "no checkpoints", "epoch": "a checkpoint every epoch"}.get(
+        args.save_strategy.value, f"a checkpoint every {args.save_steps:g} steps"
+    )
+    return _lines(
+        model=parts,
+        trains=describe_parameters(model),
+        data=", ".join(map(str, names)) + count if names else count.lstrip(", "),
+        steps=f"{length} of {total} pictures ({args.world_size} × {batch} rows × {accumulation} accumulated)",
+        output=f"{args.output_dir}, {saved}",
+    )
+
+
+def describe_parameters(model: Any) -> str:
+    """What trains and what is frozen, each with its number of parameters."""
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for name, parameter in model.named_parameters():
+        part = name.removeprefix("model.").split(".")[0]
+        counts[parameter.requires_grad][part] += number_of_values(parameter)
+    trained, frozen = (
+        ", ".join(f"{part} {count:,}" for part, count in counts[trains].items()) for trains in (True, False)
+    )
+    return f"{trained} parameters; frozen: {frozen or 'nothing'}"
+
+
+def describe_end(trainer: Any) -> str:
+    """Where the adapter is and how large, the line that loads it, the next command, and where panel and log are."""
+    folder = Path(trainer.args.output_dir)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")]
+    seconds = next((one["train_runtime"] for one in reversed(trainer.state.log_history) if "train_runtime" in one), 0)
+    following = (
+        f"minigpt4 stage2 --model_name_or_path {folder} --dataset_name DATA --output_dir DIR"
+        if trainer.stage == 1
+        else f"minigpt4 push {folder} you/your-adapter"
+    )
+    panel = {"panel": str(folder / PANEL)} if (folder / PANEL).is_file() else {}
+    local = {part: one["name_or_path"] for part, one in trainer.model.config.backbones.items() if is_local(one)}
+    private = [f"{part} {name}" for part, name in local.items() if not is_shipped(name)]
+    where = f"only this machine has {', '.join(private)}; push these backbones before you publish the adapter"
+    return _lines(
+        done=f"{trainer.state.global_step:,} steps in {read_time(seconds)}",
+        adapter=f"{folder}, {sum(path.stat().st_size for path in weights):,} bytes",
+        load=f'AutoModelForImageTextToText.from_pretrained("{folder}")  # after `import modeling_minigpt4`',
+        next=following,
+        **panel,
+        log=str(folder / LOG),
+        **({"note": where} if private else {}),
+    )
+
+
+def _lines(**texts: str) -> str:
+    return "\n".join(f"{name:<8}{text}" for name, text in texts.items())
+
+
+@contextmanager
+def told_at_the_end() -> Iterator[None]:
+    """Keep the notice that backbones are folders of this machine for the last lines of a run, which tell it once."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "refers to folders of this machine" not in record.getMessage()
+
+    SAVING.addFilter(is_news)
+    try:
+        yield
+    finally:
+        SAVING.removeFilter(is_news)
