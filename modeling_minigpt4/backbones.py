@@ -60,7 +60,7 @@ def normalize_source(source: "str | os.PathLike[str] | Mapping[str, Any]") -> di
 
     Raises:
         TypeError: for a model, or anything else that is no name.
-        ValueError: for a dict without a name or with unknown keys, and for a None that became a text.
+        ValueError: for a dict without a name or with unknown keys, for a None that became a text, and for `"tiny"`.
     """
     if not isinstance(source, (str, os.PathLike, Mapping)):
         raise TypeError(
@@ -77,6 +77,11 @@ def normalize_source(source: "str | os.PathLike[str] | Mapping[str, Any]") -> di
         raise ValueError(
             f"A backbone is called {name!r}, which is a text; leave the part out, or write None in Python and null in "
             "YAML."
+        )
+    if name == "tiny" and not os.path.isdir(name):
+        raise ValueError(
+            "`tiny` is a name of the commands' for the shipped parts; in Python, name their folders: `from "
+            "recipes_minigpt4.tiny import VISION_BACKBONE, LANGUAGE_BACKBONE` (the first has the Q-Former too)."
         )
     if os.path.isdir(name):
         name = str(Path(name).resolve())

@@ -26,7 +26,7 @@ LAYERS = {  # room → the rooms it may import
     "training": TRAINING,
     **dict.fromkeys(STAGES, TRAINING | {"training", "cli"}),
     **dict.fromkeys(("planning", "serving", "tiny"), ABOVE_STAGES),  # what trains for real knows `tiny` by name only
-    **dict.fromkeys(("evaluation", "benchmark"), ABOVE_STAGES | {"tiny"}),
+    **dict.fromkeys(("evaluation", "benchmark", "examples"), ABOVE_STAGES | {"tiny"}),
     "curation": ABOVE_STAGES | {"tiny", "evaluation"},
 }
 MODULES = {

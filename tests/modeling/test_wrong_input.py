@@ -45,6 +45,13 @@ def test_a_misspelt_key_of_a_source_is_told(backbones) -> None:
         MiniGPT4ForConditionalGeneration.from_backbones(source, backbones.language_model)
 
 
+@pytest.mark.parametrize("part", ["vision", "qformer", "language_model"])
+def test_the_commands_name_for_the_shipped_parts_is_told_at_once(part: str, backbones, monkeypatch) -> None:
+    monkeypatch.setattr("socket.socket", None)  # nobody asks the Hub
+    with pytest.raises(ValueError, match="from recipes_minigpt4.tiny import VISION_BACKBONE, LANGUAGE_BACKBONE"):
+        MiniGPT4ForConditionalGeneration.from_backbones(**{**backbones.parts(), part: "tiny"})
+
+
 def test_swapped_parts_are_told(backbones) -> None:
     with pytest.raises(ValueError, match="is a 'llama' model, which takes input_ids and no pictures"):
         MiniGPT4ForConditionalGeneration.from_backbones(backbones.language_model, backbones.vision)
