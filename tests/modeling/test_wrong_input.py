@@ -48,7 +48,7 @@ def test_a_misspelt_key_of_a_source_is_told(backbones) -> None:
 @pytest.mark.parametrize("part", ["vision", "qformer", "language_model"])
 def test_the_commands_name_for_the_shipped_parts_is_told_at_once(part: str, backbones, monkeypatch) -> None:
     monkeypatch.setattr("socket.socket", None)  # nobody asks the Hub
-    with pytest.raises(ValueError, match="from recipes_minigpt4.tiny import VISION_BACKBONE, LANGUAGE_BACKBONE"):
+    with pytest.raises(ValueError, match=r"from recipes_minigpt4\.tiny import VISION_BACKBONE, LANGUAGE_BACKBONE"):
         MiniGPT4ForConditionalGeneration.from_backbones(**{**backbones.parts(), part: "tiny"})
 
 
