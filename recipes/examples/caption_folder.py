@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_minigpt4 import AutoModelForVision2Seq
+import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
 
 
 PROMPT = "Describe this image in detail."
@@ -21,7 +21,7 @@ ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 def main(adapter: str, folder: str, output: str) -> None:
     """Describe the pictures of `folder` with the model in `adapter`; a line of `output` is `{"file", "caption"}`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForVision2Seq.from_pretrained(adapter).to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(adapter).to(device).eval()
     processor = AutoProcessor.from_pretrained(adapter)
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
     with open(output, "w", encoding="utf-8") as file:

@@ -8,16 +8,16 @@ It needs the token of `hf auth login`. Only the few megabytes that were trained 
 import sys
 from pathlib import Path
 
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_minigpt4 import AutoModelForVision2Seq
+import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
 from recipes_minigpt4.hub.push import push
 
 
 def main(folder: str, repo_id: str) -> None:
     """Push `folder` to `repo_id` in one commit, after a check that it loads; then load it from there."""
     print(push(Path(folder), repo_id))
-    model = AutoModelForVision2Seq.from_pretrained(repo_id)
+    model = AutoModelForImageTextToText.from_pretrained(repo_id)
     processor = AutoProcessor.from_pretrained(repo_id)
     parts = {part: source["name_or_path"] for part, source in model.config.backbones.items()}
     print(f"{repo_id} answers in the chat template of {type(processor).__name__}; its frozen parts: {parts}")

@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, TextStreamer
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
-from modeling_minigpt4 import AutoModelForVision2Seq
+import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
 
 
 def chat_about(pictures: list[str], question: str) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def chat_about(pictures: list[str], question: str) -> list[dict[str, Any]]:
 
 def main(adapter: str, *pictures: str) -> None:
     """Print two replies of one batch, then stream a third."""
-    model = AutoModelForVision2Seq.from_pretrained(adapter).eval()
+    model = AutoModelForImageTextToText.from_pretrained(adapter).eval()
     processor = AutoProcessor.from_pretrained(adapter)
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     chats = [
