@@ -2,7 +2,8 @@
 
     python -m recipes_minigpt4.examples.train_with_trl demo-output/adapter chats.jsonl runs/mine
 
-Every line of `chats.jsonl` is `{"messages": [...], "images": ["picture.png"]}`; messages are those of TRL.
+Every line of `chats.jsonl` has a `prompt` and a `completion`, lists of messages, and `images`, a list of paths. Only the
+completion carries loss.
 """
 
 import sys
@@ -24,7 +25,6 @@ def main(adapter: str, chats: str, output: str) -> None:
         max_steps=20,
         per_device_train_batch_size=2,
         learning_rate=1e-4,
-        assistant_only_loss=True,  # only answers carry loss
         max_length=None,  # TRL would cut rows, and with them pictures
         remove_unused_columns=False,
         bf16=False,  # True on a GPU

@@ -60,8 +60,8 @@ def test_a_folder_is_described_in_batches(adapter: str, pictures: list[str], tmp
 
 
 def test_trl_trains_and_saves_the_projection(adapter: str, pictures: list[str], tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A scene of shapes."}]
-    rows = [json.dumps({"messages": turns, "images": [path]}) for path in pictures]
+    question, answer = {"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "Shapes."}
+    rows = [json.dumps({"prompt": [question], "completion": [answer], "images": [path]}) for path in pictures]
     (tmp_path / "chats.jsonl").write_text("\n".join(rows))
     train_with_trl.main(adapter, str(tmp_path / "chats.jsonl"), str(tmp_path / "mine"))
     before, after = (MiniGPT4ForConditionalGeneration.from_pretrained(place) for place in (adapter, tmp_path / "mine"))
