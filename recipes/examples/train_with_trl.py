@@ -2,8 +2,8 @@
 
     python -m recipes_minigpt4.examples.train_with_trl demo-output/adapter chats.jsonl runs/mine
 
-Every line of `chats.jsonl` has a `prompt` and a `completion`, lists of messages, and `images`, a list of paths. Only the
-completion carries loss.
+Every line of `chats.jsonl` has a `prompt` and a `completion`, lists of messages, and `images`, a list of paths. Only
+the completion carries loss.
 """
 
 import sys
