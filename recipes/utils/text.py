@@ -1,4 +1,4 @@
-"""What commands print: headings and tables in plain text."""
+"""What commands print: headings, tables and times in plain text."""
 
 from collections.abc import Sequence
 
@@ -15,3 +15,15 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A time as people read it: `"42 s"`, `"1 min 12 s"`, `"2 h 5 min"`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
