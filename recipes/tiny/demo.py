@@ -280,7 +280,8 @@ def write_results(folder: Path, results: Mapping[str, Any], curves: Mapping[str,
     """Write `results.json` and `report.html`."""
     write_json(folder / "results.json", results)
     header, rows = table(results)
-    page = render_report(results, header, rows, curves, examples, next_steps(folder))
+    steps = [step for step in next_steps(folder) if "webbrowser" not in step[1]]  # who reads it has opened it
+    page = render_report(results, header, rows, curves, examples, steps)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 

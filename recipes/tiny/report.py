@@ -105,8 +105,8 @@ def _headline(results: Mapping[str, Any]) -> str:
     parts = results["parameters"]
     return f"""<p class="big"><span class="soft">{before:.2f} →</span> {after:.2f}</p>
 <p>Object F1 on {results["scenes"]["all"]} pictures never shown, by training
-<strong>{parts["language_projection"]:,}</strong> of {sum(parts.values()):,} numbers in {duration(results["seconds"])} on a CPU.
-1 would be every object named with its colour and shape, and no other.</p>"""
+<strong>{parts["language_projection"]:,}</strong> of {sum(parts.values()):,} numbers. The whole demo took
+{duration(results["seconds"])} on a CPU. 1 would be every object named with its colour and shape, and no other.</p>"""
 
 
 def _architecture(results: Mapping[str, Any]) -> str:

@@ -39,11 +39,11 @@ pre { margin: .25rem 0 1rem; padding: .6rem .8rem; background: var(--card); bord
 .flow strong, .flow span { display: block; } .flow span { font-size: .875rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem 1rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; }
 tr.part td { color: var(--soft); font-size: .9rem; } tr.part td:first-child { padding-left: 1.2rem; }
 table.texts th, table.texts td { text-align: left; vertical-align: top; white-space: pre-line; min-width: 14rem; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1rem; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 1rem; background: var(--card); border-radius: .5rem; }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
@@ -65,7 +65,7 @@ dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
   table, tbody, tr, td { display: block; } tr.head { display: none; } tr { padding: .5rem 0; }
   th, td, td:first-child, tr.part td:first-child { padding: .1rem 0; border: 0; white-space: normal; }
   tr { border-bottom: 1px solid var(--line); } td:first-child { font-weight: 600; }
-  tr.part td:first-child { font-weight: 400; }
+  tr.part td:first-child, table.texts td:first-child { font-weight: 400; }
   table:not(.texts) td:not(:first-child) { display: flex; justify-content: space-between; gap: 1rem; }
   td:not(:first-child)::before { content: attr(data-title); color: var(--soft); text-align: left; }
   table.texts td:not(:first-child)::before { display: block; }
@@ -133,7 +133,10 @@ def render_marked(text: str, marks: Iterable[tuple[int, int, bool]]) -> str:
 
 def render_flow(parts: Iterable[tuple[str, str, str]]) -> str:
     """Boxes with arrows between them, from (name, what is said of it, `"trains"`, `"frozen"` or `"end"`)."""
-    items = [f'<li class="{kind}"><strong>{escape(name)}</strong><span>{escape(said)}</span></li>' for name, said, kind in parts]
+    items = [
+        f'<li class="{kind}"><strong>{escape(name)}</strong><span>{escape(said)}</span></li>'
+        for name, said, kind in parts
+    ]
     return "\n".join(['<ol class="flow">', *items, "</ol>"])
 
 

@@ -174,7 +174,7 @@ def test_the_report_shows_the_table_the_curves_and_the_replies():
 def test_the_report_says_what_was_reached_by_training_what():
     text = plain(Page(some_report()))
     assert "0.00 → 1.00" in text
-    assert "by training 12,416 of 883,500 numbers in 1 min 12 s" in text
+    assert "by training 12,416 of 883,500 numbers. The whole demo took 1 min 12 s" in text
     frozen = ("Vision encoderfrozen, 300,000 numbers", "Q-Formerfrozen, 70,584", "Language modelfrozen, 500,500")
     for part in (*frozen, "Projectiontrains, 12,416 numbers"):
         assert part in text
@@ -271,8 +271,8 @@ def test_the_screen_ends_with_what_to_type(short_demo, monkeypatch):
         f"python -m webbrowser {(short_demo / 'report.html').as_uri()}",
         f"python {short_demo / 'describe.py'} {short_demo / 'scene.png'}",
     ]
-    for command in commands:
-        assert command in plain(Page((short_demo / "report.html").read_text()))
+    page = plain(Page((short_demo / "report.html").read_text()))
+    assert all((command in page) != ("webbrowser" in command) for command in commands)
     stage1_pretrain.parse(shlex.split(commands[-1])[2:])
 
 
