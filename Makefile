@@ -24,11 +24,13 @@ $(VENV)/bin/python $(VENV_CANARY)/bin/python:
 
 # One stamp per set of extras, so that a second run starts at once.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PIP) --editable ".[$*]"
+	@echo "Installing about 60 packages into $(VENV), once; this takes a few minutes and says nothing meanwhile."
+	@$(PIP) --editable ".[$*]"
 	@touch $@
 
 demo: $(VENV)/.installed-demo
-	$(VENV)/bin/minigpt4 demo --output-dir demo-output
+	@echo "Loading PyTorch, transformers and TRL, some ten seconds."
+	@$(VENV)/bin/minigpt4 demo --output-dir demo-output
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/common/fetch.py

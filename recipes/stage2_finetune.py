@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from transformers import TrainerCallback
+
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage2_rows
 from recipes_minigpt4.data.sources import load_pairs
@@ -42,7 +44,7 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Stag
     return model, data, training
 
 
-def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
+def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) -> MiniGPT4Trainer:
     """Train stage 2; returns the trainer, whose `model` is trained and whose `state.log_history` holds the losses."""
     model_args, data_args, training_args = parse(arguments)
     check_start(model_args, data_args, training_args)
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
         args=training_args,
         train_dataset=rows,
         processing_class=processor,
+        callbacks=list(callbacks),
         dataset_name=data_args.dataset_name,
         max_bad_share=data_args.max_bad_share,
         non_finite=training_args.non_finite,

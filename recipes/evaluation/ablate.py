@@ -22,21 +22,16 @@ import argparse
 import gc
 import hashlib
 import json
-import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modeling_minigpt4.version import __version__
 from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.configs import shipped_configs, shipped_variants
 from recipes_minigpt4.data.feature_cache import VISION_SIDE
@@ -48,7 +43,7 @@ from recipes_minigpt4.evaluation.ablation_report import (
     write_reports,
 )
 from recipes_minigpt4.tiny import BACKBONES
-from recipes_minigpt4.tiny.demo import THREADS, Shown, adapter_bytes, describe, load_adapter
+from recipes_minigpt4.tiny.demo import THREADS, Shown, adapter_bytes, describe, load_adapter, machine, versions
 from recipes_minigpt4.tiny.metrics import repetition_rate, score
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.utils.command_line import CommandParser
@@ -122,12 +117,6 @@ def backbones_digest() -> str:
     """Digest of the embedded world's frozen weights."""
     files = sorted(BACKBONES.rglob("*.safetensors"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
-    libraries = [name for name in ("torch", "transformers", "trl", "peft") if find_spec(name)]
-    return {"minigpt4-transformers": __version__, **{name: metadata.version(name) for name in libraries}}
 
 
 def stage_runs(variant: Variant, seed: int) -> list[StageRun]:
@@ -315,7 +304,7 @@ def main(arguments: Sequence[str]) -> None:
     shown = evaluation_scenes(args.scenes, args.scenes // 3, seed=SCENES_SEED)
     results: dict[str, Any] = {
         "versions": versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {THREADS} thread of {os.cpu_count()}",
+        "machine": machine(),
         "scenes": {"all": len(shown), "held_out": sum(scene.has_held_out_pair for _, scene in shown)},
         "seeds": args.seeds,
         "variants": {variant.name: {**vars(variant), "runs": []} for variant in variants},

@@ -4,76 +4,68 @@
 
 The two stages are the recipes themselves with `tiny_stage1` and `tiny_stage2`. The output folder gets
 
-    results.json  the numbers of the table
-    report.html   the same with pictures, descriptions before and after, and loss curves
+    report.html   what was trained, the numbers, descriptions before and after, and loss curves
+    results.json  the numbers
     adapter/      what one would publish: the projection, the processor, the model card
+    describe.py   describes a picture with it
     scene.png     a picture to describe
     stage1/       the adapter after stage 1
+    training.log  what both stages printed
 """
 
 import argparse
-import json
-import subprocess
+import os
+import platform
+import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
+from modeling_minigpt4.version import __version__
 from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import SCORES, score
-from recipes_minigpt4.tiny.report import Example, render_report
+from recipes_minigpt4.tiny.reload import reload_adapter
+from recipes_minigpt4.tiny.report import STAGES, Example, render_report, told_of_stage1
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.training.model import load_model
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.files import prepare_folder, write_json
 from recipes_minigpt4.utils.html import Curve
+from recipes_minigpt4.utils.progress import Phase, phase
 from recipes_minigpt4.utils.ranges import SEED, in_range
 from recipes_minigpt4.utils.runs import quiet, reproducible
 from recipes_minigpt4.utils.text import format_table, heading
 
 
-STAGES = {"untrained": "untrained projection", "stage1": "after stage 1", "stage2": "after stage 2"}
 INSTRUCTION = "Describe this image in detail."
 MAX_NEW_TOKENS = 120  # a description of three things takes at most about 90
 THREADS = 1  # models this small gain little from a second one, and lose much when something else runs
+PHASES = {
+    "untrained": "Untrained projection: describe the scenes",
+    "train1": "Stage 1: train on short, noisy captions",
+    "stage1": "After stage 1: describe the scenes",
+    "train2": "Stage 2: train on few careful descriptions",
+    "stage2": "After stage 2: describe the scenes",
+    "reload": "Load the adapter in a new process",
+}
 
 Shown = Sequence[tuple[Image.Image, Scene]]
 Scores = Mapping[str, float]
-
-# What everyone else does with a published adapter; runs in a process of its own, which knows nothing of the training.
-RELOAD = """
-import json, sys
-import modeling_minigpt4
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-
-folder, picture, instruction, length = sys.argv[1:]
-options = {"max_new_tokens": int(length), "do_sample": False}
-content = [{"type": "image", "path": picture}, {"type": "text", "text": instruction}]
-
-model = AutoModelForImageTextToText.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-reply = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-(generated,) = processor.post_process_image_text_to_text(reply)
-
-chat = [{"role": "user", "content": content}]
-describe = pipeline("image-text-to-text", model=folder, device="cpu")
-(answer,) = describe(text=chat, return_full_text=False, generate_kwargs=options)
-print(json.dumps([generated, answer["generated_text"]]))
-"""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -86,23 +78,27 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     folder = prepare_folder(args.output_dir, parts=("stage1", "adapter"))
     started = time.perf_counter()
+    print("MiniGPT-4 in miniature: both training stages on the CPU, offline. This takes about a minute.\n", flush=True)
     with reproducible(THREADS), quiet():
         shown = evaluation_scenes()
         replies, trainers = train_and_describe(folder, args.seed, shown)
     scene = next(image for image, scene in shown if len(scene.things) == 3)
     scene.save(folder / "scene.png")
-    generated, piped = reload_adapter(folder / "adapter", folder / "scene.png")
+    with numbered_phase("reload", 1):
+        generated, piped = reload_adapter(folder, folder / "scene.png", INSTRUCTION)
 
     results = summarize(replies, [scene for _, scene in shown])
     trainers["stage2"].create_model_card(results=card_results(results))
     results["adapter_bytes"] = adapter_bytes(folder / "adapter")
+    results["parameters"] = count_parameters(trainers["stage2"].model)
     results["seconds"] = round(time.perf_counter() - started, 1)
-    results["seed"] = args.seed
+    results |= {"seed": args.seed, "versions": versions(), "machine": machine()}
     curves = {f"Stage {number}": loss_curve(trainers[f"stage{number}"]) for number in (1, 2)}
-    write_results(folder, results, curves, choose_examples(shown, replies, 12))
+    write_results(folder, results, curves, choose_examples(shown, replies, 6))
 
     print_results(results, choose_examples(shown, replies, 3))
     print_reload(folder, results["adapter_bytes"], generated, piped)
+    print_next_steps(folder)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -127,17 +123,39 @@ def train_and_describe(
     replies, trainers = {}, {}
 
     model_args, _, training_args = stage1_pretrain.parse(stage1)
-    heading(f"Untrained projection: describing {len(images)} scenes")
-    replies["untrained"] = describe(*load_model(model_args, training_args), images)
-    heading("Stage 1: short, noisy captions")
-    trainers["stage1"] = stage1_pretrain.main(stage1)
-    heading(f"After stage 1: describing {len(images)} scenes")
-    replies["stage1"] = describe(*load_adapter(folder / "stage1"), images)
-    heading("Stage 2: few careful descriptions")
-    trainers["stage2"] = stage2_finetune.main(stage2)
-    heading(f"After stage 2: describing {len(images)} scenes")
-    replies["stage2"] = describe(*load_adapter(folder / "adapter"), images)
+    with numbered_phase("untrained", len(images)) as line:
+        replies["untrained"] = describe(*load_model(model_args, training_args), images, reach=line.reach)
+    with (folder / "training.log").open("w", encoding="utf-8") as log:
+        with numbered_phase("train1", 1) as line, redirect_stdout(log):
+            trainers["stage1"] = stage1_pretrain.main(stage1, callbacks=[StepsCallback(line)])
+        with numbered_phase("stage1", len(images)) as line:
+            replies["stage1"] = describe(*load_adapter(folder / "stage1"), images, reach=line.reach)
+        with numbered_phase("train2", 1) as line, redirect_stdout(log):
+            trainers["stage2"] = stage2_finetune.main(stage2, callbacks=[StepsCallback(line)])
+    with numbered_phase("stage2", len(images)) as line:
+        replies["stage2"] = describe(*load_adapter(folder / "adapter"), images, reach=line.reach)
     return replies, trainers
+
+
+@contextmanager
+def numbered_phase(name: str, total: int) -> Iterator[Phase]:
+    """One of `PHASES` with its number; `total` counts its parts."""
+    number, width = list(PHASES).index(name) + 1, max(map(len, PHASES.values()))
+    with phase(f"{number}/{len(PHASES)}  {PHASES[name]:<{width}}", total) as line:
+        yield line
+
+
+class StepsCallback(TrainerCallback):
+    """Shows the steps of a stage on the line of its phase."""
+
+    def __init__(self, line: Phase) -> None:
+        self.line = line
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.line.begin(state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.line.reach(state.global_step)
 
 
 def stage_arguments(config: str, folder: Path, seed: int) -> list[str]:
@@ -152,8 +170,14 @@ def load_adapter(folder: Path) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def describe(model: Any, processor: Any, images: Sequence[Image.Image], batch_size: int = 80) -> list[str]:
-    """Greedy replies to `INSTRUCTION` in the processor's chat template, one per picture."""
+def describe(
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    batch_size: int = 80,
+    reach: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy replies to `INSTRUCTION` in the processor's chat template, one per picture; `reach` hears how many."""
     model.eval()
     replies: list[str] = []
     for start in range(0, len(images), batch_size):
@@ -166,6 +190,8 @@ def describe(model: Any, processor: Any, images: Sequence[Image.Image], batch_si
         )
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         replies += processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
+        if reach is not None:
+            reach(len(replies))
     return replies
 
 
@@ -192,6 +218,25 @@ def adapter_bytes(folder: Path) -> int:
     """Size of the weights that an adapter folder holds, with those of PEFT if there are any."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")]
     return sum(path.stat().st_size for path in files)
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Part of the model → the number of its parameters; tensors that two parts share count once."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[name.removeprefix("model.").split(".")[0]] += parameter.numel()
+    return dict(counts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    libraries = [name for name in ("torch", "transformers", "trl", "peft") if find_spec(name)]
+    return {"minigpt4-transformers": __version__, **{name: metadata.version(name) for name in libraries}}
+
+
+def machine() -> str:
+    """Where and on how many threads of its processor this runs."""
+    return f"{platform.system()} {platform.machine()}, {THREADS} thread of {os.cpu_count()}"
 
 
 def card_results(results: Mapping[str, Any]) -> dict[str, str]:
@@ -228,7 +273,7 @@ def choose_examples(shown: Shown, replies: Mapping[str, Sequence[str]], count: i
             continue
         image, scene = left.pop(place)
         told = {title: replies[stage][place] for stage, title in STAGES.items()}
-        examples.append(Example(image, one_sentence(scene), held_out, told))
+        examples.append(Example(image, scene, told))
     return examples
 
 
@@ -236,7 +281,8 @@ def write_results(folder: Path, results: Mapping[str, Any], curves: Mapping[str,
     """Write `results.json` and `report.html`."""
     write_json(folder / "results.json", results)
     header, rows = table(results)
-    page = render_report(results, header, rows, curves, examples)
+    steps = [step for step in next_steps(folder) if "webbrowser" not in step[1]]  # who reads it has opened it
+    page = render_report(results, header, rows, curves, examples, steps)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -244,9 +290,14 @@ def print_results(results: Mapping[str, Any], examples: Sequence[Example]) -> No
     count = results["scenes"]
     heading(f"Results on {count['all']} scenes never shown, {count['held_out']} with held-out colour–shape pairs\n")
     print(format_table(*table(results)))
+    before, after = (results["stages"][stage]["object_f1"] for stage in ("untrained", "stage2"))
+    trained, numbers = results["parameters"]["language_projection"], sum(results["parameters"].values())
+    print(f"\nObject F1 went from {before:.2f} to {after:.2f} by training {trained:,} of {numbers:,} numbers.")
+    for sentence in told_of_stage1(results):
+        print(f"\n{textwrap.fill(sentence, 110)}")
     for example in examples:
-        note = " (held-out pair)" if example.held_out else ""
-        print(f"\n{example.truth}{note}")
+        note = " (held-out pair)" if example.scene.has_held_out_pair else ""
+        print(f"\n{one_sentence(example.scene)}{note}")
         for title, reply in example.replies.items():
             print(quote(title, reply))
 
@@ -260,31 +311,40 @@ def quote(title: str, text: str, width: int = 110) -> str:
 
 
 def print_reload(folder: Path, size: int, generated: str, piped: str) -> None:
-    heading(f"The adapter: {size:,} bytes in {folder / 'adapter'}, loaded in a new process\n")
+    heading(f"The adapter: {size:,} bytes in {short_path(folder / 'adapter')}, loaded in a new process\n")
     print(quote("from_pretrained", generated))
     print(quote("pipeline", piped))
     print(
         f"\nIts frozen parts are those in {BACKBONES}."
         "\nTo publish an adapter, push its backbones first and name them by repository, or save with full=True."
-        f"\nPictures, descriptions and loss curves: {folder / 'report.html'}"
     )
 
 
-# ---- the adapter in a new process -----------------------------------------------------------------------------------
+def next_steps(folder: Path) -> list[tuple[str, str]]:
+    """What to do after the demo, and the command for it, which runs where the demo ran."""
+    steps = []
+    activate = Path(sys.prefix, "bin", "activate")
+    if os.environ.get("VIRTUAL_ENV") != sys.prefix and activate.is_file():
+        steps.append(("Activate the environment, which knows this package:", f"source {short_path(activate)}"))
+    page, script, picture = (folder / name for name in ("report.html", "describe.py", "scene.png"))
+    return [
+        *steps,
+        ("Open the page with pictures, curves and descriptions:", f"python -m webbrowser {page.as_uri()}"),
+        (
+            "Describe a picture; try one of your own. This world knows coloured shapes only:",
+            f"python {short_path(script)} {short_path(picture)}",
+        ),
+        ("Train a stage with settings of your own:", "minigpt4 stage1 --config tiny_stage1 --max_steps 100"),
+    ]
 
 
-def reload_adapter(adapter: Path, picture: Path) -> tuple[str, str]:
-    """
-    Let a new process load the adapter and describe a picture, with `generate` and with `pipeline`.
+def print_next_steps(folder: Path) -> None:
+    heading("What next")
+    for title, command in next_steps(folder):
+        print(f"\n{title}\n    {command}")
 
-    Raises:
-        RuntimeError: if it fails or the two differ.
-    """
-    command = [sys.executable, "-c", RELOAD, str(adapter), str(picture), INSTRUCTION, str(MAX_NEW_TOKENS)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        raise RuntimeError(f"The adapter in {adapter} could not be loaded in a new process:\n{done.stderr}")
-    generated, piped = json.loads(done.stdout.splitlines()[-1])
-    if generated != piped:
-        raise RuntimeError(f"generate and pipeline differ: {generated!r} and {piped!r}.")
-    return generated, piped
+
+def short_path(path: Path) -> str:
+    """A path as one types it here, quoted where the shell needs it."""
+    path, here = path.absolute(), Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

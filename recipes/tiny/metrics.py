@@ -2,14 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from recipes_minigpt4.tiny.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Scene
 
 
-_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")
-_PLACE = re.compile(rf"\b({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})\b|\bcentre\b")
+_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b", re.IGNORECASE)
+_PLACE = re.compile(rf"\b({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})\b|\bcentre\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -24,9 +25,17 @@ MEANING = """Object F1: objects named with their colour and shape. Position accu
 named and put in the right place. Failure rate: replies with a repeated or unfinished sentence."""
 
 
+class Mark(NamedTuple):
+    """Characters `start` to `end` of a reply, and whether what they say is so."""
+
+    start: int
+    end: int
+    right: bool
+
+
 def named_objects(text: str) -> Counter[tuple[str, str]]:
     """Every (colour, shape) that stands side by side in the text, as often as it is said."""
-    return Counter((colour, shape) for colour, shape in _OBJECT.findall(text.lower()))
+    return Counter(_pair(found) for found in _OBJECT.finditer(text))
 
 
 def placed_objects(text: str) -> Counter[tuple[str, str, str]]:
@@ -35,14 +44,54 @@ def placed_objects(text: str) -> Counter[tuple[str, str, str]]:
     A sentence with as many places as objects tells them in the same order; else each object gets the place nearest
     to it, before or after.
     """
-    placed: Counter[tuple[str, str, str]] = Counter()
-    for sentence in sentences(text.lower()):
-        objects, places = list(_OBJECT.finditer(sentence)), list(_PLACE.finditer(sentence))
+    return Counter((*_pair(found), place.group().lower()) for found, place in _placed(text))
+
+
+def mark(text: str, scene: Scene) -> list[Mark]:
+    """
+    The objects that a reply names, and the places of those that are there, in the order of the text.
+
+    An object is right as `object_f1` counts it, a place as `position_accuracy` does. Nothing is said about the place
+    of an object that is not there.
+    """
+    left, left_placed = Counter(thing.pair for thing in scene.things), _placed_truth(scene)
+    rights: dict[tuple[int, int], bool] = {}
+    places = {found.span(): place for found, place in _placed(text)}
+    for found in _OBJECT.finditer(text):
+        rights[found.span()] = is_there = left[_pair(found)] > 0
+        left[_pair(found)] -= 1
+        if is_there and (place := places.get(found.span())):
+            thing = (*_pair(found), place.group().lower())
+            rights[place.span()] = rights.get(place.span(), True) and left_placed[thing] > 0
+            left_placed[thing] -= 1
+    return [Mark(*span, right) for span, right in sorted(rights.items())]
+
+
+def unnamed_objects(text: str, scene: Scene) -> list[str]:
+    """`"red circle"` for every object of the scene that a reply does not name."""
+    missing = Counter(thing.pair for thing in scene.things) - named_objects(text)
+    return [" ".join(pair) for pair in missing.elements()]
+
+
+def _pair(found: re.Match[str]) -> tuple[str, str]:
+    return found.group(1).lower(), found.group(2).lower()
+
+
+def _placed_truth(scene: Scene) -> Counter[tuple[str, str, str]]:
+    return Counter((*thing.pair, thing.position) for thing in scene.things)
+
+
+def _placed(text: str) -> Iterator[tuple[re.Match[str], re.Match[str]]]:
+    """Objects and their places, as they stand in the text."""
+    start = 0
+    for sentence in sentences(text):
+        start = text.index(sentence, start)
+        end = start + len(sentence)
+        objects, places = list(_OBJECT.finditer(text, start, end)), list(_PLACE.finditer(text, start, end))
         if len(objects) != len(places):
             places = [min(places, key=partial(_gap, found)) for found in objects if places]
-        for found, place in zip(objects, places, strict=False):
-            placed[(found.group(1), found.group(2), place.group())] += 1
-    return placed
+        yield from zip(objects, places, strict=False)
+        start = end
 
 
 def _gap(one: re.Match[str], other: re.Match[str]) -> int:
@@ -68,7 +117,7 @@ def position_accuracy(texts: Sequence[str], scenes: Sequence[Scene]) -> float:
     """Share of the objects in the scenes, 0–1, that are named (colour and shape) and put in the right place."""
     hits = there = 0
     for text, scene in zip(texts, scenes, strict=True):
-        truth = Counter((*thing.pair, thing.position) for thing in scene.things)
+        truth = _placed_truth(scene)
         hits += (placed_objects(text) & truth).total()
         there += truth.total()
     return hits / there if there else 0.0

@@ -30,13 +30,12 @@ from recipes_minigpt4.data.bad_samples import ENOUGH
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.errors import one_line as told
 from recipes_minigpt4.utils.files import replace_text
-from recipes_minigpt4.utils.html import data_uri, render_page, thumbnail
+from recipes_minigpt4.utils.html import data_uri, render_page, render_texts, thumbnail
 
 
 PANEL_ROWS = 4
 MAX_NEW_TOKENS = 48  # a short description; the panel is to be looked at, and training waits for it
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
-CELL = ' style="text-align: left; vertical-align: top; white-space: pre-line; min-width: 14rem"'
 TRACKERS = ("wandb", "trackio")  # which have the same `Table`, `Image` and `log`
 
 
@@ -112,6 +111,10 @@ class PanelCallback(TrainerCallback):
         self.trainer, self.steps = trainer, steps
         self.watched = read_panel(trainer.train_dataset, folder, count)
         self.page = Path(trainer.args.output_dir, "panel.html")
+        self.run = ", ".join(
+            [self.page.absolute().parent.name, *([f"stage {trainer.stage}"] if trainer.stage else [])]
+        )
+        self.grey = "the name of its file" if folder else "its caption in the training data"
         self.pictures = [{"title": one.title, "image": data_uri(thumbnail(one.images[0]))} for one in self.watched]
         self.columns: list[dict[str, Any]] = []
         self.pictures_sent = False  # to TensorBoard, once in a run
@@ -154,7 +157,7 @@ class PanelCallback(TrainerCallback):
         self.page.parent.mkdir(parents=True, exist_ok=True)
         kept = {"pictures": self.pictures, "columns": self.columns}
         replace_text(self.page.with_suffix(".json"), json.dumps(kept, ensure_ascii=False) + "\n")
-        replace_text(self.page, render_panel(self.pictures, self.columns))
+        replace_text(self.page, render_panel(self.pictures, self.columns, self.run, self.grey))
 
     def report(self, step: int, replies: Sequence[str]) -> None:
         """Log the descriptions wherever the run reports to and tables can be shown."""
@@ -245,24 +248,29 @@ def as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
-def render_panel(pictures: Sequence[dict[str, str]], columns: Sequence[dict[str, Any]]) -> str:
-    """A page that loads nothing from elsewhere: a row per picture, a column per step."""
-    head = "".join(f"<th{CELL}>step {column['step']}</th>" for column in columns)
-    lines = [f"<tr><th{CELL}>picture</th>{head}</tr>"]
+def render_panel(pictures: Sequence[dict[str, str]], columns: Sequence[dict[str, Any]], run: str, grey: str) -> str:
+    """
+    A page that loads nothing from elsewhere: a row per picture, a column per step.
+
+    Args:
+        pictures: `title` and `image`, a link with the picture in it, of each row.
+        columns: `step` and `replies`, one per picture, of each column.
+        run: which run it is.
+        grey: what the titles are.
+    """
+    rows = []
     for place, picture in enumerate(pictures):
         title = escape(picture["title"])
-        cells = [f'<img src="{picture["image"]}" alt="{title}">\n<span class="soft">{title}</span>']
-        cells += [escape(column["replies"][place]) or "(nothing)" for column in columns]
-        lines.append("<tr>" + "".join(f"<td{CELL}>{cell}</td>" for cell in cells) + "</tr>")
-    table = "\n".join(lines)
+        shown = f'<img src="{picture["image"]}" alt="{title}">\n<span class="soft">{title}</span>'
+        rows.append([shown, *(escape(column["replies"][place]) or "(nothing)" for column in columns)])
+    header = ["picture", *(f"step {column['step']}" for column in columns)]
     body = f"""<h1>What the model says</h1>
-<p class="soft">The same pictures after more and more steps, described greedily in at most {MAX_NEW_TOKENS} tokens.</p>
+<p>Run: <strong>{escape(run)}</strong>. The same pictures after more and more steps, described greedily in at most
+{MAX_NEW_TOKENS} tokens. <span class="soft">Grey, under each picture: {grey}.</span></p>
 <div class="wide">
-<table>
-{table}
-</table>
+{render_texts(header, rows)}
 </div>"""
-    return render_page("What the model says", body)
+    return render_page(f"What the model says: {run}", body)
 
 
 def markdown_cell(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from modeling_minigpt4.backbones import is_local
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4.utils.embedded_world import TINY, is_shipped
-from recipes_minigpt4.utils.text import read_time
+from recipes_minigpt4.utils.text import duration
 
 
 SAVING = logging.getLogger("modeling_minigpt4.saving_minigpt4")  # which tells of local backbones at every save
@@ -70,7 +70,7 @@ def describe_end(trainer: Any) -> str:
     private = [f"{part} {name}" for part, name in local.items() if not is_shipped(name)]
     where = f"only this machine has {', '.join(private)}; push these backbones before you publish the adapter"
     return _lines(
-        done=f"{trainer.state.global_step:,} steps in {read_time(seconds)}",
+        done=f"{trainer.state.global_step:,} steps in {duration(seconds)}",
         adapter=f"{folder}, {sum(path.stat().st_size for path in weights):,} bytes",
         load=f'AutoModelForImageTextToText.from_pretrained("{folder}")  # after `import modeling_minigpt4`',
         next=following,

@@ -1,4 +1,4 @@
-"""What commands print: headings and tables in plain text."""
+"""What commands print: headings, tables and times in plain text."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def read_time(seconds: float) -> str:
-    """A time as people read it, such as `8 s`, `1 min 12 s` or `2 h 5 min`."""
+def duration(seconds: float) -> str:
+    """A time as people read it: `"42 s"`, `"1 min 12 s"`, `"2 h 5 min"`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"

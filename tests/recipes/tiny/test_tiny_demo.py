@@ -1,8 +1,14 @@
 """The demo: what it writes and prints, with backbones that have learned nothing and stages of a few steps."""
 
+import io
 import json
 import random
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from recipes_minigpt4 import tiny
+from recipes_minigpt4 import stage1_pretrain, tiny
 from recipes_minigpt4.cli import main as run_command
 from recipes_minigpt4.tiny import demo, pretrain, report, scenes
 from recipes_minigpt4.utils.runs import quiet, reproducible
@@ -39,7 +45,9 @@ def perfect_and_silent() -> dict[str, list[str]]:
 
 def some_results() -> dict:
     results = demo.summarize(perfect_and_silent(), [scene for _, scene in SHOWN])
-    return {**results, "adapter_bytes": 49_872, "seconds": 12.5, "seed": 3}
+    told = {"adapter_bytes": 49_872, "seconds": 72.4, "seed": 3, "machine": "a machine", "versions": {"torch": "2.0"}}
+    parts = {"vision_model": 300_000, "qformer": 70_000, "query_tokens": 584, "language_projection": 12_416}
+    return {**results, **told, "parameters": {**parts, "language_model": 500_000, "lm_head": 500}}
 
 
 # ---- arguments and the output folder --------------------------------------------------------------------------------
@@ -92,9 +100,9 @@ def test_the_table_has_a_row_per_stage_and_one_for_its_held_out_pairs():
 
 def test_examples_are_different_scenes_of_every_kind():
     examples = demo.choose_examples(SHOWN, perfect_and_silent(), 9)
-    assert len({example.truth for example in examples}) == 9
-    assert sum(example.held_out for example in examples) == 3
-    assert {demo.one_sentence(scene) for _, scene in SHOWN} >= {example.truth for example in examples}
+    assert len({example.scene for example in examples}) == 9
+    assert sum(example.scene.has_held_out_pair for example in examples) == 3
+    assert {scene for _, scene in SHOWN} >= {example.scene for example in examples}
     for example in examples:
         assert list(example.replies) == list(demo.STAGES.values())
         assert example.replies["untrained projection"] == ""
@@ -104,19 +112,20 @@ def test_examples_are_different_scenes_of_every_kind():
 
 
 class Page(HTMLParser):
-    """What a page loads from elsewhere, its visible text, and whether its tags are closed."""
+    """What a page loads from elsewhere, where it leads, its visible text, and whether its tags are closed."""
 
     VOID = {"meta", "img", "br", "line", "polyline", "hr"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.loads, self.texts, self.open, self.tags = [], [], [], []
+        self.loads, self.links, self.texts, self.open, self.tags = [], [], [], [], []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [value for name, value in attrs if name in ("src", "href", "data", "srcset", "xlink:href")]
+        found = [value for name, value in attrs if name in ("src", "href", "data", "srcset", "xlink:href")]
+        (self.links if tag == "a" else self.loads).extend(found)
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -132,7 +141,7 @@ def some_report(replies: dict[str, list[str]] | None = None) -> str:
     results = some_results()
     examples = demo.choose_examples(SHOWN, replies or perfect_and_silent(), 3)
     curves = {"Stage 1": [(10, 3.0), (20, 1.5), (30, 1.25)], "Stage 2": [(5, 0.5)]}
-    return report.render_report(results, *demo.table(results), curves, examples)
+    return report.render_report(results, *demo.table(results), curves, examples, [("Open it:", "open <page>")])
 
 
 def test_the_report_loads_nothing():
@@ -141,18 +150,59 @@ def test_the_report_loads_nothing():
     assert page.open == []
     assert len(page.loads) == 3
     assert all(link.startswith("data:image/png;base64,") for link in page.loads)
+    assert page.links == list(report.LINKS.values())
+    for link in page.links:
+        text = text.replace(f'<a href="{link}">', "")
     assert not re.search(r"https?:|@import|url\(|<script|<link", text)
+
+
+def plain(page: Page) -> str:
+    return " ".join("".join(page.texts).split())
 
 
 def test_the_report_shows_the_table_the_curves_and_the_replies():
     page = Page(some_report())
-    text = " ".join(page.texts)
+    text = plain(page)
     assert page.tags.count("svg") == page.tags.count("polyline") == 2
-    for said in ("object F1", "after stage 2", "held-out pairs", "49,872", "Seed 3", "(nothing)"):
+    for said in ("object F1", "after stage 2", "held-out pairs", "49,872", "seed 3", "(nothing)", "torch 2.0"):
         assert said in text
     for example in demo.choose_examples(SHOWN, perfect_and_silent(), 3):
-        assert example.truth in text
+        assert demo.one_sentence(example.scene) in text
         assert example.replies["after stage 2"] in text
+
+
+def test_the_report_says_what_was_reached_by_training_what():
+    text = plain(Page(some_report()))
+    assert "0.00 → 1.00" in text
+    assert "by training 12,416 of 883,500 numbers. The whole demo took 1 min 12 s" in text
+    frozen = ("Vision encoderfrozen, 300,000 numbers", "Q-Formerfrozen, 70,584", "Language modelfrozen, 500,500")
+    for part in (*frozen, "Projectiontrains, 12,416 numbers"):
+        assert part in text
+    for said in ("minigpt4 demo --seed 3", "Open it: open <page>", "loss per token", "step"):
+        assert said in text
+
+
+def test_right_words_are_green_and_wrong_ones_struck():
+    scene = SHOWN[0][1]
+    place, (colour, shape) = scene.things[0].position, scene.things[0].pair
+    absent = next(one for one in scenes.SHAPES if one not in {thing.shape for thing in scene.things})
+    told = {"after stage 1": f"A {colour} {absent}.", "after stage 2": f"A {colour} {shape} in the {place}."}
+    example = report.Example(SHOWN[0][0], scene, told)
+    results = some_results()
+    text = report.render_report(results, *demo.table(results), {}, [example], [])
+    assert f'A <s class="wrong">{colour} {absent}</s>.' in text
+    assert f'A <span class="right">{colour} {shape}</span> in the <span class="right">{place}</span>.' in text
+    assert text.index("Not named: ") < text.index("after stage 2</dt>")
+
+
+def test_failures_of_stage_1_are_explained_where_they_are_shown():
+    results = some_results()
+    assert report.told_of_stage1(results) == []  # no reply at all is a failure as well
+    results["stages"]["untrained"]["failure_rate"] = 0.45
+    (sentence,) = report.told_of_stage1(results)
+    assert "100% after stage 1? Its captions have no full stop" in sentence
+    text = report.render_report(results, *demo.table(results), {}, [], [])
+    assert text.index("100.0%") < text.index(sentence) < text.index("Loss while training")
 
 
 def test_replies_cannot_write_html():
@@ -160,7 +210,7 @@ def test_replies_cannot_write_html():
     text = some_report(nasty)
     assert "<script" not in text
     assert "<b>" not in text
-    assert "<script>alert('x')</script> & \"<b>\"" in Page(text).texts
+    assert "<script>alert('x')</script> & \"<b>\"" in plain(Page(text))
 
 
 # ---- the whole of it, in small --------------------------------------------------------------------------------------
@@ -193,10 +243,70 @@ def short_demo(untaught, tmp_path_factory) -> Path:
         patch.setattr(demo, "stage_arguments", lambda *args: [*long(*args), *SHORT])
         patch.setattr(demo, "MAX_NEW_TOKENS", 12)
         threads = torch.get_num_threads()
-        assert run_command(["demo", "--output-dir", str(folder), "--seed", "11"]) == 0
+        with redirect_stdout(io.StringIO()) as screen:
+            assert run_command(["demo", "--output-dir", str(folder), "--seed", "11"]) == 0
         assert torch.get_num_threads() == threads
         assert not torch.are_deterministic_algorithms_enabled()
+    (folder.parent / "screen.txt").write_text(screen.getvalue())
     return folder
+
+
+def test_the_screen_has_lines_for_every_phase_and_no_dictionary(short_demo):
+    screen = (short_demo.parent / "screen.txt").read_text()
+    before, _, _ = screen.partition("\n== Results")
+    for number, title in enumerate(demo.PHASES.values(), 1):
+        lines = [line for line in before.splitlines() if line.startswith(f"{number}/6  {title}")]
+        assert lines[0].endswith("  0%") and re.search(r"  \d+ s$", lines[-1])
+    assert not re.search(r"\r|'loss'|'epoch'", screen)
+    log = (short_demo / "training.log").read_text()
+    assert "by training" in screen and "What next" in screen
+    assert log.count("trains  language_projection") == 2 and "'loss'" in log
+
+
+def test_the_screen_ends_with_what_to_type(short_demo, monkeypatch):
+    screen = (short_demo.parent / "screen.txt").read_text()
+    commands = [line.strip() for line in screen.partition("== What next")[2].splitlines() if line.startswith("    ")]
+    assert commands == [command for _, command in demo.next_steps(short_demo)]
+    assert commands[-3:-1] == [
+        f"python -m webbrowser {(short_demo / 'report.html').as_uri()}",
+        f"python {short_demo / 'describe.py'} {short_demo / 'scene.png'}",
+    ]
+    page = plain(Page((short_demo / "report.html").read_text()))
+    assert all((command in page) != ("webbrowser" in command) for command in commands)
+    stage1_pretrain.parse(shlex.split(commands[-1])[2:])
+
+
+def test_the_environment_is_named_unless_it_is_active(monkeypatch, tmp_path):
+    (tmp_path / "my venv" / "bin").mkdir(parents=True)
+    (tmp_path / "my venv" / "bin" / "activate").touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "my venv"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert demo.next_steps(tmp_path / "out")[0][1] == "source 'my venv/bin/activate'"
+    assert demo.next_steps(tmp_path / "out")[2][1] == "python out/describe.py out/scene.png"
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "my venv"))
+    assert not any("activate" in command for _, command in demo.next_steps(tmp_path / "out"))
+
+
+def test_a_picture_is_described_with_the_command_of_the_screen(short_demo):
+    told = [sys.executable, str(short_demo / "describe.py")]
+    done = subprocess.run([*told, str(short_demo / "scene.png")], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()
+    without = subprocess.run(told, capture_output=True, text=True)
+    assert without.returncode == 1 and "python describe.py PICTURE" in without.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_says_what_takes_long_before_it_is_silent(tmp_path):
+    command = ["make", "--dry-run", "demo", f"VENV={tmp_path / 'new'}"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    text = done.stdout
+    assert (
+        text.index("about 60 packages")
+        < text.index("pip")
+        < text.index("some ten seconds")
+        < text.index("minigpt4 demo")
+    )
 
 
 def test_backbones_as_pretraining_saves_them_are_ordinary_folders(untaught):

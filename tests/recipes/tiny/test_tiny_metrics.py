@@ -1,11 +1,12 @@
 """What replies are measured with, on texts written by hand."""
 
+import random
 from collections import Counter
 
 import pytest
 
 from recipes_minigpt4.tiny import metrics
-from recipes_minigpt4.tiny.scenes import Scene, Thing
+from recipes_minigpt4.tiny.scenes import Scene, Thing, describe, sample_scenes
 
 
 CIRCLE = Thing("small", "red", "circle", "top", "left")
@@ -118,3 +119,50 @@ def test_score_holds_the_four_numbers_of_the_table():
 def test_texts_and_scenes_must_be_as_many():
     with pytest.raises(ValueError, match="zip"):
         metrics.score(["one"], [ONE, TWO])
+
+
+# ---- marks ----------------------------------------------------------------------------------------------------------
+
+
+def marked(text: str, scene: Scene) -> list[str]:
+    """`+words` for every mark that is right, `-words` for every wrong one."""
+    return ["-+"[right] + text[start:end] for start, end, right in metrics.mark(text, scene)]
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("A Red circle in the Top left. In the centre a blue star.", "+Red circle +Top left +centre +blue star"),
+        ("A red circle in the top right.", "+red circle -top right"),
+        ("A green circle in the top left.", "-green circle"),  # its place is neither right nor wrong
+        ("A red circle. A red circle.", "+red circle -red circle"),
+        ("A red circle and a blue star in the centre.", "+red circle +blue star -centre"),
+        ("İİ a red circle", "+red circle"),  # which is longer in lower case
+        ("Nothing at all.", ""),
+    ],
+)
+def test_marks(text, marks):
+    assert " ".join(marked(text, TWO)) == marks
+
+
+def test_marks_count_what_the_scores_count():
+    rng = random.Random(3)
+    chosen = sample_scenes(rng, 200, lambda scene: True)
+    texts = [describe(scene, rng) for scene in chosen]
+    shuffled = texts[1:] + texts[:1]
+    for said in (texts, shuffled):
+        objects = placed = 0
+        for text, scene in zip(said, chosen, strict=True):
+            right = [text[start:end] for start, end, right in metrics.mark(text, scene) if right]
+            objects += sum(metrics.named_objects(part).total() for part in right)
+            placed += sum(not metrics.named_objects(part) for part in right)
+        things = sum(len(scene.things) for scene in chosen)
+        named = sum(metrics.named_objects(text).total() for text in said)
+        assert 2 * objects / (named + things) == pytest.approx(metrics.object_f1(said, chosen))
+        assert placed / things == pytest.approx(metrics.position_accuracy(said, chosen), abs=0.02)
+
+
+def test_what_a_reply_leaves_out():
+    assert metrics.unnamed_objects("A red circle.", TWO) == ["blue star"]
+    assert metrics.unnamed_objects("A red circle.", TWINS) == ["red circle"]
+    assert metrics.unnamed_objects("A blue star and a red circle.", TWO) == []

@@ -64,6 +64,16 @@ def test_a_column_every_n_steps_and_nothing_from_elsewhere(module, stage: Callab
     assert not re.search(r"https?://|@import|url\(|<script|<link", text)
 
 
+@pytest.mark.parametrize(("module", "name"), [(stage1_pretrain, "stage 1"), (stage2_finetune, "stage 2")])
+def test_the_page_says_which_run_it_is_and_what_is_grey(module, name: str, stage: Callable, tmp_path: Path) -> None:
+    module.main(stage(max_steps=1, panel_steps=1))
+    text = " ".join((tmp_path / "run" / "panel.html").read_text().split())
+    assert f"<title>What the model says: run, {name}</title>" in text
+    assert f"Run: <strong>run, {name}</strong>." in text
+    assert '<span class="soft">Grey, under each picture: its caption in the training data.</span>' in text
+    assert str(tmp_path) not in text
+
+
 def test_descriptions_are_those_of_the_model(stage: Callable) -> None:
     trainer = stage1_pretrain.main(stage(max_steps=3, panel_steps=3))
     (panel,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, PanelCallback)]
@@ -109,6 +119,7 @@ def test_pictures_of_a_folder(stage: Callable, tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("no picture")
     stage1_pretrain.main(stage(max_steps=1, panel_steps=1, panel_images=folder))
     assert [row[0].strip() for row in Page(tmp_path / "run" / "panel.html").rows] == ["picture", "a.png", "b<i>.png"]
+    assert "Grey, under each picture: the name of its file." in (tmp_path / "run" / "panel.html").read_text()
 
 
 def test_tensorboard_gets_numbers_pictures_and_descriptions(stage, tmp_path: Path) -> None:

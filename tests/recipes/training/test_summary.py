@@ -8,7 +8,7 @@ import pytest
 
 from recipes_minigpt4 import cli
 from recipes_minigpt4.tiny import BACKBONES
-from recipes_minigpt4.utils.text import read_time
+from recipes_minigpt4.utils.text import duration
 
 
 def run(command: str, arguments: list[str], capsys: pytest.CaptureFixture) -> dict[str, str]:
@@ -86,4 +86,4 @@ def test_the_result_of_an_earlier_run_is_not_overwritten(
     "seconds, text", [(0.4, "0 s"), (59.6, "1 min 0 s"), (72, "1 min 12 s"), (3600, "1 h 0 min"), (7500, "2 h 5 min")]
 )
 def test_times_are_those_that_people_read(seconds: float, text: str) -> None:
-    assert read_time(seconds) == text
+    assert duration(seconds) == text

@@ -1,0 +1,74 @@
+"""Progress of a command that works in phases: one line per phase, with the time left."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from recipes_minigpt4.utils.text import duration
+
+
+SECONDS_BETWEEN_LINES = 10.0  # in a file; a terminal is redrawn ten times a second
+GOING_ON = "{desc}  {percentage:3.0f}%{left}"
+DONE = "{desc}  {spent}"
+
+
+class WholeLines:
+    """A stream that gets a line wherever a bar would go back to the beginning of the last one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.last = stream, ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self.last:
+            self.stream.write(line + "\n")
+        self.last = line or self.last
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class Phase(tqdm):
+    """A bar of tqdm that tells the time left, and at the end the time that was spent, in words."""
+
+    before = 0.0  # seconds of preparation, which tell nothing about the time left
+
+    def begin(self, total: int) -> None:
+        """Start counting after a preparation of unknown length."""
+        self.total, self.before = total, super().format_dict["elapsed"]
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        told: dict[str, Any] = super().format_dict
+        left = ""
+        if self.total and 0 < self.n < self.total:
+            seconds = (told["elapsed"] - self.before) * (self.total - self.n) / self.n
+            left = f", about {duration(seconds)} left"
+        return {**told, "left": left, "spent": duration(told["elapsed"])}
+
+    def reach(self, place: int) -> None:
+        """Show that so many parts are done."""
+        self.update(place - self.n)
+
+
+@contextmanager
+def phase(title: str, total: int, stream: TextIO | None = None) -> Iterator[Phase]:
+    """
+    One phase of a command: a line that is redrawn in a terminal, and whole lines, few of them, in a file.
+
+    Args:
+        title: what is being done.
+        total: number of its parts, of which `reach` shows how many are done.
+        stream: where to; default: standard output.
+    """
+    stream = sys.stdout if stream is None else stream
+    options: dict[str, Any] = {"file": stream, "dynamic_ncols": True, "mininterval": 0.1}
+    if not stream.isatty():
+        options |= {"file": WholeLines(stream), "ncols": 200, "mininterval": SECONDS_BETWEEN_LINES}
+    with Phase(total=total, desc=title, bar_format=GOING_ON, miniters=1, **options) as line:
+        yield line
+        line.bar_format = DONE
+        line.refresh()
