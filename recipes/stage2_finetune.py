@@ -17,6 +17,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+
+if __name__ == "__main__":  # under `accelerate launch -m`: the command, before anything else is imported
+    from recipes_minigpt4.cli import main as run
+
+    raise SystemExit(run(["stage2", *sys.argv[1:]]))
+
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage2_rows
 from recipes_minigpt4.data.sources import load_pairs
@@ -67,9 +73,3 @@ def main(arguments: Sequence[str]) -> MiniGPT4Trainer:
     )
     train_and_save(trainer)
     return trainer
-
-
-if __name__ == "__main__":
-    from recipes_minigpt4.cli import main as run
-
-    raise SystemExit(run(["stage2", *sys.argv[1:]]))
