@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from recipes_minigpt4.utils.errors import PreemptedError, RecipeError
+from recipes_minigpt4.utils.quiet import silence_libraries
 from recipes_minigpt4.utils.redaction import redact, redact_logs
 
 
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             '`pip install "minigpt4-transformers[train]"`.',
         )
     redact_logs()
+    silence_libraries(arguments)
     try:
         importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
     except RecipeError as error:

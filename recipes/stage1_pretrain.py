@@ -15,6 +15,12 @@ A row is `[BOS][image][caption][line break]`; only caption and line break carry 
 import sys
 from collections.abc import Sequence
 
+
+if __name__ == "__main__":  # under `accelerate launch -m`: the command, before anything else is imported
+    from recipes_minigpt4.cli import main as run
+
+    raise SystemExit(run(["stage1", *sys.argv[1:]]))
+
 from transformers import TrainerCallback
 
 from recipes_minigpt4.data.arguments import DataArguments
@@ -59,9 +65,3 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
     )
     train_and_save(trainer)
     return trainer
-
-
-if __name__ == "__main__":
-    from recipes_minigpt4.cli import main as run
-
-    raise SystemExit(run(["stage1", *sys.argv[1:]]))

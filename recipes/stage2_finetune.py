@@ -17,6 +17,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+
+if __name__ == "__main__":  # under `accelerate launch -m`: the command, before anything else is imported
+    from recipes_minigpt4.cli import main as run
+
+    raise SystemExit(run(["stage2", *sys.argv[1:]]))
+
 from transformers import TrainerCallback
 
 from recipes_minigpt4.data.arguments import DataArguments
@@ -70,9 +76,3 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
     )
     train_and_save(trainer)
     return trainer
-
-
-if __name__ == "__main__":
-    from recipes_minigpt4.cli import main as run
-
-    raise SystemExit(run(["stage2", *sys.argv[1:]]))

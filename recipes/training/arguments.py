@@ -205,6 +205,11 @@ class StageArguments(SFTConfig):
             )
         if self.panel_images and self.panel_steps is None:
             raise RecipeError("panel_images needs panel_steps, the steps between two looks at the pictures.")
+        for end in ("", "_kwargs"):  # called activation_checkpointing since 5.24, and otherwise by TRL's defaults
+            old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
+            if getattr(self, new, self) is None:
+                setattr(self, new, getattr(self, old))
+                setattr(self, old, None)
         super().__post_init__()
         check_settings(self)
 
