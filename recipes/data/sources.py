@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute  # type: ignore[import-untyped]
-from datasets import Dataset, Features, Image, IterableDataset, Value, interleave_datasets
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, interleave_datasets
 
 from processing_minigpt4.image_opening_minigpt4 import inline_picture, path_of_url, without_content
-from recipes_minigpt4.data.arguments import DataArguments, check_dataset_weights
-from recipes_minigpt4.data.files import open_dataset, open_table, read_annotations, refuse_address, writable_cache
+from recipes_minigpt4.data.arguments import DataArguments, check_dataset_weights, column_of
+from recipes_minigpt4.data.columns import choose_columns, tell_columns
+from recipes_minigpt4.data.files import (
+    captioned_pictures,
+    open_dataset,
+    open_table,
+    read_annotations,
+    refuse_address,
+    writable_cache,
+)
 from recipes_minigpt4.data.streaming import shuffle_blocks, shuffle_shards
 from recipes_minigpt4.data.webdataset import stream_tars, tars_named
 from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
@@ -50,7 +58,9 @@ def load_pairs(args: DataArguments, stage: int, seed: int = 42) -> Dataset | Ite
     weights = check_dataset_weights(args)
     # Types are there to be mixed, and cost time for every sample.
     typed = len(args.dataset_name) > 1
-    sources = [open_source(name, args, stage, typed, seed) for name in args.dataset_name]
+    sources = [
+        open_source(name, args, stage, typed, seed, place=place) for place, name in enumerate(args.dataset_name)
+    ]
     (first, *others) = sources
     if isinstance(first, Dataset) and not others and not args.streaming:
         return first
@@ -67,7 +77,7 @@ def mix(
 
 
 def open_source(
-    name: str, args: DataArguments, stage: int, typed: bool = True, seed: int | None = None
+    name: str, args: DataArguments, stage: int, typed: bool = True, seed: int | None = None, place: int = 0
 ) -> Dataset | IterableDataset:
     """
     Open one dataset, for one pass over it.
@@ -77,33 +87,38 @@ def open_source(
         args, stage: see `load_pairs`.
         typed: whether a stream of tars knows its features.
         seed: of the order of tars; None leaves them in theirs.
+        place: of the name among those of `args.dataset_name`, which may each have columns of their own.
 
     Returns:
         A dataset with the columns `image` and `text`, or a stream with those of `PAIR`.
     """
     if name == TINY:
         return _tiny_pairs(stage, args.num_samples)
+    named = (column_of(args.image_column, place), column_of(args.text_column, place))
     if (pattern := tars_named(name)) is not None:
-        columns = (args.image_column, args.text_column)
-        return _first(stream_tars(pattern, *columns, PAIR if typed else None, seed), args.num_samples)
+        return _first(stream_tars(pattern, *named, PAIR if typed else None, seed), args.num_samples)
     refuse_address(name)
     with writable_cache():
-        return _open_rows(name, Path(name).expanduser(), args, seed)
+        return _open_rows(name, Path(name).expanduser(), args, named, stage, seed)
 
 
-def _open_rows(name: str, path: Path, args: DataArguments, seed: int | None) -> Dataset | IterableDataset:
+def _open_rows(
+    name: str, path: Path, args: DataArguments, named: tuple[str | None, str | None], stage: int, seed: int | None
+) -> Dataset | IterableDataset:
     """Open a table, a folder, or a dataset of the Hub."""
     dataset: Dataset | IterableDataset
     if os.path.isfile(path):
         dataset, folder = open_table(path), path.parent
     elif (path / "filter_cap.json").is_file():
         dataset, folder = _open_curated(path, args.max_bad_share), path
+    elif pictures := captioned_pictures(path, args.dataset_split):
+        dataset, folder = Dataset.from_dict(pictures), path
     else:
         wanted = (args.dataset_config, args.dataset_split, args.dataset_revision, args.streaming)
         dataset, folder = open_dataset(name, path, *wanted), path
     if isinstance(dataset, Dataset) and not len(dataset):
         raise RecipeError(f"{name} holds no samples; write one row per picture into it.")
-    dataset = _first(_choose_columns(dataset, name, args), args.num_samples)
+    dataset = _first(_choose_columns(dataset, name, named, stage), args.num_samples)
     folder = Path(args.image_folder or folder).absolute()
     if isinstance(dataset, IterableDataset):
         shuffled = dataset if seed is None else shuffle_shards(dataset, seed)
@@ -145,6 +160,8 @@ def _stored(image: Any, folder: str | None) -> dict[str, Any] | None:
         image: a path, an address, base64 or a data URI; bytes; or a picture as it is stored.
         folder: where relative paths start from; None leaves them as they are.
     """
+    if isinstance(image, list):
+        image = _only_one(image)
     if isinstance(image, Mapping):
         if image.get("bytes") is not None:
             return {"bytes": image["bytes"], "path": image.get("path")}
@@ -184,28 +201,29 @@ def _open_curated(folder: Path, max_missing: float) -> Dataset:
     return Dataset.from_dict({"image": pictures, "caption": [str(row["caption"]) for row in rows]})
 
 
-def _choose_columns(dataset: Any, name: str, args: DataArguments) -> Any:
-    """Keep the pictures and the text, as `image` and `text`."""
+def _choose_columns(dataset: Any, name: str, named: tuple[str | None, str | None], stage: int) -> Any:
+    """Keep the pictures and the text, as `image` and `text`, and the instructions of rows as `question`."""
     found = dataset.column_names or list(next(iter(dataset)))  # a stream may know its columns from its first row only
-    for option, column in (("image_column", args.image_column), ("text_column", args.text_column)):
-        if column not in found:
+    features = dataset.features or {}
+    classes = [kind.names for kind in features.values() if isinstance(kind, ClassLabel)]
+    columns = choose_columns(found, name, *named, stage, classes=classes[0] if classes else ())
+    for option, column in (("text_column", columns.text), ("question", columns.question)):
+        text = features.get(column)
+        if text and (not isinstance(text, Value) or "string" not in text.dtype):
             raise RecipeError(
-                f"{name} has no column {column!r}; it has {', '.join(found) or 'none'}, so name the right one with "
-                f"--{option}."
+                f"The column {column!r} of {name} holds no text but {text}; name another of {', '.join(found)} "
+                f"with --{option}."
+                if option == "text_column"
+                else f"The column {column!r} of {name} holds no text but {text}; rename or remove it."
             )
-    text = dataset.features and dataset.features[args.text_column]
-    if text and (not isinstance(text, Value) or "string" not in text.dtype):
-        raise RecipeError(
-            f"The column {args.text_column!r} of {name} holds no text but {text}; name another of {', '.join(found)} "
-            "with --text_column."
-        )
-    pictures = dataset.features and dataset.features[args.image_column]
-    if isinstance(dataset, IterableDataset) and isinstance(pictures, Image):
-        dataset = dataset.cast_column(args.image_column, Image(decode=False))  # before something asks for a row
-    dataset = dataset.select_columns([args.image_column, args.text_column])
-    # Away with both old names first, for the text may stand in a column called `image`.
-    dataset = dataset.rename_columns({args.image_column: "0", args.text_column: "1"})
-    return dataset.rename_columns({"0": "image", "1": "text"})
+    tell_columns(name, columns.names)
+    if isinstance(dataset, IterableDataset) and isinstance(features.get(columns.image), Image):
+        dataset = dataset.cast_column(columns.image, Image(decode=False))  # before something asks for a row
+    dataset = dataset.select_columns(columns.names)
+    # Away with all old names first, for the text may stand in a column called `image`.
+    dataset = dataset.rename_columns({column: str(number) for number, column in enumerate(columns.names)})
+    new = ["image", "text"] if columns.question is None else ["image", "question", "text"]
+    return dataset.rename_columns({str(number): column for number, column in enumerate(new)})
 
 
 def _as_images(dataset: Dataset, folder: Path, max_missing: float) -> Dataset:
@@ -214,6 +232,8 @@ def _as_images(dataset: Dataset, folder: Path, max_missing: float) -> Dataset:
 
     That is pictures, bytes, base64, data URIs, addresses, or paths relative to `folder`.
     """
+    if isinstance(dataset.features["image"], List):
+        dataset = _unpack(dataset)
     kind = dataset.features["image"]
     if isinstance(kind, Image):
         return dataset
@@ -228,6 +248,29 @@ def _as_images(dataset: Dataset, folder: Path, max_missing: float) -> Dataset:
         dataset = dataset.map(_store_batch, batched=True, batch_size=100, **places)
         _check_paths(dataset, str(folder), max_missing)
     return dataset.cast_column("image", Image())
+
+
+def _unpack(dataset: Dataset) -> Dataset:
+    """Lists of one picture each as pictures, not decoded."""
+    kind = dataset.features["image"].feature
+    if isinstance(kind, Image):
+        kind = Image(decode=False)
+        dataset = dataset.cast_column("image", List(kind))
+    features = Features({**dataset.features, "image": kind})
+    return dataset.map(_only_pictures, batched=True, batch_size=100, features=features)
+
+
+def _only_pictures(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    return {"image": [_only_one(images) for images in batch["image"]]}
+
+
+def _only_one(images: Sequence[Any] | None) -> Any:
+    if len(images or ()) > 1:
+        raise RecipeError(
+            f"A row has {len(images or ())} pictures for one caption; write it as a chat, with `messages` and "
+            "`images`, for stage 2."
+        )
+    return images[0] if images else None
 
 
 def _store_batch(batch: Mapping[str, Sequence[Any]], folder: str) -> dict[str, list[Any]]:
