@@ -21,6 +21,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.load import dataset_module_factory
 
+from recipes_minigpt4.data.chats import chat_table
 from recipes_minigpt4.data.columns import IMAGE_ENDINGS
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -73,7 +74,7 @@ def open_table(path: Path) -> Dataset:
         raise RecipeError(f"{path} is empty; write one row per picture into it.")
     try:
         if ending == ".json":
-            return Dataset.from_list(read_annotations(path))
+            return Dataset.from_list(chat_table(read_annotations(path)))
         _refuse_path(path)
         options = {"sep": "\t"} if ending == ".tsv" else {}
         file = DataFilesList([str(path.absolute())], [(str(path.stat().st_mtime),)])  # the latter tells its version
