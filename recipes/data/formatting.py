@@ -251,8 +251,8 @@ def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 4
     """
     if "chat" in (pairs.column_names or ()) and not processor.tokenizer.is_fast:
         raise RecipeError(
-            "Chats need a fast tokenizer, which tells where answers stand in a text, and that of the language model is "
-            "none; write single questions and answers in its place."
+            "Chats need a fast tokenizer, which tells where answers stand in a text, and that of the language model "
+            "is none; write single questions and answers in its place."
         )
     written = chat_format(processor, args.instruction_template)
     rows = Rows(
