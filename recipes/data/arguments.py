@@ -26,8 +26,20 @@ class DataArguments:
         default=None,
         metadata={"help": "How often each of several datasets is drawn from, such as 115 14. Default: equally."},
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures or their paths."})
-    text_column: str = field(default="caption", metadata={"help": "Column with the captions or answers."})
+    image_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the pictures or their paths; of several datasets one for each, or one for all. "
+            "Default: found by its name, such as image, jpg, file_name or url."
+        },
+    )
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the captions, answers or chats; of several datasets one for each, or one for all. "
+            "Default: found by its name, such as caption, text, answer, conversations or messages."
+        },
+    )
     image_folder: str | None = field(
         default=None,
         metadata={"help": "Folder that relative paths of pictures start from. Default: the folder of the file."},
@@ -79,9 +91,26 @@ class DataArguments:
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):  # as a YAML file may have it
             self.dataset_name = [self.dataset_name]
+        self.image_column = _columns("image_column", self.image_column, self.dataset_name)
+        self.text_column = _columns("text_column", self.text_column, self.dataset_name)
         if self.dataset_weights is not None:
             self.dataset_weights = _numbers("dataset_weights", self.dataset_weights)
         check_ranges(self)
+
+
+def _columns(option: str, value: Any, names: list[str] | None) -> list[str] | None:
+    """Names of columns as a YAML file may have them; one stands for all datasets."""
+    columns = [value] if isinstance(value, str) else value
+    if columns is None:
+        return None
+    if not isinstance(columns, (list, tuple)) or not columns or not all(isinstance(name, str) for name in columns):
+        raise RecipeError(f"--{option} is {value!r}; it has to be the name of a column, or one for each dataset.")
+    if len(columns) not in (1, len(names or columns)):
+        raise RecipeError(
+            f"--{option} names {len(columns)} columns for {len(names or [])} dataset(s); give one for all, or one for "
+            "each --dataset_name."
+        )
+    return list(columns)
 
 
 def _numbers(option: str, values: Any) -> list[float]:
@@ -90,6 +119,11 @@ def _numbers(option: str, values: Any) -> list[float]:
         return [float(value) for value in (values if isinstance(values, (list, tuple)) else [values])]
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{option} are {values}; give numbers, one for each --dataset_name.") from error
+
+
+def column_of(columns: list[str] | None, place: int) -> str | None:
+    """The column that is named for the dataset at a place of `dataset_name`, or None if it is to be found."""
+    return None if columns is None else columns[place if len(columns) > 1 else 0]
 
 
 def check_dataset_weights(args: DataArguments) -> list[float] | None:

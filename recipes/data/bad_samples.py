@@ -22,6 +22,8 @@ TRUNCATED = "truncated picture"
 BOMB = "decompression bomb"
 UNREADABLE = "unreadable picture"
 NO_CAPTION = "no caption"
+NO_ANSWER = "no answer"
+BROKEN_CHAT = "broken chat"
 BROKEN_ARCHIVE = "broken archive"
 BROKEN_JSON = "broken JSON"
 

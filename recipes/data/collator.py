@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from processing_minigpt4.conversations_minigpt4 import SEGMENT_MARK
+
 
 COUNTS = "sample_counts"
 
@@ -81,7 +83,9 @@ class StageCollator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         skipped = [example["skipped"] for example in examples if example.get("skipped")]
         good = [example for example in examples if not example.get("skipped")]
-        batch = dict(super().torch_call(good or examples[:1]))
+        used = good or examples[:1]
+        collate = self._collate_chats if any(example.get("learned") for example in used) else super().torch_call
+        batch = dict(collate(used))
         is_image = batch["input_ids"] == self.processor.image_token_id
         labels = batch["labels"].masked_fill(is_image, -100)
         if not good:
@@ -94,3 +98,25 @@ class StageCollator(DataCollatorForVisionLanguageModeling):
             places["label_positions"] = learned
         places = {name: mask.flatten().nonzero().squeeze(-1) for name, mask in places.items()}
         return {**batch, "labels": labels, **places, COUNTS: counts}
+
+    def _collate_chats(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch in which the stretches of a row are learned that its `learned` tells, or all of its completion."""
+        batch = self.processor(
+            images=[example["images"] for example in examples],
+            text=[example["prompt"] + SEGMENT_MARK + example["completion"] for example in examples],
+            padding=True,
+            padding_side="right",
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_tensors=self.return_tensors,
+        )
+        starts = batch.pop("offset_mapping")[..., 0]  # of tokens, of shape (rows, longest row)
+        is_learned = torch.zeros_like(starts, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            offset = len(example["prompt"]) + len(SEGMENT_MARK)
+            for begin, end in example.get("learned") or [(0, len(example["completion"]))]:
+                is_learned[row] |= (starts[row] >= offset + begin) & (starts[row] < offset + end)
+        batch["labels"] = batch["input_ids"].masked_fill(~is_learned | (batch["attention_mask"] == 0), -100)
+        return dict(batch)

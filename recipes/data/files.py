@@ -21,6 +21,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.load import dataset_module_factory
 
+from recipes_minigpt4.data.chats import chat_table
+from recipes_minigpt4.data.columns import IMAGE_ENDINGS
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -72,7 +74,7 @@ def open_table(path: Path) -> Dataset:
         raise RecipeError(f"{path} is empty; write one row per picture into it.")
     try:
         if ending == ".json":
-            return Dataset.from_list(read_annotations(path))
+            return Dataset.from_list(chat_table(read_annotations(path)))
         _refuse_path(path)
         options = {"sep": "\t"} if ending == ".tsv" else {}
         file = DataFilesList([str(path.absolute())], [(str(path.stat().st_mtime),)])  # the latter tells its version
@@ -94,6 +96,50 @@ def read_annotations(path: Path) -> list[dict[str, Any]]:
 
 
 # ---- folders and the Hub --------------------------------------------------------------------------------------------
+
+
+def captioned_pictures(folder: Path, split: str) -> dict[str, list[Any]] | None:
+    """
+    The pictures of a folder and of those in it whose captions lie beside them, `1.txt` beside `1.jpg`.
+
+    Args:
+        folder: where they are; a folder that has tables of data is read from these.
+        split: taken from the folder of this name, if there is one.
+
+    Returns:
+        Paths in `image` and captions in `text`, None where there is none; None for a folder of another kind.
+
+    Raises:
+        RecipeError: for a slice of a split, and for captions that cannot be read.
+    """
+    start = folder / split if (folder / split).is_dir() else folder
+    files = [
+        path
+        for path in sorted(start.rglob("*"))
+        if not any(part.startswith(".") for part in path.parts[len(start.parts) :])
+    ]
+    if any(path.name.lower().startswith("metadata.") or path.suffix == ".arrow" for path in files):
+        return None
+    pictures = [path for path in files if path.suffix.lower().lstrip(".") in IMAGE_ENDINGS]
+    captions = {path for path in files if path.suffix == ".txt"}
+    if not any(path.with_suffix(".txt") in captions for path in pictures):
+        return None
+    if "[" in split:
+        raise RecipeError(
+            f"{folder} has captions beside its pictures, of which no slice {split} is taken; use --num_samples."
+        )
+    texts: list[str | None] = []
+    for path in pictures:
+        try:
+            beside = path.with_suffix(".txt")
+            texts.append(beside.read_text(encoding="utf-8").strip() if beside in captions else None)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{beside} cannot be read ({one_line(error)}); write it in UTF-8.") from error
+    return {"image": [str(path.absolute()) for path in pictures], "text": texts}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def open_dataset(

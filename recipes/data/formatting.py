@@ -6,6 +6,7 @@ collator leaves it out and the trainer counts it (`bad_samples.py`).
 """
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -17,14 +18,14 @@ import PIL.Image
 from datasets import Dataset, Image, IterableDataset
 from datasets.utils.file_utils import xopen
 
-from processing_minigpt4 import load_chat_template
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, protect_text, without_marks
 from processing_minigpt4.image_opening_minigpt4 import open_image, without_content
 from processing_minigpt4.segments_minigpt4 import tokenize_pieces
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.bad_samples import NO_CAPTION, NO_PICTURE, BadSampleError, picture_error
+from recipes_minigpt4.data.chat_format import ChatFormat, chat_format, chat_text
 from recipes_minigpt4.data.sources import PAIR
-from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.errors import RecipeError
 
 
 # Stage 2 asks one of these (released code, `prompts/alignment.txt`).
@@ -64,6 +65,7 @@ class Rows:
         max_txt_len: longest answer in tokens, `end` included, or None.
         clean: whether captions pass `clean_caption`.
         seed: of the prompts that are drawn.
+        format: the chat template, for chats and for instructions that rows bring.
     """
 
     tokenizer: Any
@@ -74,6 +76,7 @@ class Rows:
     max_txt_len: int | None
     clean: bool
     seed: int = 42
+    format: ChatFormat | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         pairs = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -87,10 +90,13 @@ class Rows:
         Args:
             pair: `image` as `datasets` stores it, or the number of its `feature` (see `with_features`); `text`; in
                 data of known length `prompt`, the number of its prompt; in streams `name`, and `cause` where there is
-                nothing to read.
+                nothing to read. In stage 2 also `question`, its instruction; or `chat` and `images`, whose rows have
+                `learned`, the stretches of the completion that carry loss, and `asked`, how many of the pictures stand
+                in the prompt.
         """
-        number = pair.get("prompt")
-        prompt = self.prompts[self.draw(pair["text"]) if number is None else number]
+        if "chat" in pair:
+            return self.chat_row(pair)
+        prompt = self.prompt(pair)
         blank = pair.get("feature", BLANK)
         try:
             if pair.get("cause"):
@@ -101,6 +107,33 @@ class Rows:
             skipped = error.record(name_of(pair))
             return {"prompt": prompt, "completion": self.end or "-", "images": [blank], "skipped": skipped}
         return {"prompt": prompt, "completion": completion, "images": [image], "skipped": None}
+
+    def chat_row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a chat, or of a pair from a source that is mixed with chats."""
+        if pair["chat"] is None and (not pair["cause"] or pair.get("image")):
+            plain = {name: value for name, value in pair.items() if name not in ("chat", "images")}
+            return {**self.row(plain), "learned": None, "asked": None}
+        assert self.format is not None  # stage 1 reads no chats
+        try:
+            if pair["cause"]:
+                raise BadSampleError(pair["cause"])
+            text = chat_text(self.format, json.loads(pair["chat"]), self.end, self.cut, self.image_token)
+            images = [self.picture(image) for image in pair["images"]]
+            images = images[: (text.prompt + text.completion).count(self.image_token)]
+        except BadSampleError as error:
+            skipped = error.record(name_of(pair))
+            blank = {"prompt": self.prompts[0], "completion": self.end or "-", "images": [BLANK]}
+            return {**blank, "skipped": skipped, "learned": None, "asked": None}
+        row = {"prompt": text.prompt, "completion": text.completion, "images": images, "skipped": None}
+        return {**row, "learned": list(text.learned), "asked": text.prompt.count(self.image_token)}
+
+    def prompt(self, pair: Mapping[str, Any]) -> str:
+        """The prompt of a pair: with its own instruction, or with one of those of all."""
+        question = str(pair.get("question") or "").replace(self.image_token, "").strip()
+        if question and self.format is not None:
+            return self.format.prompt(question)
+        number = pair.get("prompt")
+        return self.prompts[self.draw(pair["text"]) if number is None else number]
 
     def draw(self, text: str | None) -> int:
         """One of the prompts for a sample of a stream, always the same."""
@@ -147,14 +180,18 @@ class Rows:
         text = clean_caption(text) if self.clean else text
         if not text.strip():
             raise BadSampleError(NO_CAPTION)
-        whole = self.start + text + self.end
-        kept, *length = truncate(whole, self.tokenizer, self.max_txt_len).partition(LENGTH_MARK)
-        return "".join((protect_text(kept, self.image_token), *length))
+        return self.cut(self.start + text + self.end)[0]
+
+    def cut(self, whole: str) -> tuple[str, bool]:
+        """An answer with its end, of at most `max_txt_len` tokens, without placeholders; and whether it is cut."""
+        shorter = truncate(whole, self.tokenizer, self.max_txt_len)
+        kept, *length = shorter.partition(LENGTH_MARK)
+        return "".join((protect_text(kept, self.image_token), *length)), shorter != whole
 
 
 def name_of(pair: Mapping[str, Any]) -> str:
     """What people call a sample that is skipped: its name, the file of its picture, or the start of its text."""
-    stored = pair.get("image") or {}
+    stored = pair.get("image") or next(iter(pair.get("images") or ()), None) or {}
     if named := pair.get("name") or stored.get("path"):
         return without_content(str(named))
     return f"a picture described as {without_content(str(pair.get('text')))[:40]!r}"
@@ -206,21 +243,28 @@ def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 4
     """
     Rows of stage 2: an instruction about the picture, and an answer of at most 160 tokens.
 
-    Each row has one of the four `INSTRUCTIONS`, drawn once from `seed`; the original draws one per batch.
+    A row without an instruction of its own has one of the four `INSTRUCTIONS`, drawn once from `seed`; the original
+    draws one per batch. Of chats, every answer is at most that long, and the first that is longer ends its chat.
 
     Raises:
-        RecipeError: if the chat template cannot be used for training.
+        RecipeError: if the chat template cannot be used for training, or the tokenizer not for chats.
     """
-    prompts, start, end = instruction_format(processor, args.instruction_template)
+    if "chat" in (pairs.column_names or ()) and not processor.tokenizer.is_fast:
+        raise RecipeError(
+            "Chats need a fast tokenizer, which tells where answers stand in a text, and that of the language model "
+            "is none; write single questions and answers in its place."
+        )
+    written = chat_format(processor, args.instruction_template)
     rows = Rows(
         tokenizer=processor.tokenizer,
         image_token=processor.image_token,
-        prompts=prompts,
-        start=start,
-        end=end if args.end_sym is None else args.end_sym,
+        prompts=tuple(map(written.prompt, INSTRUCTIONS)),
+        start=written.start,
+        end=written.end if args.end_sym is None else args.end_sym,
         max_txt_len=args.max_txt_len or 160,
         clean=False,
         seed=seed,
+        format=written,
     )
     return _with_rows(pairs, rows)
 
@@ -230,15 +274,23 @@ def _with_rows(pairs: Pairs, rows: Rows) -> Pairs:
     # Rows are tokenized one by one, in workers that share the cores: threads for each would cost more than the tokens.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(pairs, IterableDataset):
-        return pairs.map(rows.row, remove_columns=list(PAIR))
+        return pairs.map(rows.row, remove_columns=pairs.column_names or list(PAIR))
     draw = random.Random(rows.seed)
     prompts = [draw.randrange(len(rows.prompts)) for _ in range(len(pairs))]
     # `rows` decodes by itself, so that it can say which picture cannot be read.
-    return pairs.cast_column("image", Image(decode=False)).add_column("prompt", prompts).with_transform(rows)
+    stored = pairs.cast_column("image", Image(decode=False)) if "image" in pairs.column_names else pairs
+    return stored.add_column("prompt", prompts).with_transform(rows)
 
 
 def rows_of(rows: Dataset) -> tuple[Rows, Dataset]:
-    """What makes the rows of `stage1_rows` or `stage2_rows`, and their pictures as stored, in the column `image`."""
+    """
+    What makes the rows of `stage1_rows` or `stage2_rows`, and their pictures as stored, in the column `image`.
+
+    Raises:
+        RecipeError: for chats, which may have several pictures.
+    """
+    if "chat" in rows.column_names:
+        raise RecipeError("Features are cached for rows of one picture, not for chats; leave out --cache_features.")
     return rows.format["format_kwargs"]["transform"], rows.with_format(None).select_columns("image")
 
 
@@ -253,9 +305,7 @@ def instruction_format(processor: Any, template: str | None = None) -> tuple[tup
     What a chat template puts around a picture, an instruction and an answer.
 
     Args:
-        processor: the model's processor.
-        template: name or Jinja text of the template; None is the processor's own, except that a processor that chats
-            in `vicuna_v0` trains in `vicuna_v0_alignment`, as the original does.
+        processor, template: see `chat_format`.
 
     Returns:
         One prompt per instruction, with the image token in its place; the text between prompt and answer, mostly
@@ -264,32 +314,5 @@ def instruction_format(processor: Any, template: str | None = None) -> tuple[tup
     Raises:
         RecipeError: if there is no such template, or if it writes another prompt once the answer is there.
     """
-    own = processor.chat_template
-    try:
-        if template is None:
-            template = "vicuna_v0_alignment" if own == load_chat_template("vicuna_v0") else own
-        text = template if "{" in template else load_chat_template(template, processor.tokenizer)
-    except ValueError as error:
-        raise RecipeError(f"{one_line(error)}.") from error
-    # The system text of `llama2` is for chats; the original trains without.
-    system = [{"role": "system", "content": ""}] if text == load_chat_template("llama2") else []
-
-    def render(instruction: str, *answer: dict[str, Any]) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": instruction}]
-        chat = [*system, {"role": "user", "content": content}, *answer]
-        return str(
-            processor.apply_chat_template(chat, chat_template=text, tokenize=False, add_generation_prompt=not answer)
-        )
-
-    prompts = tuple(render(instruction) for instruction in INSTRUCTIONS)
-    answer = "ANSWER"
-    whole = render(INSTRUCTIONS[0], {"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    start, found, end = whole.removeprefix(prompts[0]).partition(answer)
-    if not whole.startswith(prompts[0]) or not found:
-        raise RecipeError(
-            "The chat template writes another prompt once the answer is there, so it cannot be trained; choose one "
-            "with --instruction_template."
-        )
-    eos = processor.tokenizer.eos_token or ""
-    end = end.partition(eos)[0] + eos if eos and eos in end else end.strip() or eos
-    return prompts, start, end
+    written = chat_format(processor, template)
+    return tuple(map(written.prompt, INSTRUCTIONS)), written.start, written.end

@@ -23,11 +23,11 @@ from datasets.data_files import resolve_pattern
 from datasets.utils.file_utils import ArchiveIterable
 
 from recipes_minigpt4.data.bad_samples import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
+from recipes_minigpt4.data.columns import IMAGE_ENDINGS, TEXTS, choose_columns, tell_columns
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.redaction import redact
 
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 TEXT_ENDINGS = ("txt", "text", "caption")
 # What the default columns of the recipes mean in an archive that has none of that name.
@@ -121,15 +121,20 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def stream_tars(
-    pattern: str, image_column: str, text_column: str, features: Features | None, seed: int | None = None
+    pattern: str,
+    image_column: str | None,
+    text_column: str | None,
+    features: Features | None,
+    seed: int | None = None,
 ) -> IterableDataset:
     """
     One pass over the samples of tar files, which are its shards.
 
     Args:
         pattern: see `expand`.
-        image_column: ending of a member; `image` is any picture.
-        text_column: ending of a member or field of the .json; `caption` is the .txt where there is no such field.
+        image_column: ending of a member; None, or `image`, is any picture.
+        text_column: ending of a member or field of the .json; `caption` is the .txt where there is no such field. None
+            finds it.
         features: those of the columns `image` (`bytes` and `path`, not decoded), `text`, `name`, and `cause`, which
             tells why there is neither picture nor text; None leaves the stream without types.
         seed: of the order of the tars; None leaves them in theirs.
@@ -138,15 +143,22 @@ def stream_tars(
         RecipeError: if there is no such file, nothing in the first, or no such column in its first sample.
     """
     tars = expand(pattern)
-    check_columns(tars[0], image_column, text_column)
+    image_column, text_column = check_columns(tars[0], image_column, text_column)
+    tell_columns(pattern, [image_column, text_column])
     if seed is not None:
         random.Random(seed).shuffle(tars)
     columns = {"image_column": image_column, "text_column": text_column}
     return IterableDataset.from_generator(samples_of, features=features, gen_kwargs={"tars": tars, **columns})
 
 
-def check_columns(tar: str, image_column: str, text_column: str) -> None:
-    """Look at the first samples of an archive, as many as it takes to find a picture and a text."""
+def check_columns(tar: str, image_column: str | None, text_column: str | None) -> tuple[str, str]:
+    """
+    Look at the first samples of an archive, as many as it takes to find a picture and a text; returns their columns.
+
+    Raises:
+        RecipeError: if there are none.
+    """
+    image_column = image_column or "image"
     pictures: dict[str, None] = {}  # names of what could be one
     texts: dict[str, None] = {}
     try:
@@ -156,19 +168,31 @@ def check_columns(tar: str, image_column: str, text_column: str) -> None:
                 texts.update(dict.fromkeys(columns_of(members)))
             except BadSampleError:
                 continue  # one that is skipped when it is its turn
-            if find(dict.fromkeys(pictures, True), image_column) and find(dict.fromkeys(texts, True), text_column):
-                return
+            text = text_column or _text_of(texts)
+            if _has(pictures, image_column) and text and _has(texts, text):
+                return image_column, text
     except BadSampleError as error:
         if not pictures:
             raise RecipeError(f"{tar} cannot be read ({error.detail}); fix or remove it.") from error
     if not pictures:
         raise RecipeError(f"{tar} holds no samples; put pictures and texts of the same name into it, or remove it.")
-    for option, column, seen in (("image_column", image_column, pictures), ("text_column", text_column, texts)):
-        if find(dict.fromkeys(seen, True), column) is None:
-            raise RecipeError(
-                f"{tar} has no column {column!r}; its samples have {', '.join(seen) or 'none'}, so name the right one "
-                f"with --{option}."
-            )
+    if not _has(pictures, image_column):
+        choose_columns(list(pictures), tar, image_column, None, stage=1)
+    chosen = choose_columns(["image", *texts], tar, "image", text_column, stage=1)
+    return image_column, chosen.text
+
+
+def _has(columns: Mapping[str, None], name: str) -> bool:
+    return find(dict.fromkeys(columns, True), name) is not None
+
+
+def _text_of(columns: Mapping[str, None]) -> str | None:
+    """The column that holds the text of samples: `caption` for what it stands for, or another that is known."""
+    if _has(columns, "caption"):
+        return "caption"
+    found = [[name for name in columns if name.lower() in names] for names in TEXTS]
+    (fitting, *_) = [*filter(None, found), []]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def samples_of(tars: list[str], image_column: str, text_column: str) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,14 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from modeling_minigpt4 import MiniGPT4Config
 from processing_minigpt4 import MiniGPT4Processor
 from recipes_minigpt4.data.arguments import DataArguments, check_dataset_weights
-from recipes_minigpt4.data.files import FILE_TYPES, file_type, open_binary, read_annotations, refuse_address
+from recipes_minigpt4.data.files import (
+    FILE_TYPES,
+    captioned_pictures,
+    file_type,
+    open_binary,
+    read_annotations,
+    refuse_address,
+)
 from recipes_minigpt4.data.formatting import BLANK, INSTRUCTIONS, instruction_format
 from recipes_minigpt4.data.webdataset import expand, tars_named
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
@@ -137,6 +144,8 @@ def _measure_folder(name: str, path: Path, args: DataArguments) -> Source:
         saved = load_from_disk(str(path))  # which maps files and reads nothing
         rows = saved.get(args.dataset_split) if isinstance(saved, DatasetDict) else saved
         return Source(name, None if rows is None else len(rows), _bytes(path.rglob("*.arrow")))
+    if pictures := captioned_pictures(path, args.dataset_split):
+        return Source(name, len(pictures["image"]), _bytes(path.rglob("*")))
     return Source(name, None, _bytes(path.rglob("*")))
 
 

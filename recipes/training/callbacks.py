@@ -216,7 +216,7 @@ def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
     prompt, one_line = first[0]["prompt"], first[0]["completion"].endswith("\n")
     if not folder:
         return [
-            Watched([as_rgb(one) for one in row["images"]], row["prompt"], title_of(row["completion"]), one_line)
+            Watched([as_rgb(one) for one in row["images"][: row.get("asked")]], row["prompt"], title_of(row), one_line)
             for row in first
         ]
     try:
@@ -228,8 +228,11 @@ def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
     return [Watched([open_picture(path)], prompt, path.name, one_line) for path in paths]
 
 
-def title_of(completion: str) -> str:
-    """An answer of the training data as people read it, without the processor's mark of where it is cut."""
+def title_of(row: Mapping[str, Any]) -> str:
+    """The first answer of a row as people read it, without the processor's mark of where it is cut."""
+    completion: str = row["completion"]
+    if learned := row.get("learned"):
+        completion = completion[: learned[0][1]]
     return completion.partition(LENGTH_MARK)[0].strip()
 
 

@@ -107,7 +107,8 @@ def check_max_length(trainer: MiniGPT4Trainer) -> None:
     if (limit := trainer.args.max_length) is None:
         return
     row = next(iter(trainer.train_dataset))
-    prompt = trainer.data_collator.processor(images=row["images"], text=row["prompt"], add_special_tokens=False)
+    images = row["images"][: row.get("asked")]  # a chat may have more behind its first answer
+    prompt = trainer.data_collator.processor(images=images, text=row["prompt"], add_special_tokens=False)
     if (needed := len(prompt["input_ids"][0])) >= limit:
         raise RecipeError(
             f"max_length is {limit}, but picture and prompt alone take {needed} tokens; leave it out, for "

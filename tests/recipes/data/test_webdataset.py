@@ -131,7 +131,9 @@ for pair in open_source(name, DataArguments(dataset_name=name), stage=1):
         settings = {**os.environ, **hub.environment(tmp_path / "home")}
         done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split("\n")[:-1] == [f"number {number}" for number in range(COUNT)]
+    told, *texts = done.stdout.split("\n")[:-1]
+    assert told == "data: image and caption of hf://datasets/someone/pictures/tars/*.tar"
+    assert texts == [f"number {number}" for number in range(COUNT)]
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
@@ -341,9 +343,9 @@ MISTAKES = {
     "nothing in it": (empty_tar, {}, ("a.tar", "no samples")),
     "no archive": (web_page, {}, ("a.tar", "cannot be read", "remove")),
     "no such text column": (
-        one_sample(jpg=jpeg(), json=b'{"alt": "a", "url": "b"}'),
+        one_sample(jpg=jpeg(), json=b'{"words": "a", "url": "b"}'),
         {},
-        ("'caption'", ["jpg", "json", "alt", "url"][2], "--text_column"),
+        ("captions", "words", "url", "--text_column", '"caption": "A red square."'),
     ),
     "one of the files": (
         lambda folder: (write_tar(folder / "0.tar", [sample(0)]), folder / "{0..2}.tar")[1],
