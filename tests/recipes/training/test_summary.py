@@ -22,7 +22,8 @@ def test_a_run_begins_with_five_lines_and_ends_with_what_comes_next(
 ) -> None:
     folder = tmp_path / "run"
     lines = run("stage1", stage(panel_steps=1, save_strategy="steps", save_steps=2), capsys)
-    assert list(lines)[:5] == ["model", "trains", "data", "steps", "output"]
+    _, *names = lines  # the first says which columns are read
+    assert names[:5] == ["model", "trains", "data", "steps", "output"]
     assert "language model" in lines["model"] and "llama" in lines["model"]
     trained, frozen = lines["trains"].split(" parameters; frozen: ")
     assert trained == "language_projection 408"  # 16 × 24 + 24
