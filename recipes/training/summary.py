@@ -10,6 +10,7 @@ from typing import Any
 from modeling_minigpt4.backbones import is_local
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from recipes_minigpt4.utils.embedded_world import TINY, is_shipped
+from recipes_minigpt4.utils.redaction import redact
 from recipes_minigpt4.utils.text import duration
 
 
@@ -81,7 +82,8 @@ def describe_end(trainer: Any) -> str:
 
 
 def _lines(**texts: str) -> str:
-    return "\n".join(f"{name:<8}{text}" for name, text in texts.items())
+    """A line for each text, without secrets."""
+    return redact("\n".join(f"{name:<8}{text}" for name, text in texts.items()))
 
 
 @contextmanager
