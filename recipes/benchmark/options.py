@@ -22,7 +22,9 @@ def add_common(parser: argparse.ArgumentParser, with_models: bool) -> None:
     parser.add_argument(
         "--seed", type=in_range(SEED), default=0, metavar="N", help="of weights and pictures; default: %(default)s"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file for the report as JSON")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file for the report: a page if it ends in .html, else JSON"
+    )
 
 
 def check_output(path: Path | None) -> None:

@@ -4,6 +4,7 @@ import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from recipes_minigpt4.benchmark.machine import surroundings
 from recipes_minigpt4.benchmark.models import Size
 from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.html import render_page, render_table
 
 
 MB, GB = 1e6, 1e9
@@ -117,7 +119,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _format_surroundings(report: Mapping[str, Any]) -> str:
+def _surroundings(report: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured on what, name by name."""
     machine, shapes = report["machine"], report["shapes"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "trl"))
     lines = {
@@ -133,17 +136,26 @@ def _format_surroundings(report: Mapping[str, Any]) -> str:
         matmul = report["matmul"]
         rate = matmul["flops_per_second"] / 1e9
         lines["matmul rate"] = f"{rate:.1f} GFLOP/s, float32, {matmul['size']} × {matmul['size']}"
-    return "\n".join(f"  {name:<16}{text}" for name, text in lines.items())
+    return lines
 
 
-def _format_sides(sides: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["  " + " " * 34 + "".join(f"{name:>12}" for name in sides)]
+def _format_surroundings(report: Mapping[str, Any]) -> str:
+    return "\n".join(f"  {name:<16}{text}" for name, text in _surroundings(report).items())
+
+
+def _side_rows(sides: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A title and a number of every side, for all that every side has."""
+    rows = []
     for key, (title, divisor, form) in ROWS.items():
         if all(key in numbers for numbers in sides.values()):
             unit = " %" if divisor == 0.01 else ""
-            cells = "".join(f"{f'{numbers[key] / divisor:{form}}{unit}':>12}" for numbers in sides.values())
-            lines.append(f"  {title:<34}{cells}")
-    return "\n".join(lines)
+            rows.append([title, *(f"{numbers[key] / divisor:{form}}{unit}" for numbers in sides.values())])
+    return rows
+
+
+def _format_sides(sides: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [["", *sides], *_side_rows(sides)]
+    return "\n".join(f"  {title:<34}" + "".join(f"{cell:>12}" for cell in cells) for title, *cells in rows)
 
 
 def _format_ratios(report: Mapping[str, Any]) -> str:
@@ -178,9 +190,28 @@ def _format_bars(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def render_report(report: Mapping[str, Any]) -> str:
+    """The same as a page that loads nothing from elsewhere."""
+    title = format_report(report).partition("\n")[0]
+    facts = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>\n" for name, text in _surroundings(report).items()
+    )
+    if "optimizations" in report:
+        told = "\n".join(_format_optimization(name, found) for name, found in report["optimizations"].items())
+        body = f"<pre>{escape(told)}</pre>"
+    else:
+        table = render_table(["", *report["sides"]], _side_rows(report["sides"]))
+        items = "".join(f"<li>{escape(line.strip())}</li>\n" for line in _format_ratios(report).splitlines())
+        body = f'<div class="wide">\n{table}\n</div>\n<ul>\n{items}</ul>'
+    if report["bars"]:
+        body += f"\n<pre>{escape(_format_bars(report))}</pre>"
+    return render_page(title, f"<h1>{escape(title)}</h1>\n{body}\n<h2>On what</h2>\n<dl>\n{facts}</dl>")
+
+
 def write_report(report: Mapping[str, Any], path: Path) -> None:
-    """Write the report as JSON."""
+    """Write the report as a page if the file is called `.html`, else as JSON."""
+    text = render_report(report) if path.suffix.lower() == ".html" else json.dumps(report, indent=2) + "\n"
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # in place: it may be a device
+        path.write_text(text, encoding="utf-8")  # in place: it may be a device
     except OSError as error:
         raise RecipeError(f"{path} cannot be written ({error.strerror}); name another file with --output.") from error

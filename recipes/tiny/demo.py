@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     scene = next(image for image, scene in shown if len(scene.things) == 3)
     scene.save(folder / "scene.png")
     with numbered_phase("reload", 1):
-        generated, piped = reload_adapter(folder, folder / "scene.png", INSTRUCTION)
+        generated, piped = reload_adapter(folder, folder / "scene.png", INSTRUCTION, MAX_NEW_TOKENS)
 
     results = summarize(replies, [scene for _, scene in shown])
     trainers["stage2"].create_model_card(results=card_results(results))

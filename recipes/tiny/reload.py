@@ -19,7 +19,8 @@ if len(sys.argv) != 2:
     sys.exit(__doc__)
 describe = pipeline("image-text-to-text", model=str(Path(__file__).with_name("adapter")), device="cpu")
 content = [{"type": "image", "path": sys.argv[1]}, {"type": "text", "text": "Describe this image in detail."}]
-(answer,) = describe(text=[{"role": "user", "content": content}], return_full_text=False)
+options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+(answer,) = describe(text=[{"role": "user", "content": content}], return_full_text=False, generate_kwargs=options)
 print(answer["generated_text"])
 '''
 # The same with `generate`, then the file above as it was written.
@@ -28,7 +29,7 @@ import json, runpy, sys
 import modeling_minigpt4
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-folder, script, picture, instruction = sys.argv[1:]
+folder, script, picture, instruction, length = sys.argv[1:]
 content = [{"type": "image", "path": picture}, {"type": "text", "text": instruction}]
 model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
@@ -36,7 +37,7 @@ inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
-reply = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+reply = model.generate(**inputs, max_new_tokens=int(length), do_sample=False)[:, inputs["input_ids"].shape[1] :]
 (generated,) = processor.post_process_image_text_to_text(reply)
 
 sys.argv = [script, picture]
@@ -46,7 +47,7 @@ print(json.dumps([generated, told["answer"]["generated_text"]]))
 """
 
 
-def reload_adapter(folder: Path, picture: Path, instruction: str) -> tuple[str, str]:
+def reload_adapter(folder: Path, picture: Path, instruction: str, max_new_tokens: int) -> tuple[str, str]:
     """
     Write `describe.py`, and let a new process load the adapter and describe a picture, with `generate` and with it.
 
@@ -54,13 +55,14 @@ def reload_adapter(folder: Path, picture: Path, instruction: str) -> tuple[str, 
         folder: the demo's output, with `adapter` in it.
         picture: the picture to describe.
         instruction: what `generate` is asked; `describe.py` asks the same.
+        max_new_tokens: the most tokens of a reply.
 
     Raises:
         RuntimeError: if it fails or the two differ.
     """
     adapter, script = folder / "adapter", folder / "describe.py"
-    script.write_text(DESCRIBE, encoding="utf-8")
-    command = [sys.executable, "-c", RELOAD, str(adapter), str(script), str(picture), instruction]
+    script.write_text(DESCRIBE.replace("MAX_NEW_TOKENS", str(max_new_tokens)), encoding="utf-8")
+    command = [sys.executable, "-c", RELOAD, str(adapter), str(script), str(picture), instruction, str(max_new_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"The adapter in {adapter} could not be loaded in a new process:\n{done.stderr}")

@@ -1,5 +1,6 @@
 """Progress of a command that works in phases: one line per phase, with the time left."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,9 @@ def phase(title: str, total: int, stream: TextIO | None = None) -> Iterator[Phas
         stream: where to; default: standard output.
     """
     stream = sys.stdout if stream is None else stream
-    options: dict[str, Any] = {"file": stream, "dynamic_ncols": True, "mininterval": 0.1}
+    # Some terminals of containers do not know their size and call it 0 × 0, where tqdm shows nothing.
+    size = {"ncols": shutil.get_terminal_size().columns, "nrows": 20}
+    options: dict[str, Any] = {"file": stream, **size, "mininterval": 0.1}
     if not stream.isatty():
         options |= {"file": WholeLines(stream), "ncols": 200, "mininterval": SECONDS_BETWEEN_LINES}
     with Phase(total=total, desc=title, bar_format=GOING_ON, miniters=1, **options) as line:

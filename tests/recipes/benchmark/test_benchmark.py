@@ -1,6 +1,8 @@
 """The benchmarks at a size that takes seconds: what they report, and what they refuse. Speed itself is no test."""
 
+import html
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from recipes_minigpt4.benchmark import data, generation, memory, training
 from recipes_minigpt4.benchmark.measure import compare, count_flops, take_turns
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_peer, peer_inputs, peer_name
 from recipes_minigpt4.benchmark.optimizations import OPTIMIZATIONS, both_ways
-from recipes_minigpt4.benchmark.report import Bar, format_report, judge
+from recipes_minigpt4.benchmark.report import Bar, format_report, judge, write_report
 from recipes_minigpt4.benchmark.sides import Workload, build_data, build_our_side
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.sources import open_source
@@ -25,6 +27,7 @@ from recipes_minigpt4.utils.errors import RecipeError
 
 
 SIDES = ("peer", "ours", "cached")
+FAST = {"name": "a fast one", "value": 1.3, "relation": ">=", "bound": 1.2, "met": True}
 TINY = ["--size", "tiny", "--rounds", "2"]
 
 
@@ -53,6 +56,17 @@ def test_training_reports_every_side(train) -> None:
     assert report["memory_ratios"]["cached"] == {"process": 2.0, "above_start": 2.0}
     assert "8 rows of 29 tokens, 24 of them the answer" in report["shapes"]["batch"]
     assert not report["bars"]  # which are for another size
+
+
+def test_a_report_is_a_page_as_well(train, tmp_path) -> None:
+    write_report({**train.report, "bars": [FAST]}, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>minigpt4 benchmark train, size tiny, medians of 2 rounds</h1>" in page
+    told = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html.unescape(page)))
+    for line in train.printed.splitlines():
+        assert " ".join(line.split()) in told
+    assert "a fast one 1.300 ≥ 1.2 met" in told
+    assert not re.search(r"https?:|src=|href=|<script|<link", page)
 
 
 def test_all_sides_train_the_same(train) -> None:

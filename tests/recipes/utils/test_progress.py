@@ -1,6 +1,9 @@
 """Progress lines: one that is redrawn in a terminal, a few whole ones in a file."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -71,3 +74,14 @@ def test_a_preparation_tells_nothing_about_the_time_left(clock: list[float]) -> 
         clock[0] += 20
         line.reach(5)
     assert stream.getvalue().splitlines()[1:] == ["Train   50%, about 20 s left", "Train  17 min 0 s"]
+
+
+def test_a_terminal_of_unknown_width_shows_the_line_too() -> None:
+    master, slave = os.openpty()  # its width is 0
+    code = "from recipes_minigpt4.utils.progress import phase\nwith phase('Describe', 2) as line: line.reach(2)"
+    unset = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    subprocess.run([sys.executable, "-c", code], stdout=slave, env=unset, check=True)
+    os.close(slave)
+    drawn = os.read(master, 10_000).decode()
+    os.close(master)
+    assert drawn.startswith("\rDescribe    0%") and drawn.endswith("\rDescribe  0 s\r\n")
