@@ -28,7 +28,7 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@touch $@
 
 demo: $(VENV)/.installed-demo
-	$(VENV)/bin/minigpt4 demo --output-dir demo-output
+	$(VENV)/bin/minigpt4 demo --output_dir demo-output
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/common/fetch.py

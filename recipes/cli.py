@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from recipes_minigpt4.utils.errors import PreemptedError, RecipeError
 from recipes_minigpt4.utils.quiet import silence_libraries
 from recipes_minigpt4.utils.redaction import redact, redact_logs
+from recipes_minigpt4.utils.versions import installed_versions
 
 
 # Command → the module whose `main(arguments)` runs it, and a line of help.
@@ -28,6 +29,18 @@ COMMANDS = {
         "run the paper's variants in miniature and compare them with the paper",
     ),
     "benchmark": ("recipes_minigpt4.benchmark", "measure speed and memory beside transformers' BLIP-2"),
+}
+# Command → the module that knows its options without importing what it works with: its `build_parser(command)` makes
+# the parser, for help and completion.
+OPTIONS = {
+    "stage1": "recipes_minigpt4.training.options",
+    "stage2": "recipes_minigpt4.training.options",
+    "plan": "recipes_minigpt4.planning.options",
+    "demo": "recipes_minigpt4.tiny.options",
+    "convert": "recipes_minigpt4.hub.options",
+    "push": "recipes_minigpt4.hub.options",
+    "ablate": "recipes_minigpt4.evaluation.options",
+    "benchmark": "recipes_minigpt4.benchmark.options",
 }
 # What to do after an interruption.
 GO_ON = {
@@ -53,16 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is told or logged has a secret in it.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        prog="minigpt4",
-        description="MiniGPT-4 with Hugging Face tools.",
-        epilog="`minigpt4 COMMAND --help` lists the options of a command. `python -m recipes_minigpt4.accelerate` "
-        "prints where the launch files for several GPUs are.",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    command = parser.parse_args(arguments[:1]).command
+    command = build_parser().parse_args(arguments[:1]).command
+    if command in OPTIONS and {"-h", "--help"} & set(arguments[1:]):
+        options_of(command).parse_args(arguments[1:])  # shows it and ends
     needed = () if command in NO_TRAINING else TRAIN_MODULES
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
         return _refuse(
@@ -86,6 +92,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 1  # as Python has it
     return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command itself."""
+    parser = argparse.ArgumentParser(
+        prog="minigpt4",
+        description="MiniGPT-4 with Hugging Face tools.",
+        epilog="`minigpt4 COMMAND --help` lists the options of a command. `python -m recipes_minigpt4.accelerate` "
+        "prints where the launch files for several GPUs are.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show this package's version, and others'")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def options_of(command: str) -> argparse.ArgumentParser:
+    """The parser of a command of `OPTIONS`, made without importing what the command works with."""
+    parser: argparse.ArgumentParser = importlib.import_module(OPTIONS[command]).build_parser(command)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the versions that matter in a report, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("\n".join(f"{name:24} {version}" for name, version in installed_versions().items()))
+        parser.exit()
 
 
 def _refuse(command: str, reason: str) -> int:
