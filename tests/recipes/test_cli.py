@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,54 @@ def test_a_stage_and_a_plan_read_either_spelling(tmp_path: Path, monkeypatch: py
         assert (parsed[1].max_txt_len, parsed[2].max_steps, parsed[2].output_dir) == (7, 3, str(tmp_path))
     assert plan.parse([*given, "--instruction-template", "vicuna_v0"])[-1] == 2
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# ---- completion -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_completion_knows_commands_and_options(shell: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["--completion", shell]) == 0
+    printed = capsys.readouterr().out
+    for word in (*cli.COMMANDS, "dataset_name", "push_to_hub", "batch_size", "optimizations", "completion"):
+        assert word in printed
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    "typed, completed",
+    [
+        (["sta"], ["stage1", "stage2"]),
+        (["stage1", "--max_t"], ["--max_txt_len"]),
+        (["plan", "--ho"], ["--hours"]),
+        (["benchmark", "op"], ["optimizations"]),
+        (["benchmark", "train", "--ans"], ["--answer_tokens"]),
+        (["stage1", "--config", "own"], ["own.yaml"]),
+    ],
+    ids=str,
+)
+def test_bash_completes(typed: list[str], completed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "own.yaml").touch()
+    cli.main(["--completion", "bash"])
+    script = (
+        f"{capsys.readouterr().out}\nCOMP_WORDS=(minigpt4 {' '.join(typed)}); COMP_CWORD={len(typed)}\n"
+        'name=$(complete -p minigpt4 | sed "s/.*-F \\([^ ]*\\).*/\\1/"); $name\nprintf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert sorted(done.stdout.split()) == completed, done.stderr
+
+
+def test_completion_without_its_package_and_for_another_shell(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--completion", "powershell"])
+    assert stop.value.code == 2 and "bash" in capsys.readouterr().err
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "shtab" else find_spec(name))
+    assert cli.main(["--completion", "bash"]) == 2
+    assert capsys.readouterr().err == "minigpt4 --completion: shtab not found; run `pip install shtab`.\n"
+
+
+# ---- the table of options -------------------------------------------------------------------------------------------
 
 
 def test_what_the_options_of_other_commands_offer_is_there() -> None:
