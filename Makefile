@@ -30,7 +30,7 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 demo: $(VENV)/.installed-demo
 	@echo "Loading PyTorch, transformers and TRL, some ten seconds."
-	@$(VENV)/bin/minigpt4 demo --output-dir demo-output
+	@$(VENV)/bin/minigpt4 demo --output_dir demo-output
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/common/fetch.py

@@ -6,10 +6,13 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from recipes_minigpt4.utils.errors import PreemptedError, RecipeError
 from recipes_minigpt4.utils.quiet import silence_libraries
 from recipes_minigpt4.utils.redaction import redact, redact_logs
+from recipes_minigpt4.utils.versions import installed_versions
 
 
 # Command → the module whose `main(arguments)` runs it, and a line of help.
@@ -29,6 +32,18 @@ COMMANDS = {
     ),
     "benchmark": ("recipes_minigpt4.benchmark", "measure speed and memory beside transformers' BLIP-2"),
 }
+# Command → the module that knows its options without importing what it works with: its `build_parser(command)` makes
+# the parser, for help and completion.
+OPTIONS = {
+    "stage1": "recipes_minigpt4.training.options",
+    "stage2": "recipes_minigpt4.training.options",
+    "plan": "recipes_minigpt4.planning.options",
+    "demo": "recipes_minigpt4.tiny.options",
+    "convert": "recipes_minigpt4.hub.options",
+    "push": "recipes_minigpt4.hub.options",
+    "ablate": "recipes_minigpt4.evaluation.options",
+    "benchmark": "recipes_minigpt4.benchmark.options",
+}
 # What to do after an interruption.
 GO_ON = {
     "stage1": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
@@ -37,6 +52,11 @@ GO_ON = {
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+PATHS = {  # options of the stages that take files or folders, among other things
+    "accelerate_config", "cache_features", "config", "dataset_name", "image_folder", "model_name_or_path",
+    "output_dir", "panel_images", "resume_from_checkpoint",
+}  # fmt: skip
+SHELLS = ("bash", "zsh", "fish")
 NO_TRAINING = ("convert", "push")  # commands that need none of these
 
 
@@ -53,16 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is told or logged has a secret in it.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        prog="minigpt4",
-        description="MiniGPT-4 with Hugging Face tools.",
-        epilog="`minigpt4 COMMAND --help` lists the options of a command. `python -m recipes_minigpt4.accelerate` "
-        "prints where the launch files for several GPUs are.",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    command = parser.parse_args(arguments[:1]).command
+    if arguments[:1] and arguments[0].partition("=")[0] == "--completion":
+        return _complete(arguments)
+    command = build_parser().parse_args(arguments[:1]).command
+    if command in OPTIONS and {"-h", "--help"} & set(arguments[1:]):
+        options_of(command).parse_args(arguments[1:])  # shows it and ends
     needed = () if command in NO_TRAINING else TRAIN_MODULES
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
         return _refuse(
@@ -86,6 +101,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 1  # as Python has it
     return 0
+
+
+def build_parser(whole: bool = False) -> argparse.ArgumentParser:
+    """
+    The parser of the command itself.
+
+    Args:
+        whole: with the options of every command, for completion; otherwise a command reads what is its own.
+    """
+    parser = argparse.ArgumentParser(
+        prog="minigpt4",
+        description="MiniGPT-4 with Hugging Face tools.",
+        epilog="`minigpt4 COMMAND --help` lists the options of a command. `python -m recipes_minigpt4.accelerate` "
+        "prints where the launch files for several GPUs are.",
+    )
+    parser.add_argument(
+        "--completion", choices=SHELLS, help="print what lets this shell complete commands and options"
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show this package's version, and others'")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        parents = [options_of(name)] if whole and name in OPTIONS else []
+        commands.add_parser(name, help=text, add_help=False, parents=parents)
+    return parser
+
+
+def options_of(command: str) -> argparse.ArgumentParser:
+    """The parser of a command of `OPTIONS`, made without importing what the command works with."""
+    parser: argparse.ArgumentParser = importlib.import_module(OPTIONS[command]).build_parser(command)
+    return parser
+
+
+def _complete(arguments: Sequence[str]) -> int:
+    """Print the script of a shell that completes commands, options and the paths that they take."""
+    parser = argparse.ArgumentParser(prog="minigpt4", usage="minigpt4 --completion {bash,zsh,fish}", add_help=False)
+    parser.add_argument("--completion", choices=SHELLS)
+    shell = parser.parse_args(arguments).completion
+    if importlib.util.find_spec("shtab") is None:
+        return _refuse("--completion", "shtab not found; run `pip install shtab`.")
+    shtab = importlib.import_module("shtab")
+    print(shtab.complete(complete_paths(build_parser(whole=True), shtab.FILE), shell=shell))
+    return 0
+
+
+def complete_paths(parser: argparse.ArgumentParser, how: Any) -> argparse.ArgumentParser:
+    """Tell shtab which options of a parser, and of the commands in it, take files and folders."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for command in action.choices.values():
+                complete_paths(command, how)
+        elif action.type is Path or action.dest in PATHS:
+            action.complete = how  # type: ignore[attr-defined]
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the versions that matter in a report, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("\n".join(f"{name:24} {version}" for name, version in installed_versions().items()))
+        parser.exit()
 
 
 def _refuse(command: str, reason: str) -> int:

@@ -15,7 +15,7 @@ chat template makes of it; only the answer and its end carry loss.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 if __name__ == "__main__":  # under `accelerate launch -m`: the command, before anything else is imported
@@ -31,6 +31,7 @@ from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.training.argument_checks import check_start
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments, StageParser
 from recipes_minigpt4.training.model import load_model
+from recipes_minigpt4.training.options import option
 from recipes_minigpt4.training.train import train_and_save
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
@@ -39,9 +40,9 @@ from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 class Stage2Arguments(StageArguments):
     """The original's numbers for stage 2."""
 
-    learning_rate: float = field(default=3e-5, metadata={"help": "Highest learning rate, reached after warm-up."})
-    min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
-    warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
+    learning_rate: float = option("learning_rate", stage=2)
+    min_learning_rate: float = option("min_learning_rate", stage=2)
+    warmup_steps: int = option("warmup_steps", stage=2)
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Stage2Arguments]:

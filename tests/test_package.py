@@ -139,7 +139,7 @@ def test_conversion_and_pushing_need_no_extra(site: Path, tmp_path: Path) -> Non
     from recipes_minigpt4.cli import main
     sys.stderr = sys.stdout
     files = ["--checkpoint", "none.pth", "--vit", "none.pth"]
-    print(main(["convert", *files, "--language-model", "llama", "--output-dir", "out"]))
+    print(main(["convert", *files, "--language_model", "llama", "--output_dir", "out"]))
     print(main(["push", "nowhere", "you/adapter"]))
     """
     printed = run(script, tmp_path, site, without=("trl", "datasets", "peft", "torchao", "torchvision"))

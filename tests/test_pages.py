@@ -57,6 +57,9 @@ def parse(command: str) -> None:
     if program == "make":
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         return
+    if program == "minigpt4" and arguments[0].startswith("--"):  # an option of the command itself
+        assert arguments[0] in cli.build_parser().format_help()
+        return
     if program == "minigpt4":
         name, arguments = cli.COMMANDS[arguments[0]][0], arguments[1:]
         if not arguments:  # named in a sentence

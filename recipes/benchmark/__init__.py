@@ -15,19 +15,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from recipes_minigpt4.benchmark.options import add_common, check_output
-from recipes_minigpt4.benchmark.report import format_report, write_report
-from recipes_minigpt4.utils.command_line import CommandParser
-
-
-# Kind → the module that measures it, and a line of help. A module has `add_arguments(parser)`, which adds what only it
-# takes, `run(args)`, which returns the report, and `WITH_MODELS = False` if it has no models.
-KINDS = {
-    "train": ("recipes_minigpt4.benchmark.training", "a training step: from pixels, and from cached features"),
-    "generate": ("recipes_minigpt4.benchmark.generation", "the generation of replies"),
-    "data": ("recipes_minigpt4.benchmark.data", "reading tar files into batches, beside Pillow alone"),
-    "optimizations": ("recipes_minigpt4.benchmark.optimizations", "each larger optimisation, with it and without it"),
-}
+from recipes_minigpt4.benchmark.options import KINDS, build_parser, check_output
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
@@ -37,6 +25,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: for arguments that make no sense, and if the sides do not come to the same result.
     """
+    from recipes_minigpt4.benchmark.report import format_report, write_report  # here, so that help is quick
+
     args = parse(arguments)
     report: dict[str, Any] = args.run(args)
     print(format_report(report), flush=True)
@@ -47,17 +37,11 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the kind and what it takes; `run` of the result is the function that measures."""
-    parser = CommandParser(prog="minigpt4 benchmark", description=(__doc__ or "").partition("\n")[0])
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for name, (_, text) in KINDS.items():
-        kinds.add_parser(name, help=text, add_help=False)
-    kind = parser.parse_args(arguments[:1]).kind
-    name, text = KINDS[kind]
-    module = importlib.import_module(name)
-    parser = CommandParser(prog=f"minigpt4 benchmark {kind}", description=f"Measures {text}.")
-    add_common(parser, with_models=getattr(module, "WITH_MODELS", True))
-    module.add_arguments(parser)
-    args = parser.parse_args(arguments[1:])
+    args = build_parser("benchmark").parse_args(arguments)
     check_output(args.output)
-    args.run = module.run
+    if getattr(args, "threads", 0) is None:
+        import torch  # here, so that help is quick
+
+        args.threads = torch.get_num_threads()
+    args.run = importlib.import_module(KINDS[args.kind][0]).run
     return args

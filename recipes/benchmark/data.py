@@ -21,28 +21,19 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_processor
+from recipes_minigpt4.benchmark.options import DATA_BATCH_SIZE, PICTURES
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, judge
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.collator import StageCollator
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
-from recipes_minigpt4.utils.ranges import COUNT, in_range
 
 
-PICTURES, PER_TAR, BATCH_SIZE = 1024, 128, 32
+PER_TAR = 128
 DIFFERENT = 64  # pictures; the tars hold each of them several times
 WARM_UP = 4  # batches, until the worker has started and its buffers are full
 SIZE = (512, 384)  # width and height of a picture, as data sets of the web are often stored
-WITH_MODELS = False  # so no size, and one thread
 BARS = (Bar("tar to batch", ("ratios", "ours", "median"), ">=", 0.7),)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what only this benchmark takes."""
-    parser.add_argument("--pictures", type=in_range(COUNT), default=PICTURES, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--batch-size", type=in_range(COUNT), default=BATCH_SIZE, metavar="N", help="default: %(default)s"
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         "ratios": {"ours": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}},
     }
-    usual = (args.pictures, args.batch_size) == (PICTURES, BATCH_SIZE)
+    usual = (args.pictures, args.batch_size) == (PICTURES, DATA_BATCH_SIZE)
     return {**report, "bars": judge(report, BARS) if usual else []}
 
 

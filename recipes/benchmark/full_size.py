@@ -1,6 +1,6 @@
 """Load and run MiniGPT-4 at full size, with random weights.
 
-    python -m recipes_minigpt4.benchmark.full_size --output-dir DIR
+    python -m recipes_minigpt4.benchmark.full_size --output_dir DIR
 
 Writes backbones as the Hub has them (shards of random weights with an index; BLIP-2's names for the vision side) and
 an adapter-only folder that refers to them. A new process then loads the adapter, looks at one picture and generates 8
@@ -35,6 +35,7 @@ from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, 
 from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
 from recipes_minigpt4.benchmark.machine import read_status, surroundings
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
+from recipes_minigpt4.utils.command_line import SpellingParser
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.files import write_json
 from recipes_minigpt4.utils.ranges import POSITIVE, in_range
@@ -105,7 +106,7 @@ def check_disk(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed * 1.02:
         raise RecipeError(
             f"The weights take {needed / GB:.1f} GB, but the disk of {folder} has {free / GB:.1f} GB left; make room, "
-            "or name another --output-dir."
+            "or name another --output_dir."
         )
 
 
@@ -306,14 +307,14 @@ def measure_in_new_process(adapter: Path) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="full_size", description="Load and run a model of full size.")
+    parser = SpellingParser(prog="full_size", description="Load and run a model of full size.")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output-dir", type=Path, help="folder for the weights and result.json")
+    where.add_argument("--output_dir", type=Path, help="folder for the weights and result.json")
     where.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=[*PRESETS, *SMALL_SIZES], default="vicuna-7b")
-    parser.add_argument("--stored-dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+    parser.add_argument("--stored_dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
                         help="type of the backbones on the disk; they are loaded in bfloat16")  # fmt: skip
-    parser.add_argument("--shard-size", default="2GB", help="largest size of one file")
+    parser.add_argument("--shard_size", default="2GB", help="largest size of one file")
     parser.add_argument("--limit", type=in_range(POSITIVE, float),
                         help=f"highest peak memory, as a multiple of the weights; default: {LIMIT}, and none for "
                         "small and medium, whose weights are small beside the interpreter")  # fmt: skip
@@ -334,7 +335,7 @@ def run_check(args: argparse.Namespace) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"{folder} cannot be made ({error.strerror}); name another --output-dir.") from error
+        raise RecipeError(f"{folder} cannot be made ({error.strerror}); name another --output_dir.") from error
     try:
         start = time.perf_counter()
         write_folders(folder, build_config(args.preset), getattr(torch, args.stored_dtype), args.shard_size)

@@ -18,23 +18,14 @@ from recipes_minigpt4.benchmark.models import (
     build_processor,
     peer_inputs,
 )
+from recipes_minigpt4.benchmark.options import IMAGES, NEW_TOKENS
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
 from recipes_minigpt4.data.formatting import INSTRUCTIONS
 from recipes_minigpt4.utils.errors import RecipeError
-from recipes_minigpt4.utils.ranges import COUNT, in_range
 
 
-IMAGES, NEW_TOKENS = 8, 32
-# Set for two CPU cores, the size `mid`, and the numbers above.
+# Set for two CPU cores, the size `mid`, and the numbers of `options`.
 BARS = (Bar("generation", ("ratios", "ours", "median"), ">=", 1.0),)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what only this benchmark takes."""
-    parser.add_argument("--images", type=in_range(COUNT), default=IMAGES, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--new-tokens", type=in_range(COUNT), default=NEW_TOKENS, metavar="N", help="per picture; default: %(default)s"
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

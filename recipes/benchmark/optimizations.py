@@ -29,6 +29,7 @@ from processing_minigpt4 import MiniGPT4ImageProcessor
 from recipes_minigpt4.benchmark import data, generation, memory
 from recipes_minigpt4.benchmark.measure import compare, take_turns
 from recipes_minigpt4.benchmark.models import SIZES
+from recipes_minigpt4.benchmark.options import DATA_BATCH_SIZE, IMAGES, NEW_TOKENS, PICTURES
 from recipes_minigpt4.benchmark.report import describe_machine, describe_shapes
 from recipes_minigpt4.benchmark.sides import TrainingSide, Workload, build_cached_side, build_data, build_our_side
 from recipes_minigpt4.benchmark.training import WARM_UP, check_first_step
@@ -39,7 +40,7 @@ from recipes_minigpt4.training.last_layer import LastLayer
 
 ENOUGH = 1.03  # times as long, or as much memory, without it
 MEMORY_ROUNDS = 2  # which hardly differ
-REPLY, LONG_REPLY = generation.NEW_TOKENS, 128  # tokens
+REPLY, LONG_REPLY = NEW_TOKENS, 128  # tokens
 Turns = dict[str, list[float]]  # what each round took "with" and "without"
 
 
@@ -92,13 +93,6 @@ OPTIMIZATIONS = {
         ("replies", "long replies"),
     ),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what only this benchmark takes."""
-    for option, names in (("--only", OPTIMIZATIONS), ("--measures", MEASURES)):
-        told = f"some of: {', '.join(names)}"
-        parser.add_argument(option, nargs="+", choices=list(names), default=list(names), metavar="NAME", help=told)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +163,7 @@ def measure_memory(side: str, name: str, args: argparse.Namespace) -> Turns:
 def measure_replies(new_tokens: int, name: str, args: argparse.Namespace) -> Turns:
     """Seconds until all pictures have their replies."""
     args = argparse.Namespace(**{**vars(args), "new_tokens": new_tokens})
-    inputs = generation.build_inputs(args.size, generation.IMAGES)
+    inputs = generation.build_inputs(args.size, IMAGES)
     works = both_ways(name, generation.build_works(args, inputs)["ours"])
     generation.check_replies({way: work() for way, work in works.items()}, args.new_tokens)
     return take_turns(works, args.rounds)
@@ -178,7 +172,7 @@ def measure_replies(new_tokens: int, name: str, args: argparse.Namespace) -> Tur
 def measure_data(name: str, args: argparse.Namespace) -> Turns:
     """Seconds of a picture on its way from a tar file into a batch."""
     seconds: Turns = {"without": [], "with": []}
-    task = argparse.Namespace(pictures=data.PICTURES, batch_size=data.BATCH_SIZE, seed=args.seed)
+    task = argparse.Namespace(pictures=PICTURES, batch_size=DATA_BATCH_SIZE, seed=args.seed)
     with tempfile.TemporaryDirectory() as folder, data.worker_apart() as (core, _):
         data.write_tars(Path(folder), data.build_pictures(data.DIFFERENT, args.seed), task.pictures)
         works = both_ways(name, lambda: data.stream(Path(folder), task, core))

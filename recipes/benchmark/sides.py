@@ -21,6 +21,7 @@ from recipes_minigpt4.benchmark.models import (
     build_processor,
     peer_inputs,
 )
+from recipes_minigpt4.benchmark.options import ANSWER_TOKENS, BATCH_SIZE
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.training.arguments import StageArguments
@@ -31,7 +32,6 @@ from recipes_minigpt4.utils.errors import RecipeError
 
 Batch = dict[str, Any]
 
-BATCH_SIZE, ANSWER_TOKENS = 8, 24
 STEPS_OF_SCHEDULE = 100_000  # of which the benchmark sees the beginning
 
 
@@ -148,7 +148,7 @@ def build_our_side(workload: Workload, folder: Path, data: Data, **options: Any)
     shortest = min(int((batch["labels"] != -100).sum(-1).min()) for batch in batches)
     if shortest < workload.answer_tokens:
         raise RecipeError(
-            f"--answer-tokens is {workload.answer_tokens}, but there are captions of {shortest} tokens; ask for no "
+            f"--answer_tokens is {workload.answer_tokens}, but there are captions of {shortest} tokens; ask for no "
             "more than these."
         )
     return TrainingSide(trainer, batches)

@@ -16,9 +16,8 @@ from torch import nn
 from recipes_minigpt4.benchmark.measure import compare, count_flops, matmul, take_turns
 from recipes_minigpt4.benchmark.memory import measure_sides
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
-from recipes_minigpt4.benchmark.sides import ANSWER_TOKENS, BATCH_SIZE, Batch, Workload, build_sides
+from recipes_minigpt4.benchmark.sides import Batch, Workload, build_sides
 from recipes_minigpt4.utils.errors import RecipeError
-from recipes_minigpt4.utils.ranges import COUNT, in_range
 
 
 WARM_UP = 2  # steps of every side that are not timed
@@ -31,20 +30,6 @@ BARS = (
     Bar("peak memory above start, ours", ("memory_ratios", "ours", "above_start"), "<=", 0.9),
     Bar("peak memory above start, cached", ("memory_ratios", "cached", "above_start"), "<=", 0.9),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what only this benchmark takes."""
-    parser.add_argument(
-        "--batch-size", type=in_range(COUNT), default=BATCH_SIZE, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--answer-tokens",
-        type=in_range(COUNT),
-        default=ANSWER_TOKENS,
-        metavar="N",
-        help="per row; default: %(default)s",
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

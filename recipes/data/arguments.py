@@ -16,10 +16,11 @@ class DataArguments:
     dataset_name: list[str] | None = field(
         default=None,
         metadata={
-            "help": "A dataset on the Hub; a folder of pictures with metadata.csv or metadata.jsonl; a folder with "
+            "help": "Dataset of the Hub, folder, file, tar files or `tiny`; several are mixed. Exactly: a dataset "
+            "on the Hub; a folder of pictures with metadata.csv or metadata.jsonl; a folder with "
             "filter_cap.json and image/ (cc_sbu_align); a .jsonl, .json, .csv, .tsv or .parquet file whose rows name "
             "pictures or hold them (as base64, for example); tar files of webdataset, streamed from a path, hf:// or "
-            "https:// with * and {000..099}; or `tiny`, the embedded world. Several are mixed."
+            "https:// with * and {000..099}; or `tiny`, the embedded world."
         },
     )
     dataset_weights: list[float] | None = field(
@@ -54,30 +55,27 @@ class DataArguments:
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read a dataset of the Hub while training instead of fetching it first; tars always are."},
+        metadata={"help": "Read a dataset of the Hub while training instead of fetching it first. Tars always are."},
     )
     shuffle_buffer: int = field(
         default=1000,  # released code, `wds.shuffle(1000)`
-        metadata={"help": "Samples of the blocks in which each worker shuffles a stream, before they are decoded."},
+        metadata={"help": "Samples of the blocks in which each worker shuffles a stream. They are not decoded yet."},
     )
     max_bad_share: float = field(
         default=0.1,
-        metadata={"help": "Share of samples, 0 to 1, that may be damaged and skipped before the run stops."},
+        metadata={"help": "Share of samples, 0 to 1, that may be damaged before the run stops. They are skipped."},
     )
 
     # What becomes of a row
     max_txt_len: int | None = field(
         default=None,
-        metadata={
-            "help": "Longest answer in tokens, end_sym included. Default: the original's 32 in stage 1 and 160 in "
-            "stage 2."
-        },
+        metadata={"help": "Longest answer in tokens, end_sym included. Default: 32 in stage 1 and 160 in stage 2."},
     )
     instruction_template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template of the training text of stage 2: a name or Jinja. Default: that of the processor, "
-            "or vicuna_v0_alignment in the place of vicuna_v0."
+            "help": "Chat template of the training text of stage 2: a name or Jinja. Default: the processor's; "
+            "vicuna_v0_alignment in the place of vicuna_v0."
         },
     )
     end_sym: str | None = field(

@@ -1,7 +1,7 @@
 """Run the paper's variants in miniature, each a few lines of YAML over `tiny_stage1` and `tiny_stage2`; compare them.
 
-    minigpt4 ablate --output-dir ablation-output
-    minigpt4 ablate --output-dir ablation-output --variants baseline,three_layers,my_variant.yaml --seeds 0,1
+    minigpt4 ablate --output_dir ablation-output
+    minigpt4 ablate --output_dir ablation-output --variants baseline,three_layers,my_variant.yaml --seeds 0,1
 
 Without `--variants` it runs all that ship with the recipes (`configs/ablations`), every one with three seeds: about an
 hour on one core. A run that is finished is never done again, so an interrupted command goes on where it was, and
@@ -15,7 +15,7 @@ output folder gets
 
 Variants with the same stage 1 share its run. Settings that a variant does not name are the baseline's, not tuned for
 it. The seed draws the projection, the order of the samples and their prompts; the samples are always the same.
-`--cache-features` keeps the features of frozen vision sides for all runs, whose numbers stay the same.
+`--cache_features` keeps the features of frozen vision sides for all runs, whose numbers stay the same.
 """
 
 import argparse
@@ -42,14 +42,13 @@ from recipes_minigpt4.evaluation.ablation_report import (
     summarize_variants,
     write_reports,
 )
+from recipes_minigpt4.evaluation.options import build_parser
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.demo import THREADS, Shown, adapter_bytes, describe, load_adapter, machine, versions
 from recipes_minigpt4.tiny.metrics import repetition_rate, score
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
-from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.files import prepare_folder, write_json
-from recipes_minigpt4.utils.ranges import SEED, Range, in_range
 from recipes_minigpt4.utils.runs import quiet, reproducible
 from recipes_minigpt4.utils.text import heading
 
@@ -57,7 +56,6 @@ from recipes_minigpt4.utils.text import heading
 STAGES = {1: stage1_pretrain, 2: stage2_finetune}
 # Settings of a stage that are this command's, not a variant's.
 OWN_SETTINGS = ("config", "output_dir", "seed", "model_name_or_path")
-SCENES = Range("a whole number from 3 on", lambda value: value >= 3)  # one in three has a held-out pair
 SCENES_SEED = 1  # of scenes that nothing was chosen on; the settings of the stages were chosen on those of seed 0
 
 
@@ -326,34 +324,4 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the arguments of the command."""
-    parser = CommandParser(prog="minigpt4 ablate", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("ablation-output"), help="default: %(default)s")
-    parser.add_argument(
-        "--variants", type=_names, default=[], metavar="A,B", help="names, YAML files or folders; default: all shipped"
-    )
-    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1,2", help="default: 0,1,2")
-    parser.add_argument(
-        "--scenes",
-        type=in_range(SCENES),
-        default=240,
-        help="number of scenes to evaluate on, a third of them with held-out pairs; default: %(default)s",
-    )
-    parser.add_argument(
-        "--cache-features", type=Path, metavar="DIR", help="stores the features of frozen vision sides; default: none"
-    )
-    return parser.parse_args(arguments)
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("it names no variant")
-    return names
-
-
-def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    seeds = [in_range(SEED)(part) for part in parts]
-    if len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
-    return seeds
+    return build_parser("ablate").parse_args(arguments)

@@ -3,9 +3,9 @@
 From the original's files, or with the vision side of a BLIP-2 repository instead of two of them:
 
     minigpt4 convert --vit eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \\
-        --checkpoint prerained_minigpt4_7b.pth --language-model vicuna-7b-v0 --output-dir minigpt4-7b
-    minigpt4 convert --vision-backbone Salesforce/blip2-flan-t5-xxl \\
-        --checkpoint prerained_minigpt4_7b.pth --language-model vicuna-7b-v0 --output-dir minigpt4-7b
+        --checkpoint prerained_minigpt4_7b.pth --language_model vicuna-7b-v0 --output_dir minigpt4-7b
+    minigpt4 convert --vision_backbone Salesforce/blip2-flan-t5-xxl \\
+        --checkpoint prerained_minigpt4_7b.pth --language_model vicuna-7b-v0 --output_dir minigpt4-7b
 
 With the second, the folder holds a few MB: the projection. With the first, the vision side lies in it as well.
 """
@@ -18,34 +18,20 @@ from typing import Any
 
 from modeling_minigpt4 import MiniGPT4Config
 from modeling_minigpt4.backbones import describe
-from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS, VISION_FOLDER, convert_original_checkpoint
+from modeling_minigpt4.convert_minigpt4_to_hf import VISION_FOLDER, convert_original_checkpoint
 from recipes_minigpt4.hub.card import render_card
+from recipes_minigpt4.hub.options import build_parser
 from recipes_minigpt4.hub.push import push
-from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = CommandParser(prog="minigpt4 convert", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="MiniGPT-4's own file: prerained_minigpt4_7b.pth or another")
-    add("--language-model", required=True, help="the language model it was trained with: repository or folder")
-    add("--output-dir", required=True, type=Path, help="folder to write")
-    add("--vit", help="eva_vit_g.pth")
-    add("--qformer", help="blip2_pretrained_flant5xxl.pth; not needed for a model without a Q-Former")
-    add("--vision-backbone", help="a BLIP-2 repository or folder instead of these two files")
-    add("--preset", choices=PRESETS, help="the released model; default: the one that the projection fits")
-    add("--config", help="config.json with the sizes of another ViT and Q-Former than the released ones")
-    add("--full", action="store_true", help="write all weights, so that the folder needs no other repository")
-    add("--push-to-hub", metavar="REPO", help="upload the folder to this repository of the Hub")
-    add("--private", action="store_true", help="make that repository private")
-    add("--license", default="other", help="licence of the weights, for the model card; default: %(default)s")
-    args = parser.parse_args(arguments)
+    args = build_parser("convert").parse_args(arguments)
     if args.config and args.vision_backbone:
-        raise RecipeError("--vision-backbone brings its own sizes; leave --config out.")
+        raise RecipeError("--vision_backbone brings its own sizes; leave --config out.")
     if args.private and not args.push_to_hub:
-        raise RecipeError("--private is about a repository; name it with --push-to-hub.")
+        raise RecipeError("--private is about a repository; name it with --push_to_hub.")
     return args
 
 
@@ -95,7 +81,7 @@ def read_sizes(path: str, output_dir: Path) -> MiniGPT4Config:
     if known != MiniGPT4Config.model_type:
         raise RecipeError(f"--config {path} is the configuration of a {known!r} model; name one of MiniGPT4Config.")
     if file.resolve() == output_dir.resolve() / "config.json":
-        raise RecipeError(f"--config {path} is read from and would be overwritten; name another --output-dir.")
+        raise RecipeError(f"--config {path} is read from and would be overwritten; name another --output_dir.")
     return MiniGPT4Config.from_pretrained(file)
 
 

@@ -1,6 +1,6 @@
 """Publishing: which files go to the Hub, how they get there in one commit, and what to do when that fails.
 
-Used by `minigpt4 push`, by `minigpt4 convert --push-to-hub` and by the trainer. What huggingface_hub retries itself –
+Used by `minigpt4 push`, by `minigpt4 convert --push_to_hub` and by the trainer. What huggingface_hub retries itself –
 large files, the questions about them – is left to it; the rest, the commit above all, is tried again here.
 """
 

@@ -25,21 +25,14 @@ from modeling_minigpt4.composition_minigpt4 import read_adapter
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, ADAPTER_WEIGHTS, plain_names
 from modeling_minigpt4.saving_minigpt4 import AUTO_MAP
 from recipes_minigpt4.hub.card import NAMELESS, last_name, render_card
+from recipes_minigpt4.hub.options import build_parser
 from recipes_minigpt4.hub.publish import could_not_push, make_repository, published_files, upload
-from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = CommandParser(prog="minigpt4 push", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("folder", type=Path, help="what training, conversion or save_pretrained wrote")
-    add("repo", help="repository of the Hub, as in you/your-adapter; made if there is none")
-    add("--private", action="store_true", help="make the repository private")
-    add("--revision", help="branch to push to, made if there is none; default: main")
-    add("--commit-message", default="Upload MiniGPT-4", help="default: %(default)s")
-    return parser.parse_args(arguments)
+    return build_parser("push").parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ memory is that of a step with tensors that have no data (`memory.py`), every row
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,40 +22,18 @@ from recipes_minigpt4.data.feature_cache import STORED
 from recipes_minigpt4.planning.data import RowLength, longest_row, measure_sources, plan_schedule
 from recipes_minigpt4.planning.memory import OPTIMIZER, Step, needs_values, trace_step
 from recipes_minigpt4.planning.model import build_skeleton, check_quantization, list_parts, quantize_skeleton
+from recipes_minigpt4.planning.options import PlanArguments
 from recipes_minigpt4.planning.parallel import Parallelism, hold, memory_per_process, read_parallelism
 from recipes_minigpt4.planning.report import Plan, format_plan
 from recipes_minigpt4.stage2_finetune import Stage2Arguments
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments, StageParser, find_config
 from recipes_minigpt4.training.model import weights_dtype
+from recipes_minigpt4.utils.command_line import one_spelling
 from recipes_minigpt4.utils.errors import RecipeError, one_line
-from recipes_minigpt4.utils.ranges import check_ranges
 
 
 # Fields by which a configuration shows that it is for stage 2.
 OF_STAGE_2 = ("model_name_or_path", "instruction_template")
-
-
-@dataclass
-class PlanArguments:
-    """What only a plan takes."""
-
-    stage: int | None = field(
-        default=None,
-        metadata={
-            "help": "1 or 2. Default: 2 if model_name_or_path or instruction_template is there, otherwise 1.",
-        },
-    )
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of `accelerate launch` for the run: DDP, FSDP2 or DeepSpeed."},
-    )
-    num_processes: int | None = field(
-        default=None, metadata={"help": "GPUs of all machines. Default: those of accelerate_config, or 1."}
-    )
-    hours: float | None = field(default=None, metadata={"help": "Hours that the run may take."})
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 def main(arguments: Sequence[str]) -> Plan:
@@ -107,6 +85,7 @@ class PlannedStage2(_Planned, Stage2Arguments):
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, StageArguments, PlanArguments, int]:
     """Read the arguments of a stage and those of the plan; returns the number of the stage as well."""
+    arguments = one_spelling(arguments)
     stage = tell_stage(arguments)
     kinds = (ModelArguments, DataArguments, PlannedStage1 if stage == 1 else PlannedStage2, PlanArguments)
     model, data, training, plan = StageParser("plan", kinds).parse(arguments)

@@ -1,6 +1,6 @@
 """Run MiniGPT-4 in miniature: both stages on the CPU, a table of what each taught, and an adapter to load.
 
-    minigpt4 demo --output-dir demo-output --seed 0
+    minigpt4 demo --output_dir demo-output --seed 0
 
 The two stages are the recipes themselves with `tiny_stage1` and `tiny_stage2`. The output folder gets
 
@@ -38,16 +38,15 @@ from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.tiny import BACKBONES
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import SCORES, score
+from recipes_minigpt4.tiny.options import build_parser
 from recipes_minigpt4.tiny.reload import reload_adapter
 from recipes_minigpt4.tiny.report import STAGES, Example, render_report, told_of_stage1
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.training.model import load_model
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
-from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.files import prepare_folder, write_json
 from recipes_minigpt4.utils.html import Curve
 from recipes_minigpt4.utils.progress import Phase, phase
-from recipes_minigpt4.utils.ranges import SEED, in_range
 from recipes_minigpt4.utils.runs import quiet, reproducible
 from recipes_minigpt4.utils.text import format_table, heading
 
@@ -102,11 +101,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read `--output-dir` and `--seed`."""
-    parser = CommandParser(prog="minigpt4 demo", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), help="default: %(default)s")
-    parser.add_argument("--seed", type=in_range(SEED), default=0, help="seed of both stages; default: %(default)s")
-    return parser.parse_args(arguments)
+    """Read the arguments of the command."""
+    return build_parser("demo").parse_args(arguments)
 
 
 def train_and_describe(

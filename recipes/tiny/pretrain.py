@@ -1,4 +1,4 @@
-"""Make the frozen backbones of the embedded world: `python -m recipes_minigpt4.tiny.pretrain --output-dir DIR`.
+"""Make the frozen backbones of the embedded world: `python -m recipes_minigpt4.tiny.pretrain --output_dir DIR`.
 
 `blip2/`  a vision encoder and a Q-Former (transformers' own BLIP-2 modules) that learn, through a linear layer thrown
           away afterwards, to carry one word per query: size, colour, shape, row and column of each thing in reading
@@ -56,6 +56,7 @@ from recipes_minigpt4.tiny.scenes import (
     draw_scene,
     sample_scenes,
 )
+from recipes_minigpt4.utils.command_line import SpellingParser
 from recipes_minigpt4.utils.ranges import COUNT, POSITIVE, SEED, in_range
 
 
@@ -557,20 +558,20 @@ PARTS = {"vision": make_vision, "sharpen": sharpen, "language": make_language, "
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Make the frozen backbones of the embedded world.")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for blip2/ and llama/")
+    parser = SpellingParser(description="Make the frozen backbones of the embedded world.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for blip2/ and llama/")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--vision-steps", type=in_range(COUNT), default=3000)
-    parser.add_argument("--language-steps", type=in_range(COUNT), default=4000)
+    parser.add_argument("--vision_steps", type=in_range(COUNT), default=3000)
+    parser.add_argument("--language_steps", type=in_range(COUNT), default=4000)
     parser.add_argument(
         "--language-lr",
         type=in_range(POSITIVE, float),
         default=3e-3,
         help="highest learning rate of the language model",
     )
-    parser.add_argument("--language-from", type=Path, help="folder of a language model to continue from")
-    parser.add_argument("--sharpen-steps", type=in_range(COUNT), default=800)
-    parser.add_argument("--harden-steps", type=in_range(COUNT), default=1500)
+    parser.add_argument("--language_from", type=Path, help="folder of a language model to continue from")
+    parser.add_argument("--sharpen_steps", type=in_range(COUNT), default=800)
+    parser.add_argument("--harden_steps", type=in_range(COUNT), default=1500)
     parser.add_argument("--seed", type=in_range(SEED), default=0)
     parser.add_argument(
         "--threads", type=in_range(COUNT), default=1, help="threads of torch; the weights may depend on their number"

@@ -58,6 +58,13 @@ JSON_ONLY = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation
 JSON_OR_FILE = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
+def is_offered(name: str) -> bool:
+    """Whether help lists a setting; what is refused, or has no effect in a stage, it leaves out."""
+    unused = name.startswith(("eval_", "per_device_eval", "per_gpu_", "include_for_metrics", "batch_eval_metrics"))
+    refused = name in REFUSED and name not in WITH_OTHER_SCHEDULE
+    return not (unused or refused or name in EVALUATION)
+
+
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # enumerations hold their text
 

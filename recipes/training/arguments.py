@@ -1,5 +1,6 @@
 """What both stages take: which model, and how it is trained; and the parser that reads YAML files and arguments."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -13,84 +14,16 @@ from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.training.argument_checks import check_evaluation, check_settings, check_texts
+from recipes_minigpt4.training.argument_checks import check_evaluation, check_settings, check_texts, is_offered
+from recipes_minigpt4.training.model_arguments import ModelArguments
 from recipes_minigpt4.training.non_finite import SKIP, STOP
-from recipes_minigpt4.utils.command_line import DefaultsHelpFormatter
+from recipes_minigpt4.training.options import STAGE_OPTIONS, option
+from recipes_minigpt4.utils.command_line import DefaultsHelpFormatter, one_spelling
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.ranges import check_ranges
 
 
-@dataclass
-class ModelArguments:
-    """Which parts the model is made of, and which of them train."""
-
-    # The parts
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Adapter to continue from, a folder or a repository: stage 2 starts from what stage 1 saved. With "
-            "it, vision, qformer and language_model only say where backbones have moved to."
-        },
-    )
-    vision: str | None = field(
-        default=None, metadata={"help": "Vision encoder: repository, repository@revision, folder or `tiny`."}
-    )
-    qformer: str | None = field(
-        default=None, metadata={"help": "BLIP-2 repository with a Q-Former, folder or `tiny`. Default: none."}
-    )
-    language_model: str | None = field(
-        default=None, metadata={"help": "Language model: repository, repository@revision, folder or `tiny`."}
-    )
-    projector_num_layers: int | None = field(
-        default=None,
-        metadata={"help": "Linear layers of a new projection; the ablation of the paper has 3. Default: 1."},
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Chat template of the published processor: vicuna_v0, llama2, wrapped (the language model's own) "
-            "or Jinja. Default: the language model's own if it has one, otherwise vicuna_v0."
-        },
-    )
-
-    # What trains beside the projection
-    train_parts: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Parts that train beside the projection: vision, qformer, language_model. Default: none."},
-    )
-    peft_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Adapter of PEFT on the language model, trained beside the projection: the fields of its "
-            'configuration, as in {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj", "v_proj"]}. JSON on the '
-            "command line. Default: none."
-        },
-    )
-
-    # How the frozen weights are kept and computed
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the frozen weights: float32, bfloat16 or float16. `auto` takes the type of mixed "
-            "precision, or float32 without a GPU. The projection stays in float32."
-        },
-    )
-    quantization: str | None = field(
-        default=None,
-        metadata={
-            "help": "Load the frozen language model, and nothing else, in fewer bits: bnb-int8, bnb-nf4 or "
-            "torchao-int8. Checkpoints are the same with and without it. Default: none."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers: eager, sdpa, flash_attention_2, …"}
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        for name in ("model_name_or_path", "vision", "qformer", "language_model"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise RecipeError(f"--{name} is {getattr(self, name)!r}; it has to be a repository or a folder.")
+__all__ = ["ModelArguments", "StageArguments", "StageParser", "find_config"]
 
 
 @dataclass
@@ -102,23 +35,14 @@ class StageArguments(SFTConfig):
     """
 
     # Schedule (released code, `LinearWarmupCosineLRScheduler`)
-    learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate, reached after warm-up."})
-    min_learning_rate: float = field(default=8e-5, metadata={"help": "Where the cosine ends."})
-    warmup_start_learning_rate: float = field(default=1e-6, metadata={"help": "Where the warm-up starts."})
-    warmup_steps: int = field(default=5000, metadata={"help": "Steps of linear warm-up."})
-    steps_per_epoch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps of an epoch, after which a warm-up that is not over starts again, as in the original. "
-            "Default: never."
-        },
-    )
-    original_schedule: bool = field(
-        default=True,
-        metadata={"help": "Use the original's schedule; if false, lr_scheduler_type and its settings."},
-    )
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, on matrices only."})
-    seed: int = field(default=42, metadata={"help": "Seed of the projection, the order of samples and the prompts."})
+    learning_rate: float = option("learning_rate")
+    min_learning_rate: float = option("min_learning_rate")
+    warmup_start_learning_rate: float = option("warmup_start_learning_rate")
+    warmup_steps: int = option("warmup_steps")
+    steps_per_epoch: int | None = option("steps_per_epoch")
+    original_schedule: bool = option("original_schedule")
+    weight_decay: float = option("weight_decay")
+    seed: int = option("seed")
 
     # Where results go
     overwrite_output_dir: bool = field(
@@ -126,48 +50,21 @@ class StageArguments(SFTConfig):
     )
 
     # Stored features of the vision side
-    cache_features: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder for the features of the frozen vision side. They are computed once per picture, and "
-            "training reads them from there. Runs may share it; all processes of a run have to. Default: none."
-        },
-    )
-    cache_features_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Type of the stored features: float32, bfloat16 or float16. Default: that of the frozen weights."
-        },
-    )
+    cache_features: str | None = option("cache_features")
+    cache_features_dtype: str | None = option("cache_features_dtype")
 
     # What a run shows
-    report_to: str = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, trackio, …"})
-    panel_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Let the model describe a few fixed pictures every so many steps. Pictures and descriptions go to "
-            "panel.html in the output folder, which is pushed with it, and to what report_to names. Default: never."
-        },
-    )
-    panel_images: str | None = field(
-        default=None, metadata={"help": "Folder of these pictures. Default: the first four of the training data."}
-    )
+    report_to: str = option("report_to")
+    panel_steps: int | None = option("panel_steps")
+    panel_images: str | None = option("panel_images")
 
     # Losses that are not finite
-    non_finite: str = field(
-        default=STOP,
-        metadata={
-            "help": "What to do about a loss that is not finite: stop ends the run when the loss is logged; skip "
-            "leaves its step out, and waits for the GPU in every step to notice it."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite; to find them every step waits for the GPU."}
-    )
+    non_finite: str = option("non_finite")
+    logging_nan_inf_filter: bool = option("logging_nan_inf_filter")
 
     # Model card
-    license: str = field(default="other", metadata={"help": "Licence of the trained weights, for the model card."})
-    language: str = field(default="en", metadata={"help": "Language of the training text, for the model card."})
+    license: str = option("license")
+    language: str = option("language")
 
     # Settings of TRL that pictures need
     max_length: int | None = field(
@@ -228,6 +125,11 @@ class StageParser(TrlParser):
         super().__init__(
             dataclass_types=dataclass_types, usage=usage, allow_abbrev=False, formatter_class=DefaultsHelpFormatter
         )
+        for action in self._actions:
+            if action.dest in STAGE_OPTIONS:
+                action.help = STAGE_OPTIONS[action.dest].help
+            elif not is_offered(action.dest):
+                action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> Any:
         raise RecipeError(f"{message.rstrip('.')}.")
@@ -239,7 +141,10 @@ class StageParser(TrlParser):
         Raises:
             RecipeError: for a file that is not there or no YAML, and for fields that do not exist.
         """
-        arguments = [part for text in arguments for part in _split_config(text)]
+        arguments = [part for text in one_spelling(arguments) for part in _split_config(text)]
+        if "--help_all" in arguments:
+            self.print_help()
+            raise SystemExit(0)
         if "--config" in arguments:
             place = arguments.index("--config") + 1
             if place == len(arguments):

@@ -37,7 +37,7 @@ def prepare_folder(folder: Path, parts: Sequence[str]) -> Path:
                 pass
     except OSError as error:
         raise RecipeError(
-            f"--output-dir {folder} cannot be used ({error.strerror or error}: {error.filename}); name a folder that "
+            f"--output_dir {folder} cannot be used ({error.strerror or error}: {error.filename}); name a folder that "
             "can be written into."
         ) from error
     return folder

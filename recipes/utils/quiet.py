@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def silence_libraries(arguments: Sequence[str]) -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _LeaveOut) for known in logger.filters):
             logger.addFilter(_LeaveOut(beginning))
+    warnings.filterwarnings("ignore", ".*set_vital", UserWarning)  # of torchdata 0.11, for its data loader
     # Tokenizers would warn, past Python, when a data loader forks; they are given one text at a time.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "transformers" not in sys.modules and not _asks(arguments):

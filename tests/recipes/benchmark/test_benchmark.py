@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_minigpt4 import generation_minigpt4, heads_minigpt4
 from recipes_minigpt4 import benchmark, cli
-from recipes_minigpt4.benchmark import data, generation, memory, training
+from recipes_minigpt4.benchmark import data, generation, memory, optimizations, training
 from recipes_minigpt4.benchmark.measure import compare, count_flops, take_turns
 from recipes_minigpt4.benchmark.models import SIZES, build_config, build_ours, build_peer, peer_inputs, peer_name
 from recipes_minigpt4.benchmark.optimizations import OPTIMIZATIONS, both_ways
@@ -122,7 +122,7 @@ def test_a_process_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_generation_reports_both_sides(tmp_path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "report.json"
-    report = benchmark.main(["generate", *TINY, "--images", "2", "--new-tokens", "5", "--output", str(path)])
+    report = benchmark.main(["generate", *TINY, "--images", "2", "--new_tokens", "5", "--output", str(path)])
     printed = capsys.readouterr().out
     assert json.loads(path.read_text()) == report
     assert tuple(report["sides"]) == ("peer", "ours")
@@ -143,7 +143,7 @@ def test_optimizations_are_measured_with_and_without(tmp_path, capsys, monkeypat
         return {side: {"peak_above_start_bytes": next(peaks)} for side in sides}
 
     monkeypatch.setattr(memory, "measure_sides", take)
-    monkeypatch.setattr(data, "PICTURES", 32)
+    monkeypatch.setattr(optimizations, "PICTURES", 32)
     path = tmp_path / "report.json"
     arguments = ["optimizations", *TINY, "--output", str(path)]
     report = benchmark.main(arguments)
@@ -268,9 +268,9 @@ def test_sides_that_write_otherwise_are_refused() -> None:
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--size", "huge"], "invalid choice: 'huge'"),
         (["train", "--rounds", "0"], "'0' is not a whole number from 1 on"),
-        (["generate", "--new-tokens", "few"], "'few' is not a whole number from 1 on"),
+        (["generate", "--new_tokens", "few"], "'few' is not a whole number from 1 on"),
         (["generate", "--output", "no/such/folder/report.json"], "cannot be written"),
-        (["train", *TINY, "--answer-tokens", "1000"], "--answer-tokens is 1000"),
+        (["train", *TINY, "--answer_tokens", "1000"], "--answer_tokens is 1000"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(arguments, told: str, capsys: pytest.CaptureFixture) -> None:
@@ -285,7 +285,7 @@ def test_mistakes_are_told_in_one_sentence(arguments, told: str, capsys: pytest.
 
 def test_data_is_measured_beside_pillow(tmp_path, capsys) -> None:
     path = tmp_path / "data.json"
-    arguments = ["data", "--rounds", "1", "--pictures", "16", "--batch-size", "4", "--output", str(path)]
+    arguments = ["data", "--rounds", "1", "--pictures", "16", "--batch_size", "4", "--output", str(path)]
     assert cli.main(["benchmark", *arguments]) == 0
     printed, report = capsys.readouterr().out, json.loads(path.read_text())
     assert set(report["sides"]) == {"pillow", "ours"} and report["machine"]["threads"] == 1

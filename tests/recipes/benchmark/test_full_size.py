@@ -18,8 +18,8 @@ from recipes_minigpt4.utils.errors import RecipeError
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """The folder of a run whose weights were kept, and what it measured."""
     folder = tmp_path_factory.mktemp("check")
-    arguments = ["--preset", "small", "--shard-size", "2MB", "--limit", "1000", "--keep"]
-    return folder, run_check(parse(["--output-dir", str(folder), *arguments]))
+    arguments = ["--preset", "small", "--shard_size", "2MB", "--limit", "1000", "--keep"]
+    return folder, run_check(parse(["--output_dir", str(folder), *arguments]))
 
 
 def stored_names(folder: Path) -> set[str]:
@@ -65,7 +65,7 @@ def test_too_much_memory_fails_in_one_sentence_and_kept_weights_are_used_again(r
     folder, result = run
     monkeypatch.setattr(full_size, "measure_in_new_process", lambda adapter: result)
     monkeypatch.setattr(full_size, "write_shards", None)  # nothing is written again
-    arguments = ["--output-dir", str(folder), "--preset", "small", "--keep"]
+    arguments = ["--output_dir", str(folder), "--preset", "small", "--keep"]
     assert main(arguments) == 0
     capsys.readouterr()
     assert main([*arguments, "--limit", "1.15"]) == 1
@@ -87,14 +87,14 @@ def test_weights_are_deleted_unless_they_are_kept(tmp_path, monkeypatch: pytest.
         return {"new_tokens": 8, "finite": True, "ratio": 1.0, "mapped_files": []}
 
     monkeypatch.setattr(full_size, "measure_in_new_process", measure)
-    assert main(["--output-dir", str(tmp_path), "--preset", "small"]) == 0
+    assert main(["--output_dir", str(tmp_path), "--preset", "small"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=15e9))
     with pytest.raises(RecipeError, match=r"take 15\.\d GB, but the disk of .* has 15\.0 GB left"):
-        run_check(parse(["--output-dir", str(tmp_path)]))
+        run_check(parse(["--output_dir", str(tmp_path)]))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -123,5 +123,5 @@ def test_presets_are_the_released_models(preset: str, parameters: int) -> None:
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["--output-dir", str(tmp_path / "file"), "--preset", "small"]) == 1
+    assert main(["--output_dir", str(tmp_path / "file"), "--preset", "small"]) == 1
     assert "cannot be made" in capsys.readouterr().err

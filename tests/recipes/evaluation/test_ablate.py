@@ -79,7 +79,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("ablation")
     variants = write_variants(root / "variants", VARIANTS)
     out = root / "out"
-    command = ["ablate", "--variants", str(variants), "--seeds", "0,1", "--scenes", "6", "--output-dir", str(out)]
+    command = ["ablate", "--variants", str(variants), "--seeds", "0,1", "--scenes", "6", "--output_dir", str(out)]
     with counted(stop_at=6) as interrupted:
         assert run_command(command) == 130
     partial = json.loads((out / "results.json").read_text())
@@ -151,7 +151,7 @@ def test_every_run_is_told_with_its_numbers_and_its_configuration(ablation: Simp
 def test_another_folder_and_order_give_the_same_weights(ablation: SimpleNamespace, tmp_path: Path) -> None:
     command = ["ablate", "--variants", str(ablation.variants / "baseline.yaml"), "--seeds", "1", "--scenes", "6"]
     with counted() as trained:
-        assert run_command([*command, "--output-dir", str(tmp_path)]) == 0
+        assert run_command([*command, "--output_dir", str(tmp_path)]) == 0
     assert trained == ablation.results["variants"]["baseline"]["runs"][1]["runs"]
     for name in trained:
         ours, theirs = (
@@ -163,9 +163,9 @@ def test_another_folder_and_order_give_the_same_weights(ablation: SimpleNamespac
 def test_cached_features_change_no_number(ablation: SimpleNamespace, tmp_path: Path) -> None:
     tuned = {"title": "tuned", "stage1": {**SHORT, "train_parts": ["qformer"]}, "stage2": None}
     variants = write_variants(tmp_path / "variants", {"baseline": VARIANTS["baseline"], "tuned": tuned})
-    command = ["ablate", "--variants", str(variants), "--seeds", "1", "--scenes", "6", "--output-dir", str(tmp_path)]
+    command = ["ablate", "--variants", str(variants), "--seeds", "1", "--scenes", "6", "--output_dir", str(tmp_path)]
     with counted():
-        assert run_command([*command, "--cache-features", str(tmp_path / "features")]) == 0
+        assert run_command([*command, "--cache_features", str(tmp_path / "features")]) == 0
     (run,) = json.loads((tmp_path / "results.json").read_text())["variants"]["baseline"]["runs"]
     plain = ablation.results["variants"]["baseline"]["runs"][1]
     assert {**run, "seconds": 0} == {**plain, "seconds": 0}
@@ -201,7 +201,7 @@ def test_adapters_of_the_language_model_go_on_from_the_baseline_s_stage_1(
     folder = write_variants(tmp_path, {"adapter": content})
     with counted() as trained:
         assert run_command(["ablate", "--variants", str(folder / "adapter.yaml"), "--seeds", "0", "--scenes", "3",
-                            "--output-dir", str(ablation.out)]) == 0  # fmt: skip
+                            "--output_dir", str(ablation.out)]) == 0  # fmt: skip
     (run,) = json.loads((ablation.out / "results.json").read_text())["variants"]["adapter"]["runs"]
     baseline = ablation.results["variants"]["baseline"]["runs"][0]
     assert run["runs"] == [baseline["runs"][0], *trained]
@@ -399,7 +399,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 def test_mistakes_in_a_variant_are_told_in_one_sentence(name: str, tmp_path: Path, capsys) -> None:
     content, named = FILES[name]
     folder = write_variants(tmp_path / "variants", {"own": content})
-    told = refused(["--variants", str(folder / "own.yaml"), "--output-dir", str(tmp_path / "out")], capsys)
+    told = refused(["--variants", str(folder / "own.yaml"), "--output_dir", str(tmp_path / "out")], capsys)
     assert not [word for word in named if word not in told], told
     assert not (tmp_path / "out").exists()
 
@@ -425,14 +425,14 @@ def test_a_variant_that_is_no_yaml(tmp_path: Path, capsys) -> None:
     ],
 )
 def test_mistakes_in_the_arguments_are_told_in_one_sentence(arguments, named, tmp_path: Path, capsys) -> None:
-    told = refused([*arguments, "--output-dir", str(tmp_path / "out")], capsys)
+    told = refused([*arguments, "--output_dir", str(tmp_path / "out")], capsys)
     assert not [word for word in named if word not in told], told
 
 
 def test_a_folder_where_a_file_is_in_the_way(tmp_path: Path, capsys) -> None:
     (tmp_path / "runs").write_text("precious")
-    told = refused(["--variants", "baseline", "--output-dir", str(tmp_path)], capsys)
-    assert "--output-dir" in told and "cannot be used" in told
+    told = refused(["--variants", "baseline", "--output_dir", str(tmp_path)], capsys)
+    assert "--output_dir" in told and "cannot be used" in told
     assert (tmp_path / "runs").read_text() == "precious"
 
 
@@ -451,4 +451,4 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture) -> None:
         run_command(["ablate", "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(option in printed for option in ("--variants", "--seeds", "--scenes", "--output-dir"))
+    assert all(option in printed for option in ("--variants", "--seeds", "--scenes", "--output_dir"))

@@ -20,8 +20,8 @@ def command(tmp_path: Path, tokenizer) -> tuple[list[str], Files]:
     files = Files(tmp_path)
     files.config.save_pretrained(tmp_path / "sizes")
     folder = save_llama(files.tensors, tmp_path / "llama", tokenizer)
-    arguments = ["convert", "--checkpoint", files.checkpoint, "--language-model", folder]
-    return [*arguments, "--output-dir", str(tmp_path / "out")], files
+    arguments = ["convert", "--checkpoint", files.checkpoint, "--language_model", folder]
+    return [*arguments, "--output_dir", str(tmp_path / "out")], files
 
 
 def from_files(files: Files, folder: Path) -> list[str]:
@@ -52,7 +52,7 @@ def test_vision_backbone_makes_a_small_folder(command, tmp_path: Path) -> None:
     arguments, files = command
     assert cli.main([*arguments, *from_files(files, tmp_path)]) == 0
     vision = (tmp_path / "out" / "vision").rename(tmp_path / "blip2")
-    assert cli.main([*arguments[:-1], str(tmp_path / "small"), "--vision-backbone", str(vision)]) == 0
+    assert cli.main([*arguments[:-1], str(tmp_path / "small"), "--vision_backbone", str(vision)]) == 0
     weights = list((tmp_path / "small").rglob("*.safetensors"))
     assert [path.name for path in weights] == ["model.safetensors"] and weights[0].stat().st_size < 5000
     assert json.loads((tmp_path / "small" / "config.json").read_text())["backbones"]["vision"]["fingerprint"]
@@ -60,7 +60,7 @@ def test_vision_backbone_makes_a_small_folder(command, tmp_path: Path) -> None:
 
 def test_the_folder_is_pushed_with_its_card(command, tmp_path: Path, hub: HubServer, capsys) -> None:
     arguments, files = command
-    given = [*arguments, *from_files(files, tmp_path), "--push-to-hub", "eyes", "--private", "--license", "mit"]
+    given = [*arguments, *from_files(files, tmp_path), "--push_to_hub", "eyes", "--private", "--license", "mit"]
     assert cli.main(given) == 0
     repo = hub.repos["model", "you/eyes"]
     assert repo.private and hub.messages("you/eyes") == ["Converted MiniGPT-4"]
@@ -76,7 +76,7 @@ def test_the_folder_is_pushed_with_its_card(command, tmp_path: Path, hub: HubSer
 def test_a_failed_push_leaves_the_folder_and_says_so(command, tmp_path: Path, hub: HubServer, capsys) -> None:
     arguments, files = command
     hub.fail("POST", "/commit/", status=503, times=100)
-    assert cli.main([*arguments, *from_files(files, tmp_path), "--push-to-hub", "eyes"]) == 2
+    assert cli.main([*arguments, *from_files(files, tmp_path), "--push_to_hub", "eyes"]) == 2
     told = capsys.readouterr().err
     assert f"{tmp_path / 'out'} is whole but not on the Hub: the Hub is overloaded or out of order (503)" in told
     assert f"`minigpt4 push {tmp_path / 'out'} eyes`" in told
@@ -86,17 +86,17 @@ def test_a_failed_push_leaves_the_folder_and_says_so(command, tmp_path: Path, hu
 def test_mistakes_are_told_in_one_line(command, tmp_path: Path, capsys) -> None:
     arguments, files = command
     for given, told in (
-        (["convert"], "required: --checkpoint, --language-model, --output-dir"),
+        (["convert"], "required: --checkpoint, --language_model, --output_dir"),
         (arguments, "give one of them"),
         ([*arguments, "--vit", files.vit], "give the Q-Former's file too"),
         ([*arguments, *from_files(files, tmp_path), "--preset", "gpt5"], "invalid choice: 'gpt5'"),
         ([*arguments, *from_files(files, tmp_path)[:-1], str(tmp_path / "nothing")], "no configuration that can be"),
         ([*arguments, *from_files(files, tmp_path)[:-1], str(tmp_path / "llama")], "the configuration of a 'llama'"),
         ([*arguments[:-1], str(tmp_path / "sizes"), *from_files(files, tmp_path)], "would be overwritten"),
-        ([*arguments, "--vision-backbone", "x/y", "--config", str(tmp_path / "sizes")], "leave --config out"),
-        ([*arguments, "--vision-backbone", "x/y", "--private"], "name it with --push-to-hub"),
+        ([*arguments, "--vision_backbone", "x/y", "--config", str(tmp_path / "sizes")], "leave --config out"),
+        ([*arguments, "--vision_backbone", "x/y", "--private"], "name it with --push_to_hub"),
         ([*arguments, "--vit", str(tmp_path / "none.pth")], "There is no file"),
-        ([*arguments, "--vision-backbone", str(tmp_path / "llama")], "has no vision encoder"),
+        ([*arguments, "--vision_backbone", str(tmp_path / "llama")], "has no vision encoder"),
     ):
         assert cli.main(given) == 2
         printed = capsys.readouterr().err

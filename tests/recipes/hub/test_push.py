@@ -92,7 +92,7 @@ def test_only_what_has_changed_is_sent_again(folder: Path, hub: HubServer) -> No
     assert len(hub.messages(ID)) == 1
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    assert push(folder, "--commit-message", "Better") == 0
+    assert push(folder, "--commit_message", "Better") == 0
     assert hub.messages(ID) == ["Upload MiniGPT-4", "Better"]
     assert len(hub.requests("PUT", ".")) == 2
     assert hub.files(ID)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
@@ -123,7 +123,7 @@ def test_private_is_private(folder: Path, hub: HubServer, capsys) -> None:
     assert hub.repos["model", ID].private
     hub.repos["model", ID].private = False
     before = hub.head(ID)
-    assert push(folder, "--private", "--commit-message", "again") == 2
+    assert push(folder, "--private", "--commit_message", "again") == 2
     told = capsys.readouterr().err
     assert "is there already and public" in told and f"`minigpt4 push {folder} {ID} --private`" in told
     assert hub.head(ID) == before

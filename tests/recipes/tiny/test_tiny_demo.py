@@ -60,7 +60,7 @@ def some_results() -> dict:
         (["--seed", "-1"], "Argument --seed: '-1' is not a whole number from 0 to 4294967295"),
         (["--seed", str(2**32)], "Argument --seed: '4294967296' is not"),
         (["--outputdir", "x"], "outputdir"),
-        (["--output-dir"], "--output-dir"),
+        (["--output_dir"], "--output_dir"),
     ],
 )
 def test_arguments_that_are_not_understood(arguments, message, capsys):
@@ -244,7 +244,7 @@ def short_demo(untaught, tmp_path_factory) -> Path:
         patch.setattr(demo, "MAX_NEW_TOKENS", 12)
         threads = torch.get_num_threads()
         with redirect_stdout(io.StringIO()) as screen:
-            assert run_command(["demo", "--output-dir", str(folder), "--seed", "11"]) == 0
+            assert run_command(["demo", "--output_dir", str(folder), "--seed", "11"]) == 0
         assert torch.get_num_threads() == threads
         assert not torch.are_deterministic_algorithms_enabled()
     (folder.parent / "screen.txt").write_text(screen.getvalue())
@@ -384,7 +384,7 @@ def test_replies_do_not_depend_on_the_batch(short_demo, monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_meets_its_bars(tmp_path, capsys):
-    assert run_command(["demo", "--output-dir", str(tmp_path), "--seed", "0"]) == 0
+    assert run_command(["demo", "--output_dir", str(tmp_path), "--seed", "0"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     stages = results["stages"]
     assert stages["untrained"]["object_f1"] <= 0.35

@@ -141,7 +141,7 @@ def test_numbers_of_a_plan_are_told(fields: dict[str, Any], refuse: Callable) ->
     [
         "demo --seed -1", "demo --seed 1.5", "demo --seed 4294967296", "ablate --seeds 0,-1", "ablate --seeds 1,1",
         "ablate --scenes 2", "benchmark train --rounds 0", "benchmark train --seed -1", "benchmark data --pictures 0",
-        "benchmark train --batch-size -2", "benchmark generate --images 0",
+        "benchmark train --batch_size -2", "benchmark generate --images 0",
     ],
 )  # fmt: skip
 def test_numbers_of_other_commands_are_told(command: str, refuse: Callable) -> None:

@@ -15,7 +15,7 @@ from recipes_minigpt4.utils.files import prepare_folder, write_json
 def test_an_output_folder_where_a_file_is_in_the_way(file, folder, tmp_path):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("precious")
-    with pytest.raises(RecipeError, match=r"--output-dir .* cannot be used .*; name a folder"):
+    with pytest.raises(RecipeError, match=r"--output_dir .* cannot be used .*; name a folder"):
         prepare_folder(tmp_path / folder, parts=("stage1", "adapter"))
     assert (tmp_path / file).read_text() == "precious"
 
