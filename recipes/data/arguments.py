@@ -30,15 +30,15 @@ class DataArguments:
     image_column: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Column with the pictures or their paths; of several datasets one for each, or one for all. "
-            "Default: found by its name, such as image, jpg, file_name or url."
+            "help": "Column with pictures or their paths. Of several datasets one for each, or one for all. "
+            "Default: found by its name; such as image, jpg, file_name or url."
         },
     )
     text_column: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Column with the captions, answers or chats; of several datasets one for each, or one for all. "
-            "Default: found by its name, such as caption, text, answer, conversations or messages."
+            "help": "Column with captions, answers or chats. Of several datasets one for each, or one for all. "
+            "Default: found by its name; such as caption, text, answer, conversations or messages."
         },
     )
     image_folder: str | None = field(

@@ -45,9 +45,7 @@ class StageArguments(SFTConfig):
     seed: int = option("seed")
 
     # Where results go
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Overwrite the result of an earlier run in output_dir."}
-    )
+    overwrite_output_dir: bool = option("overwrite_output_dir")
 
     # Stored features of the vision side
     cache_features: str | None = option("cache_features")

@@ -81,6 +81,7 @@ WATCHING = {
 }
 CHECKPOINTS = {
     "output_dir": Option(None, "Folder that the run writes into."),
+    "overwrite_output_dir": Option(False, "Overwrite the result of an earlier run in that folder."),
     "save_steps": Option(500, "Steps between two checkpoints."),
     "save_total_limit": Option(None, "How many checkpoints are kept, the newest ones. Default: all."),
     "resume_from_checkpoint": Option(
