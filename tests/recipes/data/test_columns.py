@@ -11,6 +11,7 @@ import pytest
 from damaged import jpeg, write_tar
 from PIL import Image
 
+from recipes_minigpt4 import stage1_pretrain
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
@@ -190,3 +191,14 @@ def test_pictures_of_tars_are_any(folder: Path, compose: Callable) -> None:
         folder / "a.tar", [("0", {"jpg": jpeg(1), "txt": b"one"}), ("1", {"png": jpeg(2), "txt": b"2"})]
     )
     assert [text for text, _ in read(compose()[1], source, count=2)] == ["2", "one"]
+
+
+def test_columns_in_a_yaml_file(tmp_path: Path, folder: Path, compose: Callable) -> None:
+    """As older files have them, and one for each dataset."""
+    (tmp_path / "run.yaml").write_text("dataset_name: a.tar\nimage_column: image\ntext_column: caption\n")
+    _, data, _ = stage1_pretrain.parse(["--config", str(tmp_path / "run.yaml")])
+    assert (data.image_column, data.text_column) == (["image"], ["caption"])
+    (tmp_path / "run.yaml").write_text("dataset_name: [a.tar, b]\ntext_column: [caption, text]\n")
+    _, data, _ = stage1_pretrain.parse(["--config", str(tmp_path / "run.yaml")])
+    assert (data.image_column, data.text_column) == (None, ["caption", "text"])
+    assert read(compose()[1], tar(folder, text="{}"), image_column="image", text_column="caption") == EXPECTED
