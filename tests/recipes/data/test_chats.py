@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from damaged import write_tar
 from PIL import Image
 
 from processing_minigpt4 import MiniGPT4DataCollator, load_chat_template
@@ -215,6 +216,22 @@ def test_captions_questions_and_chats_are_mixed(folder: Path, compose: Callable)
     answers = {tuple(learned) for _, learned in seen(processor, good, len(good))}
     assert answers == {("A caption.###",), ("Green.###",), ("A red one.###", "A green one.###")}
     assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in good)
+
+
+def test_tars_hold_chats_and_questions_as_well(folder: Path, compose: Callable, capsys) -> None:
+    processor = compose(chat_template="vicuna_v0")[1]
+    picture = (folder / "0.png").read_bytes()
+    chats = [json.dumps({"image": "0.png", "conversations": row["conversations"]}).encode() for row in (TURNS, TWO)]
+    source = write_tar(folder / "a.tar", [(str(n), {"png": picture, "json": chat}) for n, chat in enumerate(chats)])
+    rows = list(itertools.islice(rows_of(processor, source), 2))
+    assert f"data: image and conversations of {source}\n" in capsys.readouterr().out
+    assert seen(processor, rows)[0][1] == ["A square.###", "It is red.###"]
+    assert rows[1]["skipped"]["cause"] == "broken chat"
+    asked = {"question": "Which?", "answer": "Red.", "key": "7"}
+    source = write_tar(folder / "b.tar", [("0", {"png": picture, "json": json.dumps(asked).encode()})])
+    ((text, learned),) = seen(processor, rows_of(processor, source))
+    assert (text, learned) == (f"{VICUNA}Which? ###Assistant: Red.###", ["Red.###"])
+    assert "question and answer of" in capsys.readouterr().out
 
 
 # ---- mistakes and runs ----------------------------------------------------------------------------------------------
