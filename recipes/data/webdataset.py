@@ -25,7 +25,7 @@ from datasets.utils.file_utils import ArchiveIterable
 
 from recipes_minigpt4.data.bad_samples import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
 from recipes_minigpt4.data.chats import read_chat
-from recipes_minigpt4.data.columns import IMAGE_ENDINGS, QUESTIONS, TEXTS, Columns, choose_columns, tell_columns
+from recipes_minigpt4.data.columns import CHATS, IMAGE_ENDINGS, QUESTIONS, TEXTS, Columns, choose_columns, tell_columns
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.redaction import redact
 
@@ -175,8 +175,8 @@ def check_columns(tar: str, image_column: str | None, text_column: str | None, s
                 continue  # one that is skipped when it is its turn
             text = text_column or _text_of(texts)
             if _has(pictures, image_column) and text and _has(texts, text):
-                question = next((name for name in texts if name.lower() in QUESTIONS[0]), None)
-                return Columns(image_column, text, question if stage == 2 else None)
+                found = [text, *(name for name in texts if name.lower() in (*QUESTIONS[0], *CHATS))]
+                return replace(choose_columns(["image", *found], tar, "image", text_column, stage), image=image_column)
     except BadSampleError as error:
         if not pictures:
             raise RecipeError(f"{tar} cannot be read ({error.detail}); fix or remove it.") from error

@@ -118,6 +118,13 @@ def test_the_line_says_what_is_read(folder: Path, compose: Callable, capsys) -> 
     assert f"data: images and messages of {source}\n" in capsys.readouterr().out
 
 
+def test_stage1_takes_the_text_beside_chats_and_stage2_the_chats(folder: Path, capsys) -> None:
+    args = DataArguments(dataset_name=str(write(folder, {**TURNS, "text": "A square."}, name="chats.jsonl")))
+    for stage, taken in ((1, "text"), (2, "conversations")):
+        load_pairs(args, stage=stage)
+        assert f"data: image and {taken} of " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("as_parts", [False, True])
 def test_several_pictures_stand_where_they_are_placed(as_parts: bool, folder: Path, compose: Callable) -> None:
     processor = compose(chat_template="vicuna_v0")[1]
@@ -260,6 +267,9 @@ def test_chats_that_cannot_be_read_get_a_sentence(folder: Path) -> None:
     source = str(write(folder, TURNS))
     with pytest.raises(RecipeError, match=r"holds chats in the column 'conversations', which stage 2 reads; .*\.$"):
         load_pairs(DataArguments(dataset_name=source), stage=1)
+    both = {"image": "0.png", "question": "a", "instruction": "b", "answer": "c"}
+    with pytest.raises(RecipeError, match=r"several columns of instructions, question and instruction; remove one\.$"):
+        load_pairs(DataArguments(dataset_name=str(write(folder, both))), stage=2)
     source = str(write(folder, BROKEN["a missing file"]))
     with pytest.raises(RecipeError, match=r"1 of 1 pictures are missing, .*9\.png among them; .*--image_folder"):
         load_pairs(DataArguments(dataset_name=source), stage=2)

@@ -3,12 +3,16 @@
 import csv
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
 import pytest
 from damaged import jpeg, write_tar
+from hub_server import HubServer
 from PIL import Image
 
 from recipes_minigpt4 import stage1_pretrain
@@ -202,3 +206,28 @@ def test_columns_in_a_yaml_file(tmp_path: Path, folder: Path, compose: Callable)
     _, data, _ = stage1_pretrain.parse(["--config", str(tmp_path / "run.yaml")])
     assert (data.image_column, data.text_column) == (None, ["caption", "text"])
     assert read(compose()[1], tar(folder, text="{}"), image_column="image", text_column="caption") == EXPECTED
+
+
+def test_columns_of_datasets_of_the_hub_are_found(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, because huggingface_hub reads the address of the Hub when it is imported."""
+    rows = {"img": [str(folder / f"{n}.png") for n in range(3)], "text": CAPTIONS, "label": [0, 1, 1]}
+    features = {
+        "img": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["a", "b"]),
+    }
+    saved = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    saved.to_parquet(tmp_path / "train.parquet")
+    code = """
+from recipes_minigpt4.data.sources import DataArguments, load_pairs
+for streaming in (False, True):
+    pairs = load_pairs(DataArguments(dataset_name="someone/squares", streaming=streaming, shuffle_buffer=1), stage=1)
+    print(sorted(pair["text"] for pair, _ in zip(pairs, range(3))))
+"""
+    with HubServer() as hub:
+        content = (tmp_path / "train.parquet").read_bytes()
+        hub.add_repo("someone/squares", {"data/train-00000-of-00001.parquet": content}, kind="dataset")
+        settings = {**os.environ, **hub.environment(tmp_path / "home")}
+        done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["data: img and text of someone/squares", str(sorted(CAPTIONS))] * 2
