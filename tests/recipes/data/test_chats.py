@@ -94,7 +94,7 @@ def seen(processor, rows, count: int = 1) -> list[tuple[str, list[str]]]:
 VICUNA = "<s>###Human: <Img><image></Img> "
 
 
-@pytest.mark.parametrize("form", ["llava.json", "llava.jsonl", "messages", "parts", "streamed"])
+@pytest.mark.parametrize("form", ["llava.json", "llava.jsonl", "messages", "parts", "texts and parts", "streamed"])
 def test_all_answers_of_a_chat_are_learned_and_nothing_else(form: str, folder: Path, compose: Callable) -> None:
     processor = compose(chat_template="vicuna_v0")[1]
     source = {
@@ -102,6 +102,9 @@ def test_all_answers_of_a_chat_are_learned_and_nothing_else(form: str, folder: P
         "llava.jsonl": lambda: write(folder, TURNS, name="chats.jsonl"),
         "messages": lambda: write(folder, as_messages(TURNS), name="chats.jsonl"),
         "parts": lambda: write(folder, as_messages(TURNS, parts=True), name="chats.jsonl"),
+        "texts and parts": lambda: write(
+            folder, as_messages(TURNS, parts=True), as_messages(TURNS), name="chats.jsonl"
+        ),
         "streamed": lambda: write(folder, TURNS, name="chats.jsonl"),
     }[form]()
     rows = rows_of(processor, source, streaming=form == "streamed")
