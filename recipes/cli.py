@@ -23,6 +23,10 @@ COMMANDS = {
         "recipes_minigpt4.planning.plan",
         "print parameters, memory per GPU, steps and data of a run before it starts",
     ),
+    "inspect": (
+        "recipes_minigpt4.planning.inspect_data",
+        "show what becomes of data: rows, tokens, what carries loss, what is skipped",
+    ),
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.hub.convert", "turn the original's files into a folder that from_pretrained loads"),
     "push": ("recipes_minigpt4.hub.push", "publish a saved model on the Hub, in one commit"),

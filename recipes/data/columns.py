@@ -19,7 +19,7 @@ TEXTS = (
     ("caption", "captions", "text", "txt", "answer", "description", "response", "output"),
     ("answers", "title", "alt", "alt_text", "sentence", "label_text"),
 )
-QUESTIONS = (("question", "instruction", "query"),)
+QUESTIONS = (("question", "instruction"),)
 CHATS = ("conversations", "messages", "conversation")
 
 EXAMPLE = 'a row is like {"image": "1.jpg", "caption": "A red square."}'
@@ -74,7 +74,7 @@ def choose_columns(
                 f"--{option}."
             )
     chat = text if text is not None else next((column for column in found if column.lower() in CHATS), None)
-    if chat is not None and chat.lower() in CHATS and (text is not None or _one(found, TEXTS, ()) is None):
+    if chat is not None and chat.lower() in CHATS and (stage == 2 or text or not _fitting(found, TEXTS, (image,))):
         if stage == 1:
             raise RecipeError(
                 f"{name} holds chats in the column {chat!r}, which stage 2 reads; stage 1 needs captions, where "
@@ -82,14 +82,18 @@ def choose_columns(
             )
         return Columns(image or _pick(found, PICTURES, (chat,), name, "image_column", False), chat, is_chat=True)
     image = image or _pick(found, PICTURES, (text,), name, "image_column")
-    if text is None and classes:
+    has_text = text is not None or _fitting(found, TEXTS, (image,))
+    if classes and not has_text:
         shown = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
         raise RecipeError(f"{name} has pictures in class folders ({shown}) and no captions; {METADATA}.")
-    if text is None and set(found) == {image}:
+    if not has_text and set(found) == {image}:
         raise RecipeError(f"{name} has pictures and no captions; {METADATA}.")
     text = text or _pick(found, TEXTS, (image,), name, "text_column")
     assert image is not None and text is not None  # or `_pick` had refused
-    return Columns(image, text, _one(found, QUESTIONS, (image, text)) if stage == 2 else None)
+    questions = _fitting(found, QUESTIONS, (image, text)) if stage == 2 else []
+    if len(questions) > 1:
+        raise RecipeError(f"{name} has several columns of instructions, {' and '.join(questions)}; remove one.")
+    return Columns(image, text, questions[0] if questions else None)
 
 
 def _fitting(found: Sequence[str], tiers: Sequence[Sequence[str]], others: Sequence[str | None]) -> list[str]:
@@ -98,11 +102,6 @@ def _fitting(found: Sequence[str], tiers: Sequence[Sequence[str]], others: Seque
         if fitting := [column for column in found if column.lower() in names and column not in others]:
             return fitting
     return []
-
-
-def _one(found: Sequence[str], tiers: Sequence[Sequence[str]], others: Sequence[str | None]) -> str | None:
-    fitting = _fitting(found, tiers, others)
-    return fitting[0] if len(fitting) == 1 else None
 
 
 def _pick(

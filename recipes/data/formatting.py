@@ -108,6 +108,11 @@ class Rows:
             return {"prompt": prompt, "completion": self.end or "-", "images": [blank], "skipped": skipped}
         return {"prompt": prompt, "completion": completion, "images": [image], "skipped": None}
 
+    def is_cut(self, row: Mapping[str, Any]) -> bool:
+        """Whether something of a row's last answer, or of its end, is gone."""
+        completion = str(row["completion"])
+        return LENGTH_MARK in completion or not completion.endswith(protect_text(self.end, self.image_token))
+
     def chat_row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         """The row of a chat, or of a pair from a source that is mixed with chats."""
         if pair["chat"] is None and (not pair["cause"] or pair.get("image")):
@@ -227,16 +232,7 @@ Pairs: TypeAlias = Dataset | IterableDataset
 
 def stage1_rows(pairs: Pairs, processor: Any, args: DataArguments) -> Pairs:
     """Rows of stage 1, `[BOS][image][caption][line break]`, with cleaned captions of at most 32 tokens."""
-    rows = Rows(
-        tokenizer=processor.tokenizer,
-        image_token=processor.image_token,
-        prompts=((processor.tokenizer.bos_token or "") + processor.image_token,),
-        start="",
-        end="\n" if args.end_sym is None else args.end_sym,
-        max_txt_len=args.max_txt_len or 32,
-        clean=True,
-    )
-    return _with_rows(pairs, rows)
+    return _with_rows(pairs, rows_maker(1, processor, args))
 
 
 def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 42) -> Pairs:
@@ -254,8 +250,23 @@ def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 4
             "Chats need a fast tokenizer, which tells where answers stand in a text, and that of the language model "
             "is none; write single questions and answers in its place."
         )
+    return _with_rows(pairs, rows_maker(2, processor, args, seed))
+
+
+def rows_maker(stage: int, processor: Any, args: DataArguments, seed: int = 42) -> Rows:
+    """What makes the rows of a stage, 1 or 2; see `stage1_rows` and `stage2_rows`."""
+    if stage == 1:
+        return Rows(
+            tokenizer=processor.tokenizer,
+            image_token=processor.image_token,
+            prompts=((processor.tokenizer.bos_token or "") + processor.image_token,),
+            start="",
+            end="\n" if args.end_sym is None else args.end_sym,
+            max_txt_len=args.max_txt_len or 32,
+            clean=True,
+        )
     written = chat_format(processor, args.instruction_template)
-    rows = Rows(
+    return Rows(
         tokenizer=processor.tokenizer,
         image_token=processor.image_token,
         prompts=tuple(map(written.prompt, INSTRUCTIONS)),
@@ -266,7 +277,6 @@ def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 4
         seed=seed,
         format=written,
     )
-    return _with_rows(pairs, rows)
 
 
 def _with_rows(pairs: Pairs, rows: Rows) -> Pairs:

@@ -46,6 +46,11 @@ MIXED = Features({**ASKED, **CHAT})
 SHARDS = 64  # of data that lie on disk, when they are streamed
 
 
+def features_of(columns: Columns) -> Features:
+    """The features of a stream whose rows come from these columns."""
+    return CHAT if columns.is_chat else PAIR if columns.question is None else ASKED
+
+
 def load_pairs(args: DataArguments, stage: int, seed: int = 42) -> Dataset | IterableDataset:
     """
     Open image–text pairs without decoding a picture.
@@ -109,7 +114,11 @@ def open_source(
         return _tiny_pairs(stage, args.num_samples)
     named = (column_of(args.image_column, place), column_of(args.text_column, place))
     if (pattern := tars_named(name)) is not None:
-        return _first(stream_tars(pattern, *named, PAIR if typed else None, seed), args.num_samples)
+
+        def features(columns: Columns) -> Features | None:
+            return features_of(columns) if typed or columns.is_chat or columns.question else None
+
+        return _first(stream_tars(pattern, *named, stage, features, seed), args.num_samples)
     refuse_address(name)
     with writable_cache():
         return _open_rows(name, Path(name).expanduser(), args, named, stage, seed)
@@ -141,8 +150,8 @@ def _open_rows(
         dataset = dataset if seed is None else shuffle_shards(dataset, seed)
         if columns.is_chat:
             old = ["text"] if columns.image is None else ["image", "text"]
-            return dataset.map(_as_chat, features=CHAT, fn_kwargs=places, remove_columns=old)
-        return dataset.map(_as_pair, features=PAIR if columns.question is None else ASKED, fn_kwargs=places)
+            return dataset.map(_as_chat, features=features_of(columns), fn_kwargs=places, remove_columns=old)
+        return dataset.map(_as_pair, features=features_of(columns), fn_kwargs=places)
     if columns.is_chat:
         chats = dataset.map(_as_chat, features=CHAT, fn_kwargs=places, remove_columns=dataset.column_names)
         _check_missing(_paths_of_chats(chats), len(chats), str(folder), args.max_bad_share)

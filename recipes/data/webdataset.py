@@ -14,7 +14,8 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from datasets.data_files import resolve_pattern
 from datasets.utils.file_utils import ArchiveIterable
 
 from recipes_minigpt4.data.bad_samples import BROKEN_ARCHIVE, BROKEN_JSON, BadSampleError
-from recipes_minigpt4.data.columns import IMAGE_ENDINGS, TEXTS, choose_columns, tell_columns
+from recipes_minigpt4.data.chats import read_chat
+from recipes_minigpt4.data.columns import CHATS, IMAGE_ENDINGS, QUESTIONS, TEXTS, Columns, choose_columns, tell_columns
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.redaction import redact
 
@@ -124,7 +126,8 @@ def stream_tars(
     pattern: str,
     image_column: str | None,
     text_column: str | None,
-    features: Features | None,
+    stage: int,
+    features: Callable[[Columns], Features | None],
     seed: int | None = None,
 ) -> IterableDataset:
     """
@@ -135,23 +138,25 @@ def stream_tars(
         image_column: ending of a member; None, or `image`, is any picture.
         text_column: ending of a member or field of the .json; `caption` is the .txt where there is no such field. None
             finds it.
-        features: those of the columns `image` (`bytes` and `path`, not decoded), `text`, `name`, and `cause`, which
-            tells why there is neither picture nor text; None leaves the stream without types.
+        stage: 1 or 2; questions and chats are read for 2.
+        features: tells those of the columns that are read: of pairs `image` (`bytes` and `path`, not decoded), `text`,
+            `name`, and `cause`, which tells why there is neither picture nor text; None leaves the stream without
+            types.
         seed: of the order of the tars; None leaves them in theirs.
 
     Raises:
         RecipeError: if there is no such file, nothing in the first, or no such column in its first sample.
     """
     tars = expand(pattern)
-    image_column, text_column = check_columns(tars[0], image_column, text_column)
-    tell_columns(pattern, [image_column, text_column])
+    columns = check_columns(tars[0], image_column, text_column, stage)
+    tell_columns(pattern, columns.names)
     if seed is not None:
         random.Random(seed).shuffle(tars)
-    columns = {"image_column": image_column, "text_column": text_column}
-    return IterableDataset.from_generator(samples_of, features=features, gen_kwargs={"tars": tars, **columns})
+    kwargs = {"tars": tars, "columns": columns}
+    return IterableDataset.from_generator(samples_of, features=features(columns), gen_kwargs=kwargs)
 
 
-def check_columns(tar: str, image_column: str | None, text_column: str | None) -> tuple[str, str]:
+def check_columns(tar: str, image_column: str | None, text_column: str | None, stage: int) -> Columns:
     """
     Look at the first samples of an archive, as many as it takes to find a picture and a text; returns their columns.
 
@@ -170,16 +175,17 @@ def check_columns(tar: str, image_column: str | None, text_column: str | None) -
                 continue  # one that is skipped when it is its turn
             text = text_column or _text_of(texts)
             if _has(pictures, image_column) and text and _has(texts, text):
-                return image_column, text
+                found = [text, *(name for name in texts if name.lower() in (*QUESTIONS[0], *CHATS))]
+                return replace(choose_columns(["image", *found], tar, "image", text_column, stage), image=image_column)
     except BadSampleError as error:
         if not pictures:
             raise RecipeError(f"{tar} cannot be read ({error.detail}); fix or remove it.") from error
     if not pictures:
         raise RecipeError(f"{tar} holds no samples; put pictures and texts of the same name into it, or remove it.")
     if not _has(pictures, image_column):
-        choose_columns(list(pictures), tar, image_column, None, stage=1)
-    chosen = choose_columns(["image", *texts], tar, "image", text_column, stage=1)
-    return image_column, chosen.text
+        choose_columns(list(pictures), tar, image_column, None, stage)
+    found = ["image", *(name for name in texts if name not in ("image", *IMAGE_ENDINGS))]
+    return replace(choose_columns(found, tar, "image", text_column, stage), image=image_column)
 
 
 def _has(columns: Mapping[str, None], name: str) -> bool:
@@ -195,17 +201,17 @@ def _text_of(columns: Mapping[str, None]) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def samples_of(tars: list[str], image_column: str, text_column: str) -> Iterator[dict[str, Any]]:
+def samples_of(tars: list[str], columns: Columns) -> Iterator[dict[str, Any]]:
     """The samples of archives, one after the other; what is wrong with one is told in its place."""
     for tar in tars:
         shown = redact(tar)
         try:
             for members in groups_of(tar):
                 Outage.broken = 0
-                yield sample_of(shown, members, image_column, text_column)
+                yield sample_of(shown, members, columns)
         except BadSampleError as error:
             Outage.count(shown, error)
-            yield _broken(shown, error)
+            yield _broken(shown, error, columns)
 
 
 class Outage:
@@ -231,26 +237,33 @@ class Outage:
             )
 
 
-def sample_of(tar: str, members: Mapping[str, bytes], image_column: str, text_column: str) -> dict[str, Any]:
-    """Picture and text of a sample."""
+def sample_of(tar: str, members: Mapping[str, bytes], columns: Columns) -> dict[str, Any]:
+    """Picture and text of a sample, and its question; or its chat."""
     name = f"{tar}/{members['__key__'].decode('utf-8', 'replace')}"
     try:
-        columns = columns_of(members)
-        picture, text = find(members, image_column), find(columns, text_column)
+        fields = columns_of(members)
+        picture, text = find(members, columns.image or "image"), find(fields, columns.text)
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        ending = next((ending for ending, content in members.items() if content is picture), "")
+        image = None if picture is None else {"bytes": picture, "path": f"{name}.{ending}"}
+        if columns.is_chat:
+            chat, images = read_chat(text, image)
+            return {"images": images, "chat": json.dumps(chat, ensure_ascii=False), "name": name, "cause": None}
     except BadSampleError as error:
-        return _broken(name, error)
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    ending = next((ending for ending, content in members.items() if content is picture), "")
-    return {
-        "image": None if picture is None else {"bytes": picture, "path": f"{name}.{ending}"},
-        "text": text if isinstance(text, str) else None,
-        "name": name,
-        "cause": None,
-    }
+        return _broken(name, error, columns)
+    asked = {} if columns.question is None else {"question": _as_text(fields.get(columns.question))}
+    return {"image": image, "text": _as_text(text), **asked, "name": name, "cause": None}
 
 
-def _broken(name: str, error: BadSampleError) -> dict[str, Any]:
-    return {"image": None, "text": None, **error.record(name)}
+def _as_text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _broken(name: str, error: BadSampleError, columns: Columns) -> dict[str, Any]:
+    if columns.is_chat:
+        return {"images": [], "chat": None, **error.record(name)}
+    asked = {} if columns.question is None else {"question": None}
+    return {"image": None, "text": None, **asked, **error.record(name)}
 
 
 def groups_of(tar: str) -> Iterator[dict[str, bytes]]:

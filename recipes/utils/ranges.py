@@ -93,6 +93,8 @@ RANGES = {
     "stage": STAGE,
     "num_processes": COUNT,
     "hours": POSITIVE,
+    # what is inspected
+    "rows": COUNT,
 }
 
 

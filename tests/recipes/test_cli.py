@@ -35,7 +35,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
         cli.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("stage1", "stage2", "demo", "convert", "push", "ablate"):
+    for command in ("stage1", "stage2", "inspect", "demo", "convert", "push", "ablate"):
         assert command in printed
 
 

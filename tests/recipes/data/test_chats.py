@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from damaged import write_tar
 from PIL import Image
 
 from processing_minigpt4 import MiniGPT4DataCollator, load_chat_template
@@ -93,7 +94,7 @@ def seen(processor, rows, count: int = 1) -> list[tuple[str, list[str]]]:
 VICUNA = "<s>###Human: <Img><image></Img> "
 
 
-@pytest.mark.parametrize("form", ["llava.json", "llava.jsonl", "messages", "parts", "streamed"])
+@pytest.mark.parametrize("form", ["llava.json", "llava.jsonl", "messages", "parts", "texts and parts", "streamed"])
 def test_all_answers_of_a_chat_are_learned_and_nothing_else(form: str, folder: Path, compose: Callable) -> None:
     processor = compose(chat_template="vicuna_v0")[1]
     source = {
@@ -101,6 +102,9 @@ def test_all_answers_of_a_chat_are_learned_and_nothing_else(form: str, folder: P
         "llava.jsonl": lambda: write(folder, TURNS, name="chats.jsonl"),
         "messages": lambda: write(folder, as_messages(TURNS), name="chats.jsonl"),
         "parts": lambda: write(folder, as_messages(TURNS, parts=True), name="chats.jsonl"),
+        "texts and parts": lambda: write(
+            folder, as_messages(TURNS, parts=True), as_messages(TURNS), name="chats.jsonl"
+        ),
         "streamed": lambda: write(folder, TURNS, name="chats.jsonl"),
     }[form]()
     rows = rows_of(processor, source, streaming=form == "streamed")
@@ -115,6 +119,13 @@ def test_the_line_says_what_is_read(folder: Path, compose: Callable, capsys) -> 
     assert f"data: image and conversations of {source}\n" in capsys.readouterr().out
     rows_of(compose()[1], source := write(folder, as_messages(TURNS), name="chats.jsonl"))
     assert f"data: images and messages of {source}\n" in capsys.readouterr().out
+
+
+def test_stage1_takes_the_text_beside_chats_and_stage2_the_chats(folder: Path, capsys) -> None:
+    args = DataArguments(dataset_name=str(write(folder, {**TURNS, "text": "A square."}, name="chats.jsonl")))
+    for stage, taken in ((1, "text"), (2, "conversations")):
+        load_pairs(args, stage=stage)
+        assert f"data: image and {taken} of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("as_parts", [False, True])
@@ -217,6 +228,22 @@ def test_captions_questions_and_chats_are_mixed(folder: Path, compose: Callable)
     assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in good)
 
 
+def test_tars_hold_chats_and_questions_as_well(folder: Path, compose: Callable, capsys) -> None:
+    processor = compose(chat_template="vicuna_v0")[1]
+    picture = (folder / "0.png").read_bytes()
+    chats = [json.dumps({"image": "0.png", "conversations": row["conversations"]}).encode() for row in (TURNS, TWO)]
+    source = write_tar(folder / "a.tar", [(str(n), {"png": picture, "json": chat}) for n, chat in enumerate(chats)])
+    rows = list(itertools.islice(rows_of(processor, source), 2))
+    assert f"data: image and conversations of {source}\n" in capsys.readouterr().out
+    assert seen(processor, rows)[0][1] == ["A square.###", "It is red.###"]
+    assert rows[1]["skipped"]["cause"] == "broken chat"
+    asked = {"question": "Which?", "answer": "Red.", "key": "7"}
+    source = write_tar(folder / "b.tar", [("0", {"png": picture, "json": json.dumps(asked).encode()})])
+    ((text, learned),) = seen(processor, rows_of(processor, source))
+    assert (text, learned) == (f"{VICUNA}Which? ###Assistant: Red.###", ["Red.###"])
+    assert "question and answer of" in capsys.readouterr().out
+
+
 # ---- mistakes and runs ----------------------------------------------------------------------------------------------
 
 
@@ -243,6 +270,9 @@ def test_chats_that_cannot_be_read_get_a_sentence(folder: Path) -> None:
     source = str(write(folder, TURNS))
     with pytest.raises(RecipeError, match=r"holds chats in the column 'conversations', which stage 2 reads; .*\.$"):
         load_pairs(DataArguments(dataset_name=source), stage=1)
+    both = {"image": "0.png", "question": "a", "instruction": "b", "answer": "c"}
+    with pytest.raises(RecipeError, match=r"several columns of instructions, question and instruction; remove one\.$"):
+        load_pairs(DataArguments(dataset_name=str(write(folder, both))), stage=2)
     source = str(write(folder, BROKEN["a missing file"]))
     with pytest.raises(RecipeError, match=r"1 of 1 pictures are missing, .*9\.png among them; .*--image_folder"):
         load_pairs(DataArguments(dataset_name=source), stage=2)

@@ -3,14 +3,19 @@
 import csv
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
 import pytest
 from damaged import jpeg, write_tar
+from hub_server import HubServer
 from PIL import Image
 
+from recipes_minigpt4 import stage1_pretrain
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
@@ -190,3 +195,39 @@ def test_pictures_of_tars_are_any(folder: Path, compose: Callable) -> None:
         folder / "a.tar", [("0", {"jpg": jpeg(1), "txt": b"one"}), ("1", {"png": jpeg(2), "txt": b"2"})]
     )
     assert [text for text, _ in read(compose()[1], source, count=2)] == ["2", "one"]
+
+
+def test_columns_in_a_yaml_file(tmp_path: Path, folder: Path, compose: Callable) -> None:
+    """As older files have them, and one for each dataset."""
+    (tmp_path / "run.yaml").write_text("dataset_name: a.tar\nimage_column: image\ntext_column: caption\n")
+    _, data, _ = stage1_pretrain.parse(["--config", str(tmp_path / "run.yaml")])
+    assert (data.image_column, data.text_column) == (["image"], ["caption"])
+    (tmp_path / "run.yaml").write_text("dataset_name: [a.tar, b]\ntext_column: [caption, text]\n")
+    _, data, _ = stage1_pretrain.parse(["--config", str(tmp_path / "run.yaml")])
+    assert (data.image_column, data.text_column) == (None, ["caption", "text"])
+    assert read(compose()[1], tar(folder, text="{}"), image_column="image", text_column="caption") == EXPECTED
+
+
+def test_columns_of_datasets_of_the_hub_are_found(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, because huggingface_hub reads the address of the Hub when it is imported."""
+    rows = {"img": [str(folder / f"{n}.png") for n in range(3)], "text": CAPTIONS, "label": [0, 1, 1]}
+    features = {
+        "img": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["a", "b"]),
+    }
+    saved = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    saved.to_parquet(tmp_path / "train.parquet")
+    code = """
+from recipes_minigpt4.data.sources import DataArguments, load_pairs
+for streaming in (False, True):
+    pairs = load_pairs(DataArguments(dataset_name="someone/squares", streaming=streaming, shuffle_buffer=1), stage=1)
+    print(sorted(pair["text"] for pair, _ in zip(pairs, range(3))))
+"""
+    with HubServer() as hub:
+        content = (tmp_path / "train.parquet").read_bytes()
+        hub.add_repo("someone/squares", {"data/train-00000-of-00001.parquet": content}, kind="dataset")
+        settings = {**os.environ, **hub.environment(tmp_path / "home")}
+        done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["data: img and text of someone/squares", str(sorted(CAPTIONS))] * 2
