@@ -42,6 +42,7 @@ OPTIONS = {
     "stage1": "recipes_minigpt4.training.options",
     "stage2": "recipes_minigpt4.training.options",
     "plan": "recipes_minigpt4.planning.options",
+    "inspect": "recipes_minigpt4.planning.options",
     "demo": "recipes_minigpt4.tiny.options",
     "convert": "recipes_minigpt4.hub.options",
     "push": "recipes_minigpt4.hub.options",

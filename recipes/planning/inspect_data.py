@@ -25,6 +25,7 @@ from recipes_minigpt4.data.bad_samples import SampleCounts
 from recipes_minigpt4.data.collator import COUNTS, StageCollator
 from recipes_minigpt4.data.formatting import rows_maker, stage1_rows, stage2_rows
 from recipes_minigpt4.data.sources import open_source
+from recipes_minigpt4.planning.options import InspectArguments
 from recipes_minigpt4.planning.plan import PlannedStage1, PlannedStage2, tell_stage
 from recipes_minigpt4.training.arguments import ModelArguments, StageParser
 from recipes_minigpt4.training.model import backbone_sources, check_saved
@@ -32,28 +33,12 @@ from recipes_minigpt4.utils.embedded_world import TINY
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.files import replace_text
 from recipes_minigpt4.utils.html import data_uri, render_page, render_table, thumbnail
-from recipes_minigpt4.utils.ranges import check_ranges
 from recipes_minigpt4.utils.redaction import redact
 from recipes_minigpt4.utils.text import format_table, heading
 
 
 LOOKED_AT = 1000  # samples of a dataset, unless `num_samples` says how many
 LEGEND = "⟦ ⟧ carries loss, ↵ is a line break"
-
-
-@dataclass
-class InspectArguments:
-    """What only an inspection takes."""
-
-    stage: int | None = field(
-        default=None,
-        metadata={"help": "1 or 2. Default: 2 if model_name_or_path or instruction_template is there, otherwise 1."},
-    )
-    rows: int = field(default=10, metadata={"help": "Rows of every dataset that are shown."})
-    output: str | None = field(default=None, metadata={"help": "HTML page with thumbnails to write. Default: none."})
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass

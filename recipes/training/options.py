@@ -6,7 +6,7 @@ shows all that TRL and transformers have beside them, shows the same texts. Impo
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, field, fields
 from textwrap import shorten
 from types import MappingProxyType
@@ -98,6 +98,7 @@ PUBLISHING = {
     "language": Option("en", "Language of the training text, for the model card."),
 }
 GROUPS = {"Schedule": SCHEDULE, "Watching": WATCHING, "Checkpoints": CHECKPOINTS, "Publishing": PUBLISHING}
+TITLES = ("Model", "Data", *GROUPS)
 STAGE_OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
 STAGE_2 = {"learning_rate": 3e-5, "min_learning_rate": 1e-5, "warmup_steps": 200}  # other defaults of stage 2
 # Options that few runs set; `--help-all` has them.
@@ -108,11 +109,13 @@ TEXTS = {
     "stage1": "Teach the projection what pictures hold, from many image–caption pairs.",
     "stage2": "Teach the model to answer well, from few curated descriptions.",
     "plan": "Print parameters, memory per GPU, steps and data of a run before it starts.",
+    "inspect": "Show what becomes of data: rows, tokens, what carries loss, what is skipped.",
 }
 EXAMPLES = {
     "stage1": "minigpt4 stage1 --config tiny_stage1 --max_steps 20 --output_dir runs/first",
     "stage2": "minigpt4 stage2 --config tiny_stage2 --model_name_or_path runs/first --output_dir runs/second",
     "plan": "minigpt4 plan --config tiny_stage1",
+    "inspect": "minigpt4 inspect tiny --stage 2 --output inspect.html",
 }
 
 
@@ -146,13 +149,16 @@ def stage_options(command: str) -> dict[str, dict[str, Option]]:
     }
 
 
-def build_parser(command: str, more: Mapping[str, Mapping[str, Option]] = NOTHING) -> argparse.ArgumentParser:
+def build_parser(
+    command: str, more: Mapping[str, Mapping[str, Option]] = NOTHING, titles: Collection[str] = TITLES
+) -> argparse.ArgumentParser:
     """
     The parser of a stage as its help shows it, one line per option; a run is read by `StageParser`, which knows all.
 
     Args:
-        command: stage1, stage2 or plan.
+        command: stage1, stage2, plan or inspect.
         more: groups of options that only this command has.
+        titles: of the groups of a stage that it has too.
     """
     parser = CommandParser(
         prog=f"minigpt4 {command}",
@@ -165,7 +171,8 @@ def build_parser(command: str, more: Mapping[str, Mapping[str, Option]] = NOTHIN
     parser.add_argument("-h", "--help", action="help", help="Show this.")
     parser.add_argument("--help_all", action="store_true", help="Show every option, those of TRL included.")
     parser.add_argument("--config", help="YAML file with fields, or the name of a shipped one, such as tiny_stage1.")
-    for title, group in {**more, **stage_options(command)}.items():
+    shared = {title: group for title, group in stage_options(command).items() if title in titles}
+    for title, group in {**more, **shared}.items():
         shown = parser.add_argument_group(title)
         for name, known in group.items():
             shown.add_argument(f"--{name}", help=_line(known), default=argparse.SUPPRESS)
