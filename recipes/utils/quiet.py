@@ -16,6 +16,7 @@ from pathlib import Path
 # Logger → the beginning of what is left out.
 LOG_LINES = {
     "torchao": "Failed to load ",  # kernels for other processors and releases of Python
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",  # a faster kernel, of a package that it does without
     "torch.utils._pytree": "<enum '",  # torchao registers enumerations as it did for older torch
     "transformers.trainer": "The tokenizer has new PAD/BOS/EOS tokens",  # 4.57, of a model in parts
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
