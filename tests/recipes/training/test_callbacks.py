@@ -161,7 +161,7 @@ def test_other_trackers_get_a_table(name: str, stage, monkeypatch: pytest.Monkey
 def test_the_bar_tells_images_per_second_and_time_left(stage: Callable, capsys: pytest.CaptureFixture) -> None:
     stage1_pretrain.main(stage(max_steps=3, disable_tqdm=False))
     bar = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "images/s" in line]
-    assert bar and re.search(r"\d/3 \[\d\d:\d\d<\d\d:\d\d.*, [\d.]+ images/s\]", bar[0]), bar
+    assert bar and re.search(r"\d/3 \[\d\d:\d\d<\d\d:\d\d.*, loss [\d.]+, [\d.]+ images/s\]", bar[0]), bar
 
 
 def test_time_of_the_panel_does_not_count(stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
