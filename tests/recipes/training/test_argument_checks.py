@@ -16,7 +16,7 @@ from transformers import BertConfig
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4 import cli
 from recipes_minigpt4.data.arguments import DataArguments
-from recipes_minigpt4.planning import plan
+from recipes_minigpt4.planning import options
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import RANGES
@@ -91,7 +91,7 @@ def test_numbers_out_of_range_are_told(field: str, value: Any, command: str, ref
 def test_every_number_with_a_range_is_a_setting_that_has_one() -> None:
     fields = {
         field.name: field.default
-        for kind in (ModelArguments, DataArguments, StageArguments, plan.PlanArguments)
+        for kind in (ModelArguments, DataArguments, StageArguments, options.PlanArguments, options.InspectArguments)
         for field in dataclasses.fields(kind)
     }
     assert RANGES.keys() <= fields.keys()

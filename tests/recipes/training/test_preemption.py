@@ -108,7 +108,7 @@ def test_sigterm_saves_after_the_same_step_and_can_go_on(asked: int | None, stag
     fields = {**SAVING, "save_strategy": "no", "max_steps": 120}
     run(stage(output="whole", **fields))
     with ranks.start(["stage1", *stage(**fields)]) as running:
-        wait_for(lambda: running.output(0).count("'loss'") >= 3, running)
+        wait_for(lambda: running.output(0).count("  loss ") >= 3, running)
         running.kill(signal.SIGTERM, rank=asked)
         assert running.wait() == [cli.PREEMPTED] * 2
     (step,) = steps_of(tmp_path / "run")
@@ -379,7 +379,7 @@ def test_sigterm_to_all_processes_of_a_job_spares_the_workers(stage: Callable, t
     """Schedulers signal everything that a job has started, workers of data loaders among it."""
     fields = {**SAVING, "save_strategy": "no", "max_steps": 4000, "dataset_name": tars, "dataloader_num_workers": 2}
     with ranks.start(["stage1", *stage(**fields)]) as running:
-        wait_for(lambda: running.output(0).count("'loss'") >= 3, running)
+        wait_for(lambda: running.output(0).count("  loss ") >= 3, running)
         for pid in running.pids:
             os.killpg(pid, signal.SIGTERM)
         assert running.wait() == [cli.PREEMPTED] * 2, running.output()
