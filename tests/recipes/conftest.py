@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets
 import transformers
 from accelerate.state import AcceleratorState
 from damaged import sample, write_tar
@@ -188,3 +189,9 @@ def stage(parts: dict[str, str], pairs_file: Path, tmp_path: Path) -> Callable:
 
 # transformers' and TRL's notices about what is not installed say nothing about what is tested here.
 transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` prepares for one test out of the next."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")

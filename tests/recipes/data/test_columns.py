@@ -27,10 +27,7 @@ CAPTIONS = ["a red square", "a green square", "a blue square"]
 COLOURS = [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what `datasets` prepares out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 from damaged import jpeg, write_tar
 from PIL import Image
@@ -21,10 +20,7 @@ from recipes_minigpt4.training.arguments import ModelArguments
 from recipes_minigpt4.utils.errors import RecipeError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what `datasets` prepares out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
