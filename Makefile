@@ -5,13 +5,15 @@ VENV ?= .venv
 VENV_CANARY ?= .venv-canary
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
+LANGUAGE_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-kernels canary lint format clean help
+.PHONY: demo demo-smollm2 test test-kernels canary lint format clean help
 
 help:
 	@echo "make demo    both training stages in miniature, on CPU, with a report in demo-output/"
+	@echo "make demo-smollm2  the same with SmolLM2-135M, an hour or two (LANGUAGE_MODEL=FOLDER: without the Hub)"
 	@echo "make test    the whole test suite (CONSTRAINTS=.ci/constraints-oldest.txt VENV=.venv-oldest: oldest releases)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
@@ -31,6 +33,10 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 demo: $(VENV)/.installed-demo
 	@echo "Loading PyTorch, transformers and TRL, some ten seconds."
 	@$(VENV)/bin/minigpt4 demo --output_dir demo-output
+
+demo-smollm2: $(VENV)/.installed-demo
+	@echo "Loading PyTorch, transformers and TRL, some ten seconds."
+	@$(VENV)/bin/minigpt4 demo --language_model $(LANGUAGE_MODEL) --output_dir demo-smollm2-output
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/common/fetch.py
@@ -56,4 +62,4 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf .venv .venv-oldest .venv-canary .cache build dist demo-output *.egg-info
+	rm -rf .venv .venv-oldest .venv-canary .cache build dist demo-output demo-smollm2-output *.egg-info

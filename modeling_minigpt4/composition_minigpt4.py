@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import Blip2VisionConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .backbones import (
@@ -28,7 +28,7 @@ from .compat_minigpt4 import DEFAULT_DTYPE
 from .configuration_minigpt4 import MiniGPT4Config, vision_image_size, vision_output_tokens
 from .generation_minigpt4 import compose_generation_config
 from .peft_minigpt4 import find_peft_folder
-from .projector_minigpt4 import new_projection
+from .projector_minigpt4 import new_projection, start_at_words
 from .unchanged_minigpt4 import Provided, remember_backbones
 
 
@@ -66,12 +66,14 @@ class CompositionMixin(PreTrainedModel):
                 instead.
             separator: text at which replies end beside EOS. `"auto"` is `###`, the original's, unless the language
                 model's tokenizer brings a chat template, whose turns end with EOS. `None` for EOS only.
-            **kwargs: fields of [`MiniGPT4Config`] (`projector_num_layers`, `patch_merge_size`, …); everything else
-                goes to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`, `token`, …).
+            **kwargs: fields of [`MiniGPT4Config`] (`projector_num_layers`, `patch_merge_size`, …); between parts that
+                are not the original's, `projector_norm` is true and `projector_init` `"embeddings"` if left out.
+                Everything else goes to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`,
+                `token`, …).
 
         Returns:
-            The model with `config.backbones` filled, revisions pinned, and a projection initialized as `nn.Linear`
-            is, from torch's seed.
+            The model with `config.backbones` filled, revisions pinned, and a projection drawn from torch's seed as
+            `projector_init` says.
 
         Raises:
             OSError: if a repository or folder cannot be opened.
@@ -191,6 +193,8 @@ class CompositionMixin(PreTrainedModel):
             tensors, digest = collect(part, source, shapes, *names, hub_options, skip=own, dtype=dtype)
             config.backbones[part] = {**source, "fingerprint": digest}
             merged.update(tensors)
+        if checkpoint is None and config.projector_init == "embeddings":
+            start_at_words({name: merged[name] for name in merged if name in own}, config, _words(skeleton, merged))
         if not issubclass(cls, type(skeleton)):  # the model without a head
             prefix = f"{cls.base_model_prefix}."
             merged = {name.removeprefix(prefix): value for name, value in merged.items() if name.startswith(prefix)}
@@ -207,6 +211,16 @@ class CompositionMixin(PreTrainedModel):
         remember_backbones(model)
         model._choose_what_to_save()
         return (model, info) if output_loading_info else model
+
+
+def _words(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the language model looks up for every token of its vocabulary, `(vocab_size, hidden_size)`."""
+    embeddings = skeleton.get_input_embeddings()
+    (name,) = [name for name, module in skeleton.named_modules() if module is embeddings]
+    scale = getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", 1.0))
+    if isinstance(scale, torch.Tensor):  # Gemma 3 of transformers 4.57, whose number a model without memory forgets
+        scale = embeddings.embedding_dim**0.5
+    return tensors[f"{name}.weight"].float() * scale
 
 
 def compose_config(
@@ -246,9 +260,18 @@ def compose_config(
     else:
         options.setdefault("qformer_config", found["qformer"].qformer_config)
         options.setdefault("num_query_tokens", found["qformer"].num_query_tokens)
+    if not _is_original(options["vision_config"], options["text_config"]):
+        options = {"projector_norm": True, "projector_init": "embeddings", **options}
     # What "auto" stands for, today's default: the language model's own, not that of the projection (float32).
     options.setdefault("dtype", found["language_model"].get_text_config().dtype or found["language_model"].dtype)
     return MiniGPT4Config(**options, backbones=sources)
+
+
+def _is_original(vision_config: PretrainedConfig, text_config: PretrainedConfig) -> bool:
+    """Whether these are MiniGPT-4's own parts: BLIP-2's encoder, and a language model with LLaMA's vocabulary."""
+    vocab_size = 32_000  # and one pad token in Vicuna v0
+    is_llama = text_config.model_type == "llama" and text_config.vocab_size in (vocab_size, vocab_size + 1)
+    return is_llama and isinstance(vision_config, Blip2VisionConfig)
 
 
 def _select_strategy(vision_config: PretrainedConfig) -> str:

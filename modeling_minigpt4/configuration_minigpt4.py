@@ -89,6 +89,13 @@ class MiniGPT4Config(PretrainedConfig):
             Number of linear layers of the projection; the paper's ablation (Table 5) uses 3.
         projector_hidden_act (`str`, defaults to `"gelu"`):
             Activation between the linear layers of the projection, if there is more than one.
+        projector_norm (`bool`, defaults to `False`):
+            Whether features are normalized, as a LayerNorm without weights does, before the projection. The original
+            projects them as they are.
+        projector_init (`str`, defaults to `"linear"`):
+            How [`MiniGPT4ForConditionalGeneration.from_backbones`] draws a new projection. `"linear"` is `nn.Linear`'s
+            own way, the original's. `"embeddings"` gives image tokens the mean and the spread of the language model's
+            words.
         vision_feature_select_strategy (`str`, *optional*):
             `"full"` keeps every token of the encoder, `"default"` drops the first (CLS). Defaults to `"full"` with a
             Q-Former and `"default"` without, as in the released code. Feature maps have no CLS and stay whole.
@@ -120,6 +127,8 @@ class MiniGPT4Config(PretrainedConfig):
         image_token_id: int | None = None,
         projector_num_layers: int = 1,
         projector_hidden_act: str = "gelu",
+        projector_norm: bool = False,
+        projector_init: str = "linear",
         vision_feature_select_strategy: str | None = None,
         patch_merge_size: int = 4,
         vision_post_layernorm_eps: float = 1e-5,
@@ -150,6 +159,8 @@ class MiniGPT4Config(PretrainedConfig):
         self.image_token_id = self.text_config.vocab_size if image_token_id is None else image_token_id
         self.projector_num_layers = projector_num_layers
         self.projector_hidden_act = projector_hidden_act
+        self.projector_norm = projector_norm
+        self.projector_init = projector_init
         if vision_feature_select_strategy is None:
             vision_feature_select_strategy = "default" if self.qformer_config is None else "full"
         self.vision_feature_select_strategy = vision_feature_select_strategy
@@ -226,6 +237,13 @@ class MiniGPT4Config(PretrainedConfig):
             raise ValueError(
                 f"`projector_hidden_act` is {self.projector_hidden_act!r}, which transformers does not know; use "
                 "'gelu', 'relu', 'silu', …"
+            )
+        if not isinstance(self.projector_norm, bool):
+            raise ValueError(f"`projector_norm` is {self.projector_norm!r}; it must be true or false.")
+        if self.projector_init not in ("linear", "embeddings"):
+            raise ValueError(
+                f"`projector_init` is {self.projector_init!r}; it must be 'linear' (as nn.Linear draws weights) or "
+                "'embeddings' (with the mean and the spread of the language model's words)."
             )
         if not is_whole(self.image_token_id, 0):
             raise ValueError(f"`image_token_id` is {self.image_token_id!r}; it must be a whole number.")

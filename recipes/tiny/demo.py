@@ -1,8 +1,10 @@
 """Run MiniGPT-4 in miniature: both stages on the CPU, a table of what each taught, and an adapter to load.
 
     minigpt4 demo --output_dir demo-output --seed 0
+    minigpt4 demo --output_dir demo-smollm2 --language_model HuggingFaceTB/SmolLM2-135M-Instruct
 
-The two stages are the recipes themselves with `tiny_stage1` and `tiny_stage2`. The output folder gets
+The two stages are the recipes themselves, with `tiny_stage1` and `tiny_stage2`, or `tiny_smollm2_stage1` and
+`tiny_smollm2_stage2` for another language model than the embedded one. The output folder gets
 
     report.html   what was trained, the numbers, descriptions before and after, and loss curves
     results.json  the numbers
@@ -44,6 +46,7 @@ from recipes_minigpt4.tiny.report import STAGES, Example, render_report, told_of
 from recipes_minigpt4.tiny.scenes import Scene, evaluation_scenes
 from recipes_minigpt4.training.model import load_model
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
+from recipes_minigpt4.utils.embedded_world import TINY
 from recipes_minigpt4.utils.files import prepare_folder, write_json
 from recipes_minigpt4.utils.html import Curve
 from recipes_minigpt4.utils.progress import Phase, phase
@@ -77,10 +80,13 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     folder = prepare_folder(args.output_dir, parts=("stage1", "adapter"))
     started = time.perf_counter()
-    print("MiniGPT-4 in miniature: both training stages on the CPU, offline. This takes about a minute.\n", flush=True)
-    with reproducible(THREADS), quiet():
+    is_tiny = args.language_model == TINY
+    threads = THREADS if is_tiny else torch.get_num_threads()
+    long = "offline. This takes about a minute" if is_tiny else "with a real language model. This takes an hour or two"
+    print(f"MiniGPT-4 in miniature: both training stages on the CPU, {long}.\n", flush=True)
+    with reproducible(threads), quiet():
         shown = evaluation_scenes()
-        replies, trainers = train_and_describe(folder, args.seed, shown)
+        replies, trainers = train_and_describe(folder, args.seed, shown, args.language_model)
     scene = next(image for image, scene in shown if len(scene.things) == 3)
     scene.save(folder / "scene.png")
     with numbered_phase("reload", 1):
@@ -91,12 +97,13 @@ def main(arguments: Sequence[str]) -> None:
     results["adapter_bytes"] = adapter_bytes(folder / "adapter")
     results["parameters"] = count_parameters(trainers["stage2"].model)
     results["seconds"] = round(time.perf_counter() - started, 1)
-    results |= {"seed": args.seed, "versions": versions(), "machine": machine()}
+    results |= {"seed": args.seed, "versions": versions(), "machine": machine(threads)}
+    results["language_model"] = args.language_model
     curves = {f"Stage {number}": loss_curve(trainers[f"stage{number}"]) for number in (1, 2)}
     write_results(folder, results, curves, choose_examples(shown, replies, 6))
 
     print_results(results, choose_examples(shown, replies, 3))
-    print_reload(folder, results["adapter_bytes"], generated, piped)
+    print_reload(folder, results["adapter_bytes"], generated, piped, args.language_model)
     print_next_steps(folder)
 
 
@@ -106,15 +113,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def train_and_describe(
-    folder: Path, seed: int, shown: Shown
+    folder: Path, seed: int, shown: Shown, language_model: str = TINY
 ) -> tuple[dict[str, list[str]], dict[str, MiniGPT4Trainer]]:
     """Run both stages; let the model describe the pictures before, between and after. Replies, trainers by stage."""
-    stage1 = stage_arguments("tiny_stage1", folder / "stage1", seed)
-    stage2 = [
-        *stage_arguments("tiny_stage2", folder / "adapter", seed),
-        "--model_name_or_path",
-        str(folder / "stage1"),
-    ]
+    run, more = ("tiny", {}) if language_model == TINY else ("tiny_smollm2", {"cache_features": folder / "features"})
+    parts = more if language_model == TINY else {**more, "language_model": language_model}
+    stage1 = stage_arguments(f"{run}_stage1", folder / "stage1", seed, **parts)
+    stage2 = stage_arguments(f"{run}_stage2", folder / "adapter", seed, model_name_or_path=folder / "stage1", **more)
     images = [image for image, _ in shown]
     replies, trainers = {}, {}
 
@@ -154,9 +159,9 @@ class StepsCallback(TrainerCallback):
         self.line.reach(state.global_step)
 
 
-def stage_arguments(config: str, folder: Path, seed: int) -> list[str]:
-    """Command line of a stage."""
-    settings = {"config": config, "output_dir": folder, "overwrite_output_dir": True, "seed": seed}
+def stage_arguments(config: str, folder: Path, seed: int, **more: Any) -> list[str]:
+    """Command line of a stage; `more` are options of it."""
+    settings = {"config": config, "output_dir": folder, "overwrite_output_dir": True, "seed": seed, **more}
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
@@ -230,9 +235,9 @@ def versions() -> dict[str, str]:
     return {"minigpt4-transformers": __version__, **{name: metadata.version(name) for name in libraries}}
 
 
-def machine() -> str:
+def machine(threads: int) -> str:
     """Where and on how many threads of its processor this runs."""
-    return f"{platform.system()} {platform.machine()}, {THREADS} thread of {os.cpu_count()}"
+    return f"{platform.system()} {platform.machine()}, {threads} of {os.cpu_count()} threads"
 
 
 def card_results(results: Mapping[str, Any]) -> dict[str, str]:
@@ -306,12 +311,13 @@ def quote(title: str, text: str, width: int = 110) -> str:
     return textwrap.fill(plain, width, initial_indent=start, subsequent_indent=margin)
 
 
-def print_reload(folder: Path, size: int, generated: str, piped: str) -> None:
+def print_reload(folder: Path, size: int, generated: str, piped: str, language_model: str) -> None:
+    other = "" if language_model == TINY else f" and the language model {language_model}"
     heading(f"The adapter: {size:,} bytes in {short_path(folder / 'adapter')}, loaded in a new process\n")
     print(quote("from_pretrained", generated))
     print(quote("pipeline", piped))
     print(
-        f"\nIts frozen parts are those in {BACKBONES}."
+        f"\nIts frozen parts are those in {BACKBONES}{other}."
         "\nTo publish an adapter, push its backbones first and name them by repository, or save with full=True."
     )
 

@@ -10,6 +10,7 @@ from PIL import Image
 from recipes_minigpt4.tiny.corpus import one_sentence
 from recipes_minigpt4.tiny.metrics import MEANING, mark, unnamed_objects
 from recipes_minigpt4.tiny.scenes import Scene
+from recipes_minigpt4.utils.embedded_world import TINY
 from recipes_minigpt4.utils.html import (
     Curve,
     data_uri,
@@ -153,7 +154,9 @@ def _reply(title: str, text: str, scene: Scene) -> str:
 def _circumstances(results: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     links = "".join(f'<li><a href="{escape(link)}">{escape(title)}</a></li>\n' for title, link in LINKS.items())
-    return f"""<pre>minigpt4 demo --seed {escape(str(results["seed"]))}</pre>
+    model = results.get("language_model", TINY)
+    named = "" if model == TINY else f" --language_model {model}"
+    return f"""<pre>minigpt4 demo --seed {escape(str(results["seed"]) + named)}</pre>
 <p>{duration(results["seconds"])} on the CPU ({escape(results["machine"])}), seed {escape(str(results["seed"]))}.
 {escape(versions)}. The adapter has {results["adapter_bytes"]:,} bytes.</p>
 <ul>

@@ -32,6 +32,20 @@ class ModelArguments:
         default=None,
         metadata={"help": "Linear layers of a new projection. The ablation of the paper has 3. Default: 1."},
     )
+    projector_norm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Normalize features before a new projection. The original does not. Default: yes, but not between "
+            "the original's parts."
+        },
+    )
+    projector_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a new projection starts: linear, the original's way, or embeddings, where image tokens begin "
+            "spread as words are. Default: embeddings, but linear between the original's parts."
+        },
+    )
     chat_template: str | None = field(
         default=None,
         metadata={

@@ -97,7 +97,7 @@ def test_composed_models_are_frozen_and_record_their_parts(backbones) -> None:
 
 
 def test_the_projection_is_new_and_follows_the_seed(backbones) -> None:
-    first, second = compose(backbones.parts()), compose(backbones.parts())
+    first, second = (compose(backbones.parts(), projector_init="linear") for _ in range(2))
     weights = [model.model.language_projection.weight for model in (first, second)]
     assert torch.equal(*weights)
     bound = 1 / weights[0].shape[1] ** 0.5  # nn.Linear's own initialization
