@@ -7,6 +7,22 @@ from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import check_ranges
 
 
+# Fields of a new projection and of what it is given, as they are called in the model's configuration.
+NEW_FIELDS = (
+    "projector_num_layers",
+    "patch_merge_size",
+    "patch_merge_layout",
+    "vision_feature_select_strategy",
+    "vision_feature_layer",
+    "image_size",
+)
+WITHOUT_QFORMER = ("patch_merge_size", "patch_merge_layout")
+CHOICES = {
+    "patch_merge_layout": ("consecutive", "square"),
+    "vision_feature_select_strategy": ("default", "full"),
+}
+
+
 @dataclass
 class ModelArguments:
     """Which parts the model is made of, and which of them train."""
@@ -31,6 +47,34 @@ class ModelArguments:
     projector_num_layers: int | None = field(
         default=None,
         metadata={"help": "Linear layers of a new projection. The ablation of the paper has 3. Default: 1."},
+    )
+    patch_merge_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Without a Q-Former: patches of the encoder that become one image token. Default: as many as can "
+            "be joined without remainder, up to 4."
+        },
+    )
+    patch_merge_layout: str | None = field(
+        default=None,
+        metadata={
+            "help": "Without a Q-Former: `square` joins neighbours (2 × 2 for 4), `consecutive` patches of a row. "
+            "Default: square where squares fit, consecutive for BLIP-2's encoder, as in the original."
+        },
+    )
+    vision_feature_select_strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "`full` keeps every token of the encoder, `default` drops those in front of the patches (CLS, "
+            "registers). Default: full with a Q-Former, default without."
+        },
+    )
+    vision_feature_layer: int | None = field(
+        default=None,
+        metadata={"help": "Hidden state of the encoder, such as -2 for the last but one. Default: the last one."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of pictures in pixels. Default: those of the encoder."}
     )
     chat_template: str | None = field(
         default=None,
@@ -78,3 +122,36 @@ class ModelArguments:
         for name in ("model_name_or_path", "vision", "qformer", "language_model"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise RecipeError(f"--{name} is {getattr(self, name)!r}; it has to be a repository or a folder.")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) is not None and value not in choices:
+                raise RecipeError(f"--{name} is {value!r}; it has to be {' or '.join(choices)}.")
+
+    def new_fields(self) -> dict[str, Any]:
+        """
+        Fields of the configuration of a new model that are given.
+
+        Raises:
+            RecipeError: for one that has no effect.
+        """
+        given = {name: value for name in NEW_FIELDS if (value := getattr(self, name)) is not None}
+        if self.qformer and (idle := [name for name in WITHOUT_QFORMER if name in given]):
+            raise RecipeError(f"--{idle[0]} has no effect beside --qformer, whose queries become the image tokens.")
+        return given
+
+    def check_saved_fields(self, config: Any) -> None:
+        """
+        Refuse fields of a new model that are not those of a saved one.
+
+        Args:
+            config: of the saved model.
+        """
+        for name in NEW_FIELDS:
+            given, saved = getattr(self, name), getattr(config, name)
+            if given is not None and saved not in (given, (given, given)):
+                raise RecipeError(
+                    f"{name} is {given}, but the model of {self.model_name_or_path} has {_told(saved)}; leave it out."
+                )
+
+
+def _told(value: Any) -> str:
+    return " × ".join(map(str, value)) if isinstance(value, tuple) else str(value)

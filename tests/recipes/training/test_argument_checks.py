@@ -49,6 +49,8 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "shuffle_buffer": (-1,),
     "max_bad_share": (-0.1, 1.1, "nan"),
     "projector_num_layers": (0, -1),
+    "patch_merge_size": (0, -4),
+    "image_size": (0, -224),
     "max_steps": (-5, -2, 0),
     "num_train_epochs": (0, -1, "nan", "inf"),
     "per_device_train_batch_size": (0, -1),
