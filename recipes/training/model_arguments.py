@@ -50,23 +50,20 @@ class ModelArguments:
     )
     patch_merge_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Without a Q-Former: patches of the encoder that become one image token. Default: as many as can "
-            "be joined without remainder, up to 4."
-        },
+        metadata={"help": "Patches that become one image token, where there is no Q-Former. Default: up to 4."},
     )
     patch_merge_layout: str | None = field(
         default=None,
         metadata={
-            "help": "Without a Q-Former: `square` joins neighbours (2 × 2 for 4), `consecutive` patches of a row. "
-            "Default: square where squares fit, consecutive for BLIP-2's encoder, as in the original."
+            "help": "Which patches are joined: `square` takes neighbours, 2 × 2 for a size of 4, `consecutive` those "
+            "of a row, as the original does. Default: square where squares fit, consecutive for BLIP-2's encoder."
         },
     )
     vision_feature_select_strategy: str | None = field(
         default=None,
         metadata={
-            "help": "`full` keeps every token of the encoder, `default` drops those in front of the patches (CLS, "
-            "registers). Default: full with a Q-Former, default without."
+            "help": "Which tokens of the encoder are used: `full` keeps all of them, `default` drops those in front "
+            "of the patches, CLS and registers. Default: full with a Q-Former, default without."
         },
     )
     vision_feature_layer: int | None = field(
