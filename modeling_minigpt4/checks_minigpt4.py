@@ -149,6 +149,7 @@ def check_pixels(pixel_values: torch.Tensor, config: Any) -> None:
     vision, shape = config.vision_config, tuple(pixel_values.shape)
     channels = getattr(vision, "num_channels", 3)
     height, width = config.image_size
+    fixed = vars(config).get("image_size") or getattr(vision, "image_size", None)
     if not pixel_values.is_floating_point():
         reason = f"are {str(pixel_values.dtype).removeprefix('torch.')}, not normalized numbers"
     elif len(shape) == 5:
@@ -157,7 +158,7 @@ def check_pixels(pixel_values: torch.Tensor, config: Any) -> None:
         reason = f"have the shape {shape}"
     elif shape[1] != channels:
         reason = f"have the shape {shape}{', with channels last' if shape[3] == channels else ''}"
-    elif getattr(vision, "image_size", None) is not None and shape[2:] != (height, width):
+    elif fixed and shape[2:] != (height, width):
         reason = f"have the shape {shape}"
     else:
         return
@@ -288,14 +289,25 @@ def check_joins(tokens: int, merge: int) -> None:
     if tokens % merge:
         raise ValueError(
             f"The vision encoder gives {tokens} tokens, which cannot be joined {merge} at a time; set "
-            "`patch_merge_size` to a divisor, or `vision_feature_select_strategy` to 'full' if the encoder has no CLS "
-            "token."
+            "`patch_merge_size` to a divisor, or look whether all of them are patches: "
+            "`vision_feature_select_strategy` 'default' drops CLS and registers, 'full' keeps every token."
         )
 
 
-def is_whole(value: Any, least: int) -> bool:
+def is_whole(value: Any, least: float = -math.inf) -> bool:
     """Whether a value is an integer from `least` on; a truth value is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_square(value: int) -> bool:
+    """Whether a whole number is a square, as 1, 4 and 9 are."""
+    return math.isqrt(value) ** 2 == value
+
+
+def is_image_size(value: Any) -> bool:
+    """Whether a value is a number of pixels, or two of them: height and width."""
+    sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value,)
+    return all(is_whole(side, 1) for side in sides)
 
 
 def is_positive(value: Any) -> bool:
@@ -324,7 +336,9 @@ __all__ = [
     "check_part",
     "check_pixels",
     "describe_mismatch",
+    "is_image_size",
     "is_positive",
+    "is_square",
     "is_whole",
     "max_positions",
     "tells_out_of_range",

@@ -4,7 +4,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 from unittest import mock
@@ -89,6 +89,29 @@ def checkpoint_with_gradients_only(layer_class: type[GradientCheckpointingLayer]
     setattr(layer_class, name, property(checkpoints, switch))
 
 
+_AUTOCAST_LOCK = threading.RLock()
+
+
+@contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """
+    Let encoders with rotary positions of 4.57 switch autocast off on the meta device, of which torch knows none.
+
+    On every other device it is torch's own meanwhile, for other threads too.
+    """
+    if not IS_TRANSFORMERS_4:
+        yield
+        return
+    with _AUTOCAST_LOCK:
+        autocast: Any = torch.autocast
+
+        def unless_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
+            return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+        with mock.patch.object(torch, "autocast", unless_meta):
+            yield
+
+
 _PEFT_LOCK = threading.RLock()
 
 
@@ -151,6 +174,7 @@ __all__ = [
     "accepted",
     "argument_names",
     "attention_of_parts",
+    "autocast_on_meta",
     "checkpoint_with_gradients_only",
     "installed_peft",
     "keep_qformer_eager",

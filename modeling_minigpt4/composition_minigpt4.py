@@ -25,8 +25,9 @@ from .backbones import (
 )
 from .checks_minigpt4 import check_dtype, check_part
 from .compat_minigpt4 import DEFAULT_DTYPE
-from .configuration_minigpt4 import MiniGPT4Config, vision_image_size, vision_output_tokens
+from .configuration_minigpt4 import MiniGPT4Config, told_hidden_size, vision_output_shape
 from .generation_minigpt4 import compose_generation_config
+from .patches_minigpt4 import default_fields
 from .peft_minigpt4 import find_peft_folder
 from .projector_minigpt4 import new_projection, start_at_words
 from .unchanged_minigpt4 import Provided, remember_backbones
@@ -66,10 +67,10 @@ class CompositionMixin(PreTrainedModel):
                 instead.
             separator: text at which replies end beside EOS. `"auto"` is `###`, the original's, unless the language
                 model's tokenizer brings a chat template, whose turns end with EOS. `None` for EOS only.
-            **kwargs: fields of [`MiniGPT4Config`] (`projector_num_layers`, `patch_merge_size`, …); between parts that
-                are not the original's, `projector_norm` is true and `projector_init` `"embeddings"` if left out.
-                Everything else goes to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`,
-                `token`, …).
+            **kwargs: fields of [`MiniGPT4Config`] (`projector_num_layers`, `patch_merge_size`, `image_size`, …), where
+                what is not said of the joining of patches is made to fit the encoder, and `projector_norm` is true
+                and `projector_init` `"embeddings"` between parts that are not the original's; everything else goes to
+                `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`, `token`, …).
 
         Returns:
             The model with `config.backbones` filled, revisions pinned, and a projection drawn from torch's seed as
@@ -251,7 +252,6 @@ def compose_config(
     options.setdefault("text_config", found["language_model"].get_text_config())
     if "qformer" not in found:
         options.setdefault("qformer_config", None)
-        options.setdefault("vision_feature_select_strategy", _select_strategy(options["vision_config"]))
     elif not hasattr(found["qformer"], "qformer_config"):
         raise ValueError(
             f"{sources['qformer']['name_or_path']} is a {found['qformer'].model_type!r} model without a Q-Former; "
@@ -264,7 +264,9 @@ def compose_config(
         options = {"projector_norm": True, "projector_init": "embeddings", **options}
     # What "auto" stands for, today's default: the language model's own, not that of the projection (float32).
     options.setdefault("dtype", found["language_model"].get_text_config().dtype or found["language_model"].dtype)
-    return MiniGPT4Config(**options, backbones=sources)
+    config = MiniGPT4Config(**{**options, **_vision_fields(options)}, backbones=sources)
+    _ = config.num_image_tokens  # which says it before weights are read, if patches cannot be joined
+    return config
 
 
 def _is_original(vision_config: PretrainedConfig, text_config: PretrainedConfig) -> bool:
@@ -274,14 +276,18 @@ def _is_original(vision_config: PretrainedConfig, text_config: PretrainedConfig)
     return is_llama and isinstance(vision_config, Blip2VisionConfig)
 
 
-def _select_strategy(vision_config: PretrainedConfig) -> str:
-    """`"default"` for an encoder with a CLS token: one token more than its patches."""
-    tokens, is_map = vision_output_tokens(vision_config)
-    patch = getattr(vision_config, "patch_size", None)
-    if is_map or not isinstance(patch, int):
-        return "full"
-    height, width = vision_image_size(vision_config)
-    return "default" if tokens == (height // patch) * (width // patch) + 1 else "full"
+def _vision_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the encoder itself says of its features, and how its patches are joined where nobody says it."""
+    asked = MiniGPT4Config(**options)
+    layer, size = asked.vision_feature_layer, asked.image_size
+    joins = asked.qformer_config is None
+    if not joins and layer is None and options.get("image_size") is None:
+        return {}
+    shape = vision_output_shape(asked.vision_config, size, layer)
+    fields = default_fields(asked.vision_config, shape, size, options) if joins else {}
+    if (width := shape[1] if len(shape) == 2 else shape[0]) != told_hidden_size(asked.vision_config):
+        fields["vision_feature_size"] = width
+    return fields
 
 
 def read_adapter(

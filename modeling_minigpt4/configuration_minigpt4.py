@@ -1,6 +1,7 @@
 """Configuration of MiniGPT-4: a vision encoder, an optional Q-Former, a language model, and one projection."""
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,23 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .checks_minigpt4 import check_joins, is_positive, is_whole
-from .compat_minigpt4 import CACHE_NAMES
+from .checks_minigpt4 import check_joins, is_image_size, is_positive, is_square, is_whole
+from .compat_minigpt4 import CACHE_NAMES, argument_names, autocast_on_meta
+from .patches_minigpt4 import (
+    LAYOUTS,
+    STRATEGIES,
+    check_square,
+    dropped,
+    encoder_options,
+    find_patches,
+    is_shrunk,
+    own_image_size,
+    pair,
+    select_layer,
+)
 
 
 # transformers 4.57 leaves "blip_2_vision_model" out of CONFIG_MAPPING, so these two are looked up here first.
@@ -97,10 +111,23 @@ class MiniGPT4Config(PretrainedConfig):
             own way, the original's. `"embeddings"` gives image tokens the mean and the spread of the language model's
             words.
         vision_feature_select_strategy (`str`, *optional*):
-            `"full"` keeps every token of the encoder, `"default"` drops the first (CLS). Defaults to `"full"` with a
-            Q-Former and `"default"` without, as in the released code. Feature maps have no CLS and stay whole.
+            `"full"` keeps every token of the encoder, `"default"` drops those in front of the patches: CLS, registers.
+            Defaults to `"full"` with a Q-Former and `"default"` without, as in the released code. Feature maps have
+            no such tokens and stay whole.
+        vision_feature_layer (`int`, *optional*):
+            Which of the encoder's `hidden_states` is used, such as -2 for the last but one, as LLaVA does. `None` is
+            the last hidden state, behind the final norm.
+        vision_feature_size (`int`, *optional*):
+            Number of channels of that state, where it is not the `hidden_size` (or the last of `hidden_sizes`) of
+            `vision_config`. Found out by [`MiniGPT4ForConditionalGeneration.from_backbones`].
+        image_size (`int` or two of them, *optional*):
+            Height and width in pixels of the pictures, where they are not those of `vision_config`. Position
+            embeddings are interpolated to it where the encoder knows how. Reading it always gives both sides.
         patch_merge_size (`int`, defaults to 4):
-            Without a Q-Former, how many consecutive patch tokens are concatenated into one image token.
+            Without a Q-Former, how many patch tokens are concatenated into one image token.
+        patch_merge_layout (`str`, defaults to `"consecutive"`):
+            Which: `"consecutive"` takes them as they come, row by row, as the released code does; `"square"` takes
+            neighbours, 2 × 2 for a `patch_merge_size` of 4, 3 × 3 for 9.
         vision_post_layernorm_eps (`float`, defaults to 1e-5):
             Epsilon of the LayerNorm behind a BLIP-2 vision encoder (`ln_vision` of the original), whose own norms use
             `vision_config.layer_norm_eps`, 1e-6. Other encoders keep the epsilon of their own configuration.
@@ -130,7 +157,11 @@ class MiniGPT4Config(PretrainedConfig):
         projector_norm: bool = False,
         projector_init: str = "linear",
         vision_feature_select_strategy: str | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         patch_merge_size: int = 4,
+        patch_merge_layout: str = "consecutive",
         vision_post_layernorm_eps: float = 1e-5,
         backbones: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -148,7 +179,8 @@ class MiniGPT4Config(PretrainedConfig):
                     "Blip2QFormerConfig, or None."
                 )
             # Cross-attention reads the encoder's output: one width, decided by the encoder.
-            self.qformer_config.encoder_hidden_size = vision_hidden_size(self.vision_config)
+            width = vision_feature_size or vision_hidden_size(self.vision_config)
+            self.qformer_config.encoder_hidden_size = width
 
         if not is_whole(getattr(self.text_config, "vocab_size", None), 1):
             raise ValueError(
@@ -164,7 +196,11 @@ class MiniGPT4Config(PretrainedConfig):
         if vision_feature_select_strategy is None:
             vision_feature_select_strategy = "default" if self.qformer_config is None else "full"
         self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_size = vision_feature_size
+        self.image_size = image_size
         self.patch_merge_size = patch_merge_size
+        self.patch_merge_layout = patch_merge_layout
         self.vision_post_layernorm_eps = vision_post_layernorm_eps
         if not isinstance(backbones or {}, Mapping):
             raise TypeError(f"`backbones` is a {type(backbones).__name__}; it has to be a dict of parts.")
@@ -178,8 +214,13 @@ class MiniGPT4Config(PretrainedConfig):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the vision encoder takes."""
-        return vision_image_size(self.vision_config)
+        """Height and width in pixels of the pictures that the vision encoder is given."""
+        size = self.__dict__.get("image_size")
+        return own_image_size(self.vision_config) if size is None else pair(size)
+
+    @image_size.setter
+    def image_size(self, size: int | tuple[int, int] | None) -> None:
+        self.__dict__["image_size"] = size  # as it is saved
 
     @property
     def num_image_tokens(self) -> int:
@@ -194,10 +235,14 @@ class MiniGPT4Config(PretrainedConfig):
         """
         if self.qformer_config is not None:
             return self.num_query_tokens
-        tokens, is_map = vision_output_tokens(self.vision_config)
-        if self.vision_feature_select_strategy == "default" and not is_map:
-            tokens -= 1
+        size = self.image_size
+        shape = vision_output_shape(self.vision_config, size, self.vision_feature_layer)
+        tokens = shape[0] if len(shape) == 2 else shape[1] * shape[2]
+        place = find_patches(self.vision_config, shape, size)
+        tokens -= dropped(self, place, tokens, size)
         check_joins(tokens, self.patch_merge_size)
+        if self.patch_merge_layout == "square":
+            check_square(place, tokens, self.patch_merge_size)
         return tokens // self.patch_merge_size
 
     @classmethod
@@ -252,10 +297,34 @@ class MiniGPT4Config(PretrainedConfig):
                 f"`image_token_id` is {self.image_token_id}, a token of the language model itself (vocabulary of "
                 f"{vocab_size}); choose an id of {vocab_size} or more, or leave it out."
             )
-        if self.vision_feature_select_strategy not in ("default", "full"):
+        if self.vision_feature_select_strategy not in STRATEGIES:
             raise ValueError(
                 f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}; it must be 'default' "
-                "(drop the CLS token) or 'full' (keep every token)."
+                "(drop the tokens in front of the patches: CLS, registers) or 'full' (keep every token)."
+            )
+        self._check_vision_features()
+
+    def _check_vision_features(self) -> None:
+        layer, width, size = self.vision_feature_layer, self.vision_feature_size, self.__dict__["image_size"]
+        if layer is not None and not is_whole(layer):
+            raise ValueError(
+                f"`vision_feature_layer` is {layer!r}; it must be a whole number, such as -2 for the last but one."
+            )
+        if width is not None and not is_whole(width, 1):
+            raise ValueError(f"`vision_feature_size` is {width!r}; it must be 1 or more, a whole number.")
+        if size is not None and not is_image_size(size):
+            raise ValueError(
+                f"`image_size` is {size!r}; it must be a whole number of pixels, or two of them, height and width."
+            )
+        if self.patch_merge_layout not in LAYOUTS:
+            raise ValueError(
+                f"`patch_merge_layout` is {self.patch_merge_layout!r}; it must be 'consecutive' (row by row) or "
+                "'square' (neighbours)."
+            )
+        if self.patch_merge_layout == "square" and not is_square(self.patch_merge_size):
+            raise ValueError(
+                f"`patch_merge_layout` is 'square', but `patch_merge_size` is {self.patch_merge_size}; it must be a "
+                "square number, such as 4, or the layout 'consecutive'."
             )
 
 
@@ -267,24 +336,23 @@ def pad_token_id(text_config: PretrainedConfig) -> int | None:
     return pad if isinstance(pad, int) else None
 
 
-def vision_hidden_size(vision_config: PretrainedConfig) -> int:
-    """Number of channels that a vision encoder puts out: `hidden_size`, or the last of a CNN's `hidden_sizes`."""
+def told_hidden_size(vision_config: PretrainedConfig) -> int | None:
+    """What a vision configuration tells of the encoder's channels: `hidden_size`, or the last of `hidden_sizes`."""
     size = getattr(vision_config, "hidden_size", None)
     if size is None and getattr(vision_config, "hidden_sizes", None):
         size = vision_config.hidden_sizes[-1]
-    if not isinstance(size, int):
+    return size if isinstance(size, int) else None
+
+
+def vision_hidden_size(vision_config: PretrainedConfig) -> int:
+    """Number of channels that a vision encoder puts out; a `ValueError` where its configuration does not tell it."""
+    if (size := told_hidden_size(vision_config)) is None:
         raise ValueError(
             f"The vision configuration {type(vision_config).__name__} has neither `hidden_size` nor `hidden_sizes`, "
-            "so the width of the projection is unknown; set `hidden_size` on it to the encoder's number of channels."
+            "so the width of the projection is unknown; set `hidden_size` on it to the encoder's number of channels, "
+            "or `vision_feature_size`."
         )
     return size
-
-
-def vision_image_size(vision_config: PretrainedConfig) -> tuple[int, int]:
-    """Height and width in pixels of the pictures an encoder takes; 224 × 224 where its configuration is silent."""
-    size = getattr(vision_config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def build_vision_model(vision_config: PretrainedConfig) -> PreTrainedModel:
@@ -294,18 +362,64 @@ def build_vision_model(vision_config: PretrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(vision_config)
 
 
-def vision_output_tokens(vision_config: PretrainedConfig) -> tuple[int, bool]:
+_SHAPES: dict[tuple[Any, ...], tuple[int, ...]] = {}  # what was asked for once
+
+
+def vision_output_shape(
+    vision_config: PretrainedConfig, size: tuple[int, int], layer: int | None = None
+) -> tuple[int, ...]:
     """
-    Ask a vision encoder, built without memory on the meta device, how many tokens it gives for one picture.
+    Ask a vision encoder what it gives for one picture; it is built and run without memory.
+
+    Args:
+        vision_config: of the encoder.
+        size: height and width of the picture in pixels.
+        layer: which hidden state is meant; see `vision_feature_layer`.
 
     Returns:
-        The number of tokens, CLS and the like among them, and whether they are the cells of a feature map.
+        (tokens, channels), CLS and the like among the tokens, or (channels, rows, columns) of a feature map.
+
+    Raises:
+        ValueError: if it does not take such pictures, or has no such hidden state.
     """
-    with torch.device("meta"):
-        encoder = build_vision_model(copy.deepcopy(vision_config)).eval()
-        pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), *vision_image_size(vision_config))
-        features = encoder(pixels, return_dict=True).last_hidden_state
-    return features.shape[2:].numel() if features.ndim == 4 else features.shape[1], features.ndim == 4
+    key = type(vision_config), json.dumps(vision_config.to_dict(), sort_keys=True, default=str), size, layer
+    if key not in _SHAPES:
+        _SHAPES[key] = _ask_encoder(vision_config, size, layer)
+    return _SHAPES[key]
+
+
+def _ask_encoder(vision_config: PretrainedConfig, size: tuple[int, int], layer: int | None) -> tuple[int, ...]:
+    vision_config = copy.deepcopy(vision_config)
+    vision_config._attn_implementation = "eager"  # others may need a GPU
+    # Not with fake tensors, which encoders that remember their positions would mistake for real ones later.
+    with set_zero3_state(), torch.device("meta"), torch.no_grad(), autocast_on_meta():
+        encoder = build_vision_model(vision_config).eval()
+        options = encoder_options(vision_config, size, layer, argument_names(encoder.forward)[0])
+        pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), *size, dtype=encoder.dtype)
+        try:
+            outputs = encoder(pixels, **options, return_dict=True)
+        except Exception as error:
+            raise ValueError(_why_not(vision_config, size, error)) from error
+    shape = tuple(select_layer(outputs, layer).shape[1:])
+    if len(shape) == 3 and is_shrunk(size, shape[:2]) and not is_shrunk(size, shape[1:]):
+        raise ValueError(
+            f"The vision encoder ({vision_config.model_type}) gives feature maps with channels last, of shape {shape};"
+            " name another encoder, or another `vision_feature_layer`."
+        )
+    return shape
+
+
+def _why_not(vision_config: PretrainedConfig, size: tuple[int, int], error: Exception) -> str:
+    """What to say of an encoder that does not take a picture of a size."""
+    own = own_image_size(vision_config)
+    remedy = "name another encoder"
+    if size != own:
+        remedy = f"leave `image_size` out, for {own[0]} × {own[1]}, or {remedy}"
+    reason = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"The vision encoder ({vision_config.model_type}) takes no picture of {size[0]} × {size[1]} pixels by itself "
+        f"({type(error).__name__}: {reason}); {remedy}."
+    )
 
 
 MiniGPT4Config.register_for_auto_class()

@@ -387,8 +387,10 @@ def compose(
     chosen = choose_preset(preset, original.width, has_qformer)
     parts = {"vision": vision, "language_model": language_model, **({"qformer": vision} if has_qformer else {})}
     separator = "###" if chosen.chat_template == "vicuna_v0" else None
+    fields = {"projector_norm": False, "projector_init": "linear"}
+    joined = {} if has_qformer else {"patch_merge_size": 4, "patch_merge_layout": "consecutive"}
     model = MiniGPT4ForConditionalGeneration.from_backbones(
-        **parts, separator=separator, dtype="auto", projector_norm=False, projector_init="linear"
+        **parts, **fields, **joined, separator=separator, dtype="auto"
     )
     if (width := model.config.text_config.hidden_size) != original.width:
         raise ValueError(

@@ -42,6 +42,7 @@ from .freezing_minigpt4 import FreezingMixin
 from .generation_minigpt4 import MiniGPT4GenerationMixin
 from .heads_minigpt4 import adjust_logits, check_head, decoder_name, head_name, score_answers
 from .labels_minigpt4 import mask_image_labels, mask_look_ups, register_name, scored_elsewhere
+from .patches_minigpt4 import encoder_options, patch_tokens, select_layer
 from .peft_minigpt4 import PeftMixin
 from .projector_minigpt4 import Float32Linear, build_projection, first_layer
 from .quantization_minigpt4 import QuantizationMixin
@@ -220,12 +221,11 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         kwargs = accepted(kwargs, self.vision_model_arguments)  # CNNs have no attentions
         if not (torch.compiler.is_compiling() or kwargs.get("interpolate_pos_encoding")):
             check_pixels(pixel_values, self.config)
+        size, layer = (pixel_values.shape[-2], pixel_values.shape[-1]), self.config.vision_feature_layer
+        wanted = layer is None or kwargs.get("output_hidden_states")
+        kwargs.update(encoder_options(self.config.vision_config, size, layer, self.vision_model_arguments))
         vision = self.vision_model(pixel_values.to(self.vision_model.dtype), **{**kwargs, "return_dict": True})
-        features = vision.last_hidden_state
-        if features.ndim == 4:  # feature map (B, C, H, W) → (B, H·W, C)
-            features = features.flatten(2).transpose(1, 2)
-        elif self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
+        features = patch_tokens(select_layer(vision, layer), self.config, size)
         if self.qformer is not None and self.query_tokens is not None:
             queries = self.query_tokens.expand(features.shape[0], -1, -1)
             found = self.qformer(query_embeds=queries, encoder_hidden_states=features, return_dict=True)
@@ -234,12 +234,12 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             features = self._join_patches(features)
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
-            hidden_states=getattr(vision, "hidden_states", None),
+            hidden_states=getattr(vision, "hidden_states", None) if wanted else None,
             attentions=getattr(vision, "attentions", None),
         )
 
     def _join_patches(self, features: torch.Tensor) -> torch.Tensor:
-        """Concatenate consecutive patch tokens: (B, N, C) → (B, N / merge, merge · C), as the released code does."""
+        """Concatenate tokens in their order: (B, N, C) → (B, N / merge, merge · C), as the released code does."""
         merge = self.config.patch_merge_size
         batch_size, tokens, channels = features.shape
         check_joins(tokens, merge)

@@ -52,7 +52,8 @@ def build_projection(config: MiniGPT4Config) -> nn.Module:
     if config.qformer_config is not None:
         in_features = config.qformer_config.hidden_size
     else:
-        in_features = vision_hidden_size(config.vision_config) * config.patch_merge_size
+        width = config.vision_feature_size or vision_hidden_size(config.vision_config)
+        in_features = width * config.patch_merge_size
     out_features = config.text_config.hidden_size
     layers: list[nn.Module] = [Float32Linear(in_features, out_features, config.projector_norm)]
     for _ in range(config.projector_num_layers - 1):

@@ -148,7 +148,15 @@ def describe_computation(model: MiniGPT4ForConditionalGeneration, image_processo
             weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     config = model.config
-    names = ("num_query_tokens", "vision_feature_select_strategy", "patch_merge_size", "vision_post_layernorm_eps")
+    names = (
+        "num_query_tokens",
+        "vision_feature_select_strategy",
+        "vision_feature_layer",
+        "image_size",
+        "patch_merge_size",
+        "patch_merge_layout",
+        "vision_post_layernorm_eps",
+    )
     return {
         "weights": weights.hexdigest(),
         "model": {name: getattr(config, name) for name in names},

@@ -18,7 +18,7 @@ from typing import Any
 import PIL.Image
 import torch
 
-from modeling_minigpt4 import MiniGPT4Processor
+from modeling_minigpt4 import MiniGPT4Config, MiniGPT4Processor
 from modeling_minigpt4.composition_minigpt4 import compose_config
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.bad_samples import SampleCounts
@@ -136,11 +136,14 @@ def load_processor(args: ModelArguments) -> Any:
     try:
         if args.model_name_or_path:
             _, base = check_saved(args.model_name_or_path)
+            args.check_saved_fields(MiniGPT4Config.from_pretrained(base))
             return MiniGPT4Processor.from_pretrained(base, **template)
         vision, qformer = (args.vision, args.qformer) if args.vision else (TINY, TINY)
         named = replace(args, vision=vision, qformer=qformer, language_model=args.language_model or TINY)
         parts = backbone_sources(named)
-        config = compose_config(parts["vision"], parts["language_model"], parts.get("qformer"), hub_options={})
+        config = compose_config(
+            parts["vision"], parts["language_model"], parts.get("qformer"), hub_options={}, **named.new_fields()
+        )
         return MiniGPT4Processor.from_backbones(
             language_model=parts["language_model"], vision=parts["vision"], config=config, **template
         )

@@ -37,10 +37,10 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
     try:
         if args.model_name_or_path:
             config, adapter = _saved_config(args.model_name_or_path)
+            args.check_saved_fields(config)
         elif {"vision", "language_model"} <= parts.keys():
-            layers = {} if args.projector_num_layers is None else {"projector_num_layers": args.projector_num_layers}
             config = compose_config(
-                parts["vision"], parts["language_model"], parts.get("qformer"), hub_options={}, **layers
+                parts["vision"], parts["language_model"], parts.get("qformer"), hub_options={}, **args.new_fields()
             )
         else:
             raise RecipeError(NO_MODEL)

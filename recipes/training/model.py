@@ -45,14 +45,9 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
                 args.model_name_or_path, backbones=parts, **options
             )
             processor = MiniGPT4Processor.from_pretrained(args.model_name_or_path, **template)
-            if args.projector_num_layers not in (None, model.config.projector_num_layers):
-                raise RecipeError(
-                    f"projector_num_layers is {args.projector_num_layers}, but the projection of "
-                    f"{args.model_name_or_path} has {model.config.projector_num_layers}; leave it out."
-                )
+            args.check_saved_fields(model.config)
         elif {"vision", "language_model"} <= parts.keys():
-            if args.projector_num_layers is not None:
-                options["projector_num_layers"] = args.projector_num_layers
+            options |= args.new_fields()
             if args.chat_template and "{" not in args.chat_template:  # not what the language model's own chats end in
                 options["separator"] = "###" if args.chat_template.startswith("vicuna_v0") else None
             model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, **options)

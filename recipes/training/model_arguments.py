@@ -7,6 +7,25 @@ from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.ranges import check_ranges
 
 
+# Fields of a new projection and of what it is given, as they are called in the model's configuration.
+NEW_FIELDS = (
+    "projector_num_layers",
+    "projector_norm",
+    "projector_init",
+    "patch_merge_size",
+    "patch_merge_layout",
+    "vision_feature_select_strategy",
+    "vision_feature_layer",
+    "image_size",
+)
+WITHOUT_QFORMER = ("patch_merge_size", "patch_merge_layout")
+CHOICES = {
+    "projector_init": ("linear", "embeddings"),
+    "patch_merge_layout": ("consecutive", "square"),
+    "vision_feature_select_strategy": ("default", "full"),
+}
+
+
 @dataclass
 class ModelArguments:
     """Which parts the model is made of, and which of them train."""
@@ -45,6 +64,31 @@ class ModelArguments:
             "help": "How a new projection starts: linear, the original's way, or embeddings, where image tokens begin "
             "spread as words are. Default: embeddings, but linear between the original's parts."
         },
+    )
+    patch_merge_size: int | None = field(
+        default=None,
+        metadata={"help": "Patches that become one image token, where there is no Q-Former. Default: up to 4."},
+    )
+    patch_merge_layout: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which patches are joined: `square` takes neighbours, 2 × 2 for a size of 4, `consecutive` those "
+            "of a row, as the original does. Default: square where squares fit, consecutive for BLIP-2's encoder."
+        },
+    )
+    vision_feature_select_strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which tokens of the encoder are used: `full` keeps all of them, `default` drops those in front "
+            "of the patches, CLS and registers. Default: full with a Q-Former, default without."
+        },
+    )
+    vision_feature_layer: int | None = field(
+        default=None,
+        metadata={"help": "Hidden state of the encoder, such as -2 for the last but one. Default: the last one."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of pictures in pixels. Default: those of the encoder."}
     )
     chat_template: str | None = field(
         default=None,
@@ -92,3 +136,36 @@ class ModelArguments:
         for name in ("model_name_or_path", "vision", "qformer", "language_model"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise RecipeError(f"--{name} is {getattr(self, name)!r}; it has to be a repository or a folder.")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) is not None and value not in choices:
+                raise RecipeError(f"--{name} is {value!r}; it has to be {' or '.join(choices)}.")
+
+    def new_fields(self) -> dict[str, Any]:
+        """
+        Fields of the configuration of a new model that are given.
+
+        Raises:
+            RecipeError: for one that has no effect.
+        """
+        given = {name: value for name in NEW_FIELDS if (value := getattr(self, name)) is not None}
+        if self.qformer and (idle := [name for name in WITHOUT_QFORMER if name in given]):
+            raise RecipeError(f"--{idle[0]} has no effect beside --qformer, whose queries become the image tokens.")
+        return given
+
+    def check_saved_fields(self, config: Any) -> None:
+        """
+        Refuse fields of a new model that are not those of a saved one.
+
+        Args:
+            config: of the saved model.
+        """
+        for name in NEW_FIELDS:
+            given, saved = getattr(self, name), getattr(config, name)
+            if given is not None and saved not in (given, (given, given)):
+                raise RecipeError(
+                    f"{name} is {given}, but the model of {self.model_name_or_path} has {_told(saved)}; leave it out."
+                )
+
+
+def _told(value: Any) -> str:
+    return " × ".join(map(str, value)) if isinstance(value, tuple) else str(value)

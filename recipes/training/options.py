@@ -102,7 +102,16 @@ TITLES = ("Model", "Data", *GROUPS)
 STAGE_OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
 STAGE_2 = {"learning_rate": 3e-5, "min_learning_rate": 1e-5, "warmup_steps": 200}  # other defaults of stage 2
 # Options that few runs set; `--help-all` has them.
-RARE = ("cache_features_dtype", "logging_nan_inf_filter", "chat_template", "attn_implementation", "dataset_config")
+RARE = (
+    "cache_features_dtype",
+    "logging_nan_inf_filter",
+    "chat_template",
+    "attn_implementation",
+    "dataset_config",
+    "patch_merge_layout",
+    "vision_feature_select_strategy",
+    "vision_feature_layer",
+)
 
 NOTHING: Mapping[str, Mapping[str, "Option"]] = MappingProxyType({})
 TEXTS = {

@@ -27,6 +27,7 @@ def _whole(value: float) -> bool:
 MAX_SEED = 2**32 - 1  # NumPy's
 COUNT = Range("a whole number from 1 on", lambda value: value >= 1 and _whole(value))
 NATURAL = Range("a whole number from 0 on", lambda value: value >= 0 and _whole(value))
+INTEGER = Range("a whole number", _whole)
 POSITIVE = Range("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("a number from 0 on", lambda value: value >= 0)
 SHARE = Range("a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -51,6 +52,9 @@ RANGES = {
     "max_bad_share": SHARE,
     # the model
     "projector_num_layers": COUNT,
+    "patch_merge_size": COUNT,
+    "vision_feature_layer": INTEGER,
+    "image_size": COUNT,
     # how long, and with how much at a time
     "max_steps": STEPS,
     "num_train_epochs": POSITIVE,

@@ -22,6 +22,8 @@ from transformers import (
     Blip2Config,
     Blip2QFormerModel,
     Blip2VisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -92,6 +94,16 @@ def save_vision_side(folder: Path) -> str:
     return str(folder)
 
 
+def save_clip(folder: Path) -> str:
+    """CLIP's vision tower, of two layers; a picture is 4 × 4 patches and a CLS token."""
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=7
+    )
+    torch.manual_seed(2)
+    CLIPVisionModel(config).save_pretrained(folder)
+    return str(folder)
+
+
 def draw(colour: str) -> Image.Image:
     picture = Image.new("RGB", (SIZE + 4, SIZE), "white")
     ImageDraw.Draw(picture).rectangle((6, 6, 20, 20), fill=colour)
@@ -112,6 +124,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("parts")
     blip2 = save_vision_side(root / "blip2")
     return {"vision": blip2, "qformer": blip2, "language_model": save_language_model(root / "llama")}
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of an encoder that is not BLIP-2's."""
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,8 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "shuffle_buffer": (-1,),
     "max_bad_share": (-0.1, 1.1, "nan"),
     "projector_num_layers": (0, -1),
+    "patch_merge_size": (0, -4),
+    "image_size": (0, -224),
     "max_steps": (-5, -2, 0),
     "num_train_epochs": (0, -1, "nan", "inf"),
     "per_device_train_batch_size": (0, -1),
@@ -335,3 +337,23 @@ def test_a_row_longer_than_the_positions_is_told(stage, parts: dict[str, str], t
     file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 6}))
     assert cli.main(["stage1", *stage(language_model=tmp_path / "short")]) == 2
     assert "tokens, image tokens included, but the language model has 6 positions" in capsys.readouterr().err
+
+
+# ---- fields of a new model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"patch_merge_layout": "round"}, "--patch_merge_layout is 'round'; it has to be consecutive or square."),
+        (
+            {"vision_feature_select_strategy": "cls"},
+            "--vision_feature_select_strategy is 'cls'; it has to be default or full.",
+        ),
+        ({"vision_feature_layer": 1.5}, "--vision_feature_layer is 1.5; it has to be a whole number."),
+        ({"image_size": "large"}, "--image_size is 'large'; it has to be a whole number from 1 on."),
+    ],
+)
+def test_values_of_the_model_that_make_no_sense_are_told(fields: dict, told: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        ModelArguments(**fields)

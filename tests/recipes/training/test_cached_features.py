@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 from modeling_minigpt4 import MiniGPT4Model
 from processing_minigpt4.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4.data.feature_cache import describe_computation
 from recipes_minigpt4.data.formatting import Rows
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -205,6 +206,34 @@ def test_another_precision_does_not_use_old_features(fields: dict, train: Callab
     AcceleratorState._reset_state(reset_partial_state=True)  # a run of its own has its own precision
     train(max_steps=1, **fields)
     assert counts.take()[1] == PICTURES
+
+
+def test_other_tokens_of_the_same_shape_do_not_use_old_features(train: Callable, counts: Counts, clip: str) -> None:
+    parts = {"vision": clip, "qformer": None, "max_steps": 1}
+    others = ({"patch_merge_layout": "consecutive"}, {"vision_feature_layer": -2}, {"vision_feature_layer": -1})
+    for fields in ({}, *others):
+        train(**parts, **fields)
+        assert counts.take()[1] == PICTURES
+    train(**parts, **others[-1])
+    assert counts.take()[1] == 0
+
+
+def test_every_way_to_make_tokens_has_features_of_its_own(compose: Callable, clip: str) -> None:
+    ways = [
+        {},
+        {"patch_merge_layout": "consecutive"},
+        {"patch_merge_size": 2},
+        {"patch_merge_size": 1},
+        {"patch_merge_size": 1, "vision_feature_select_strategy": "full"},
+        {"vision_feature_layer": -1},
+        {"image_size": 56},
+        {"image_size": 56, "vision_feature_layer": -1},
+    ]
+    told = set()
+    for fields in ways:
+        model, processor = compose(vision=clip, qformer=None, **fields)
+        told.add(json.dumps(describe_computation(model, processor.image_processor), sort_keys=True))
+    assert len(told) == len(ways)
 
 
 def truncate(shard: Path) -> None:
