@@ -240,7 +240,7 @@ def short_demo(untaught, tmp_path_factory) -> Path:
         patch.setattr(tiny, "VISION_BACKBONE", untaught / "blip2")
         patch.setattr(tiny, "LANGUAGE_BACKBONE", untaught / "llama")
         patch.setattr(demo, "evaluation_scenes", lambda: pictures)
-        patch.setattr(demo, "stage_arguments", lambda *args: [*long(*args), *SHORT])
+        patch.setattr(demo, "stage_arguments", lambda *args, **more: [*long(*args, **more), *SHORT])
         patch.setattr(demo, "MAX_NEW_TOKENS", 12)
         threads = torch.get_num_threads()
         with redirect_stdout(io.StringIO()) as screen:
@@ -249,6 +249,25 @@ def short_demo(untaught, tmp_path_factory) -> Path:
         assert not torch.are_deterministic_algorithms_enabled()
     (folder.parent / "screen.txt").write_text(screen.getvalue())
     return folder
+
+
+def test_a_language_model_of_one_s_own_learns_to_see(untaught, tmp_path, monkeypatch):
+    """Found by its folder, trained from cached features, and named where the result is told."""
+    long = demo.stage_arguments
+    monkeypatch.setattr(tiny, "VISION_BACKBONE", untaught / "blip2")
+    monkeypatch.setattr(demo, "evaluation_scenes", lambda: scenes.evaluation_scenes(4, 2))
+    monkeypatch.setattr(demo, "stage_arguments", lambda *args, **more: [*long(*args, **more), *SHORT])
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 8)
+    other = shutil.copytree(untaught / "llama", tmp_path / "another")
+    with redirect_stdout(io.StringIO()) as screen:
+        assert run_command(["demo", "--output_dir", str(tmp_path / "out"), "--language_model", str(other)]) == 0
+    assert str(other) in screen.getvalue()
+    config = json.loads((tmp_path / "out" / "adapter" / "config.json").read_text())
+    assert config["backbones"]["language_model"]["name_or_path"] == str(other)
+    assert (config["projector_norm"], config["projector_init"]) == (True, "embeddings")
+    assert any((tmp_path / "out" / "features").iterdir())
+    page = plain(Page((tmp_path / "out" / "report.html").read_text()))
+    assert f"minigpt4 demo --seed 0 --language_model {other}" in page
 
 
 def test_the_screen_has_lines_for_every_phase_and_no_dictionary(short_demo):
