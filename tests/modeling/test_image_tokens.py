@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backbones
 from transformers import AutoConfig, AutoModel, Blip2VisionConfig, LlavaConfig, LlavaModel, PretrainedConfig
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
@@ -88,7 +87,7 @@ ENCODERS = {
 
 
 @pytest.fixture(scope="module")
-def compose(backbones: Backbones, tmp_path_factory) -> Callable[..., MiniGPT4Config]:
+def compose(backbones, tmp_path_factory) -> Callable[..., MiniGPT4Config]:
     """`compose(vision configuration, **fields)`: what `from_backbones` makes of an encoder, without weights."""
 
     def build(vision: PretrainedConfig, **fields: Any) -> MiniGPT4Config:
@@ -372,7 +371,7 @@ def test_pictures_of_another_size_are_taken_with_interpolated_positions(encoder:
 
 
 @torch.no_grad()
-def test_what_was_composed_is_loaded_again_with_its_processor(backbones: Backbones, tmp_path: Path, picture) -> None:
+def test_what_was_composed_is_loaded_again_with_its_processor(backbones, tmp_path: Path, picture) -> None:
     """CLIP at twice its size, of its last layer but one, 2 × 2 patches at a time."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**{**vit("clip_vision_model", 28, 7), "num_hidden_layers": 2})
@@ -391,3 +390,38 @@ def test_what_was_composed_is_loaded_again_with_its_processor(backbones: Backbon
     assert inputs["pixel_values"].shape == (1, 3, 56, 56)
     assert int((inputs["input_ids"] == again.config.image_token_id).sum()) == 16
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "CLIP ViT-B/32": ("clip-b32-224",),
+    "CLIP ViT-L/14": ("clip-l14-336",),
+    "SigLIP B/16": ("siglip-b16-224",),
+    "SigLIP so400m/14": ("siglip-so400m14-384",),
+    "SigLIP 2 so400m/16": ("siglip2-so400m16-512",),
+    "DINOv2 B/14": ("dinov2-b14-224", "dinov2-b14-518"),
+    "DINOv2 B/14 with registers": ("dinov2-registers-b14-518",),
+    "DINOv3 S/16": ("dinov3-s16-224",),
+    "DeiT B/16": ("deit-b16-224",),
+    "ViT B/16, BEiT B/16": ("vit-b16-224", "beit-b16-224"),
+    "BLIP-2's EVA ViT-g/14": ("blip2-g14-224",),
+    "ResNet-50, ConvNeXt-T, Swin-T, Hiera-T, EfficientNet-B0": (
+        "resnet-50", "convnext-tiny", "swin-tiny", "hiera-tiny", "efficientnet-b0",
+    ),
+    "PVT-T": ("pvt-tiny",),
+}  # fmt: skip
+
+
+def test_the_table_of_the_page_is_what_comes_out(compose) -> None:
+    page = (Path(__file__).parents[2] / "modeling_minigpt4" / "README.md").read_text(encoding="utf-8")
+    table = page.split("## Tokens of a picture")[1].split("\n\n")[2].splitlines()[2:]
+    told = {tuple(cell.strip() for cell in row.strip("|").split("|")) for row in table}
+    expected = set()
+    for name, encoders in ROWS.items():
+        for encoder in (ENCODERS[one] for one in encoders):
+            joined = {"square": "2 × 2", "consecutive": f"{encoder.merge} in a row"}[encoder.layout]
+            numbers = (compose(encoder.config()).image_size[0], encoder.tokens, encoder.dropped)
+            last = ("–" if encoder.merge == 1 else joined, str(encoder.image_tokens))
+            expected.add((name, *map(str, numbers), *last))
+    assert told == expected and set(ENCODERS) == {one for encoders in ROWS.values() for one in encoders}
