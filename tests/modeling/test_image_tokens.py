@@ -193,7 +193,8 @@ def test_tokens_of_unknown_places_are_kept_or_told(compose, pixels: torch.Tensor
     with pytest.raises(ValueError, match=told):
         encode(random_model(yolos), pixels)
     yolos.num_prefix_tokens = 4
-    assert compose(yolos, vision_feature_select_strategy="default").num_image_tokens == 4
+    config = compose(yolos, vision_feature_select_strategy="default")
+    assert MiniGPT4Config.from_dict(config.to_dict()).num_image_tokens == 4
 
 
 # ---- which are joined -----------------------------------------------------------------------------------------------
@@ -256,6 +257,7 @@ CHOSEN = [
     ("resnet-50", {"image_size": 448}, ("square", 4, 49)),
     ("resnet-50", {"vision_feature_layer": -2}, ("square", 4, 49)),
     ("swin-tiny", {"image_size": 448}, ("square", 4, 49)),
+    ("swin-tiny", {"image_size": (448, 256)}, ("square", 4, 28)),
     ("swin-tiny", {"vision_feature_layer": -3}, ("square", 4, 49)),
     ("pvt-tiny", {"vision_feature_layer": -2}, ("consecutive", 1, 49)),
 ]
@@ -390,6 +392,24 @@ def test_what_was_composed_is_loaded_again_with_its_processor(backbones, tmp_pat
     assert inputs["pixel_values"].shape == (1, 3, 56, 56)
     assert int((inputs["input_ids"] == again.config.image_token_id).sum()) == 16
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_qformer_sees_pictures_of_another_size_and_another_layer(backbones: Any, picture: Any) -> None:
+    fields = {"image_size": 56, "vision_feature_layer": -2}
+    model = MiniGPT4ForConditionalGeneration.from_backbones(**backbones.parts(), **fields)
+    seen = []
+    model.model.qformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    processor = MiniGPT4Processor.from_backbones(backbones.vision, backbones.language_model, config=model.config)
+    inputs = processor(picture("red"), "<image> What?", return_tensors="pt")
+    with torch.no_grad():
+        model(**inputs)
+        states = model.model.vision_model(
+            inputs["pixel_values"], interpolate_pos_encoding=True, output_hidden_states=True
+        ).hidden_states
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56) and states[-2].shape == (1, 17, 16)
+    assert torch.equal(seen[0], states[-2])
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
