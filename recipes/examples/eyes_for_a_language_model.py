@@ -14,7 +14,7 @@ from recipes_minigpt4.tiny import LANGUAGE_BACKBONE, VISION_BACKBONE
 
 
 def main(vision: str, language_model: str, output: str, qformer: str | None = None) -> None:
-    """Join the parts by a new projection; `qformer` is a BLIP-2 repository, or None to join patches four at a time."""
+    """Join the parts by a new projection; `qformer` is a BLIP-2 repository, or None to join patches."""
     model = MiniGPT4ForConditionalGeneration.from_backbones(
         vision=vision, language_model=language_model, qformer=qformer
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backbones
 from transformers import AutoConfig, AutoModel, Blip2VisionConfig, LlavaConfig, LlavaModel, PretrainedConfig
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
@@ -88,7 +87,7 @@ ENCODERS = {
 
 
 @pytest.fixture(scope="module")
-def compose(backbones: Backbones, tmp_path_factory) -> Callable[..., MiniGPT4Config]:
+def compose(backbones, tmp_path_factory) -> Callable[..., MiniGPT4Config]:
     """`compose(vision configuration, **fields)`: what `from_backbones` makes of an encoder, without weights."""
 
     def build(vision: PretrainedConfig, **fields: Any) -> MiniGPT4Config:
@@ -194,7 +193,8 @@ def test_tokens_of_unknown_places_are_kept_or_told(compose, pixels: torch.Tensor
     with pytest.raises(ValueError, match=told):
         encode(random_model(yolos), pixels)
     yolos.num_prefix_tokens = 4
-    assert compose(yolos, vision_feature_select_strategy="default").num_image_tokens == 4
+    config = compose(yolos, vision_feature_select_strategy="default")
+    assert MiniGPT4Config.from_dict(config.to_dict()).num_image_tokens == 4
 
 
 # ---- which are joined -----------------------------------------------------------------------------------------------
@@ -257,6 +257,7 @@ CHOSEN = [
     ("resnet-50", {"image_size": 448}, ("square", 4, 49)),
     ("resnet-50", {"vision_feature_layer": -2}, ("square", 4, 49)),
     ("swin-tiny", {"image_size": 448}, ("square", 4, 49)),
+    ("swin-tiny", {"image_size": (448, 256)}, ("square", 4, 28)),
     ("swin-tiny", {"vision_feature_layer": -3}, ("square", 4, 49)),
     ("pvt-tiny", {"vision_feature_layer": -2}, ("consecutive", 1, 49)),
 ]
@@ -372,7 +373,7 @@ def test_pictures_of_another_size_are_taken_with_interpolated_positions(encoder:
 
 
 @torch.no_grad()
-def test_what_was_composed_is_loaded_again_with_its_processor(backbones: Backbones, tmp_path: Path, picture) -> None:
+def test_what_was_composed_is_loaded_again_with_its_processor(backbones, tmp_path: Path, picture) -> None:
     """CLIP at twice its size, of its last layer but one, 2 × 2 patches at a time."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**{**vit("clip_vision_model", 28, 7), "num_hidden_layers": 2})
@@ -391,3 +392,56 @@ def test_what_was_composed_is_loaded_again_with_its_processor(backbones: Backbon
     assert inputs["pixel_values"].shape == (1, 3, 56, 56)
     assert int((inputs["input_ids"] == again.config.image_token_id).sum()) == 16
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_qformer_sees_pictures_of_another_size_and_another_layer(backbones: Any, picture: Any) -> None:
+    fields = {"image_size": 56, "vision_feature_layer": -2}
+    model = MiniGPT4ForConditionalGeneration.from_backbones(**backbones.parts(), **fields)
+    seen = []
+    model.model.qformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    processor = MiniGPT4Processor.from_backbones(backbones.vision, backbones.language_model, config=model.config)
+    inputs = processor(picture("red"), "<image> What?", return_tensors="pt")
+    with torch.no_grad():
+        model(**inputs)
+        states = model.model.vision_model(
+            inputs["pixel_values"], interpolate_pos_encoding=True, output_hidden_states=True
+        ).hidden_states
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56) and states[-2].shape == (1, 17, 16)
+    assert torch.equal(seen[0], states[-2])
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "CLIP ViT-B/32": ("clip-b32-224",),
+    "CLIP ViT-L/14": ("clip-l14-336",),
+    "SigLIP B/16": ("siglip-b16-224",),
+    "SigLIP so400m/14": ("siglip-so400m14-384",),
+    "SigLIP 2 so400m/16": ("siglip2-so400m16-512",),
+    "DINOv2 B/14": ("dinov2-b14-224", "dinov2-b14-518"),
+    "DINOv2 B/14 with registers": ("dinov2-registers-b14-518",),
+    "DINOv3 S/16": ("dinov3-s16-224",),
+    "DeiT B/16": ("deit-b16-224",),
+    "ViT B/16, BEiT B/16": ("vit-b16-224", "beit-b16-224"),
+    "BLIP-2's EVA ViT-g/14": ("blip2-g14-224",),
+    "ResNet-50, ConvNeXt-T, Swin-T, Hiera-T, EfficientNet-B0": (
+        "resnet-50", "convnext-tiny", "swin-tiny", "hiera-tiny", "efficientnet-b0",
+    ),
+    "PVT-T": ("pvt-tiny",),
+}  # fmt: skip
+
+
+def test_the_table_of_the_page_is_what_comes_out(compose) -> None:
+    page = (Path(__file__).parents[2] / "modeling_minigpt4" / "README.md").read_text(encoding="utf-8")
+    table = page.split("## Tokens of a picture")[1].split("\n\n")[2].splitlines()[2:]
+    told = {tuple(cell.strip() for cell in row.strip("|").split("|")) for row in table}
+    expected = set()
+    for name, encoders in ROWS.items():
+        for encoder in (ENCODERS[one] for one in encoders):
+            joined = {"square": "2 × 2", "consecutive": f"{encoder.merge} in a row"}[encoder.layout]
+            numbers = (compose(encoder.config()).image_size[0], encoder.tokens, encoder.dropped)
+            last = ("–" if encoder.merge == 1 else joined, str(encoder.image_tokens))
+            expected.add((name, *map(str, numbers), *last))
+    assert told == expected and set(ENCODERS) == {one for encoders in ROWS.values() for one in encoders}
