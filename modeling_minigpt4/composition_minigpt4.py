@@ -19,6 +19,7 @@ from .backbones import (
     collect,
     describe,
     fetch_options,
+    hub_only,
     load_backbone_config,
     normalize_source,
     part_of,
@@ -29,6 +30,7 @@ from .configuration_minigpt4 import MiniGPT4Config, vision_image_size, vision_ou
 from .generation_minigpt4 import compose_generation_config
 from .peft_minigpt4 import find_peft_folder
 from .projector_minigpt4 import new_projection
+from .remote_code_minigpt4 import read_parts, take_code
 from .unchanged_minigpt4 import Provided, remember_backbones
 
 
@@ -68,6 +70,7 @@ class CompositionMixin(PreTrainedModel):
                 model's tokenizer brings a chat template, whose turns end with EOS. `None` for EOS only.
             **kwargs: fields of [`MiniGPT4Config`] (`projector_num_layers`, `patch_merge_size`, …); everything else
                 goes to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`, `token`, …).
+                `trust_remote_code=True` runs code that a part brings, if transformers has no model of its type.
 
         Returns:
             The model with `config.backbones` filled, revisions pinned, and a projection initialized as `nn.Linear`
@@ -75,11 +78,12 @@ class CompositionMixin(PreTrainedModel):
 
         Raises:
             OSError: if a repository or folder cannot be opened.
-            ValueError: if the parts do not fit together.
+            ValueError: if the parts do not fit together, or one brings code that is not trusted.
         """
         fields = set(inspect.signature(MiniGPT4Config).parameters) - {"kwargs", "backbones"}
         options = {name: kwargs.pop(name) for name in fields & set(kwargs)}
         hub = {name: kwargs.get(name) for name in HUB_OPTIONS}
+        hub["trust_remote_code"] = bool(kwargs.pop("trust_remote_code", False))
         config = compose_config(vision, language_model, qformer, hub, **options)
         model: Self = cls._compose(config, hub, **kwargs)
         if model.can_generate():
@@ -108,10 +112,13 @@ class CompositionMixin(PreTrainedModel):
             config: configuration to use instead of the checkpoint's.
             backbones: part (`"vision"`, `"qformer"`, `"language_model"`) → repository, folder or dict, for backbones
                 that have moved. They must hold the weights that the projection was trained with.
+            trust_remote_code (`bool`, *optional*): run the code that a backbone brings, at the revision that the
+                configuration names.
 
         Raises:
             OSError: if a file of the checkpoint or of a backbone is missing or damaged.
-            ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with.
+            ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with;
+                or if a backbone brings code that is not trusted.
         """
         load = super().from_pretrained
         check_dtype(kwargs)
@@ -122,29 +129,26 @@ class CompositionMixin(PreTrainedModel):
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
             path = pretrained_model_name_or_path if config is None else config
             # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
-            ours = ("dtype", "torch_dtype", "quantization_config")
+            ours = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code")
             loading: dict[str, Any] = {name: kwargs.pop(name) for name in ours if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **where, **loading}
+        whole = {"name_or_path": pretrained_model_name_or_path, **where}
+        trusted = kwargs.get("trust_remote_code")
         if pretrained_model_name_or_path is None or not config.backbones:
+            find_parts(config, whole, trusted=trusted)
             loaded = load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
 
-        for name in where:
-            kwargs.pop(name)
+        for name in (*where, "trust_remote_code"):
+            kwargs.pop(name, None)
         config = copy.deepcopy(config)
         config.__dict__.pop("quantization_config", None)  # that of a model which was loaded: backbones are whole
-        for part, source in config.backbones.items():
-            if source["name_or_path"] == HERE:
-                config.backbones[part] = _inside(pretrained_model_name_or_path, source, where)
-        for part, source in (backbones or {}).items():
-            # Of where it was, only what tells the weights apart still holds.
-            known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
-            config.backbones[part] = {**known, **normalize_source(source)}
+        find_parts(config, whole, backbones, trusted)
         generation_config = kwargs.pop("generation_config", None) or _find_generation_config(
             pretrained_model_name_or_path, where
         )
-        checkpoint = Checkpoint({"name_or_path": pretrained_model_name_or_path, **where}, "adapter", where)
+        checkpoint = Checkpoint(whole, "adapter", where)
         loaded = cls._compose(config, where, *model_args, checkpoint=checkpoint, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
@@ -209,6 +213,32 @@ class CompositionMixin(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
+def find_parts(
+    config: Any, whole: Mapping[str, Any], backbones: Mapping[str, Any] | None = None, trusted: Any = False
+) -> None:
+    """
+    Find the backbones of a configuration that has been read, and load the code that they bring.
+
+    Args:
+        config: a [`MiniGPT4Config`], which is changed in place.
+        whole: where the checkpoint is: `name_or_path`, and options of fetching.
+        backbones, trusted: `backbones` and `trust_remote_code` of `from_pretrained`.
+
+    Raises:
+        OSError: if the code of a part cannot be loaded.
+        ValueError: if it is not trusted.
+    """
+    where = {name: value for name, value in whole.items() if name != "name_or_path"}
+    for part, source in config.backbones.items():
+        if source["name_or_path"] == HERE:
+            config.backbones[part] = _inside(whole["name_or_path"], source, where)
+    for part, source in (backbones or {}).items():
+        # Of where it was, only what tells the weights apart still holds.
+        known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
+        config.backbones[part] = {**known, **normalize_source(source)}
+    read_parts(config, whole, hub_only(where), trusted)
+
+
 def compose_config(
     vision: Any, language_model: Any, qformer: Any, hub_options: Mapping[str, Any], **options: Any
 ) -> MiniGPT4Config:
@@ -217,12 +247,12 @@ def compose_config(
 
     Args:
         vision, language_model, qformer: see [`MiniGPT4ForConditionalGeneration.from_backbones`].
-        hub_options: how files are fetched.
+        hub_options: how files are fetched, and `trust_remote_code`.
         **options: fields of [`MiniGPT4Config`] that are not the backbones'.
 
     Raises:
         OSError: if a repository or folder cannot be opened.
-        ValueError: if the parts do not fit together.
+        ValueError: if the parts do not fit together, or one brings code that is not trusted.
     """
     sources = {"vision": vision, "qformer": qformer, "language_model": language_model}
     if missing := [part for part in ("vision", "language_model") if sources[part] is None]:
@@ -235,6 +265,8 @@ def compose_config(
 
     options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
     options.setdefault("text_config", found["language_model"].get_text_config())
+    for part, name in (("vision", "vision_config"), ("language_model", "text_config")):
+        sources[part] = dict(take_code(name, options[name], sources[part], hub_only(hub_options)))
     if "qformer" not in found:
         options.setdefault("qformer_config", None)
         options.setdefault("vision_feature_select_strategy", _select_strategy(options["vision_config"]))
@@ -307,4 +339,4 @@ def _find_generation_config(path: Any, options: Mapping[str, Any]) -> Generation
         return None
 
 
-__all__ = ["CompositionMixin", "compose_config", "read_adapter"]
+__all__ = ["CompositionMixin", "compose_config", "find_parts", "read_adapter"]
