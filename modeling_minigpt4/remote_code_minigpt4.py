@@ -233,7 +233,7 @@ def read_parts(config: Any, whole: Mapping[str, Any], options: Mapping[str, Any]
         if not is_unread(unread):
             continue
         source = config.backbones.get(part, whole)
-        place = source["name_or_path"] + (f"@{source['revision']}" if source.get("revision") else "")
+        place = str(source["name_or_path"]) + (f"@{source['revision']}" if source.get("revision") else "")
         check_trust(f"{part} backbone {place}" if part in config.backbones else f"{part} in {place}", trusted)
         read = read_config(part, unread.unread, source, options)
         if (attention := getattr(unread, "_attn_implementation", None)) is not None:
