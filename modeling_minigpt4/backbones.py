@@ -328,6 +328,9 @@ def match_names(
     main = PARTS[part][0]
     inner = [name.removeprefix(main) for name in expected if name.startswith(main)]
     available = set(checkpoint.keys())
+    wrapper = "timm_model."  # of transformers, in which timm's own repositories do not wrap their models
+    if inner and all(name.startswith(wrapper) for name in inner) and not any(wrapper in key for key in available):
+        main, inner = main + wrapper, [name.removeprefix(wrapper) for name in inner]
     prefix = _find_prefix(inner, available)
     names = {main + name: prefix + name for name in inner if prefix + name in available}
     if len(names) < len(inner):

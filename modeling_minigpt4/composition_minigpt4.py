@@ -26,7 +26,7 @@ from .backbones import (
 )
 from .checks_minigpt4 import check_dtype, check_part
 from .compat_minigpt4 import DEFAULT_DTYPE
-from .configuration_minigpt4 import MiniGPT4Config, vision_image_size, vision_output_tokens
+from .configuration_minigpt4 import TIMM, MiniGPT4Config, build_vision_model, vision_image_size, vision_output_tokens
 from .generation_minigpt4 import compose_generation_config
 from .peft_minigpt4 import find_peft_folder
 from .projector_minigpt4 import new_projection
@@ -265,6 +265,8 @@ def compose_config(
 
     options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
     options.setdefault("text_config", found["language_model"].get_text_config())
+    if options["vision_config"].model_type in TIMM:
+        tell_timm(options["vision_config"])
     for part, name in (("vision", "vision_config"), ("language_model", "text_config")):
         sources[part] = dict(take_code(name, options[name], sources[part], hub_only(hub_options)))
     if "qformer" not in found:
@@ -281,6 +283,35 @@ def compose_config(
     # What "auto" stands for, today's default: the language model's own, not that of the projection (float32).
     options.setdefault("dtype", found["language_model"].get_text_config().dtype or found["language_model"].dtype)
     return MiniGPT4Config(**options, backbones=sources)
+
+
+def tell_timm(config: PretrainedConfig) -> None:
+    """
+    Put into the configuration of a model of timm what it leaves to timm: sizes, width, and how pictures are prepared.
+
+    Raises:
+        ImportError: if timm is not installed.
+    """
+    from timm.data import resolve_data_config
+
+    if config.model_type == "timm_backbone":
+        config.use_pretrained_backbone = False  # with which 4.57 would fetch other weights than those named here
+    with torch.device("meta"):
+        encoder = build_vision_model(config).eval()
+        model = getattr(encoder, "timm_model", None) or encoder._backbone
+        known = getattr(config, "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
+        data = resolve_data_config(getattr(config, "model_args", None) or {}, pretrained_cfg=dict(known))
+        channels, *size = data["input_size"]
+        features = encoder(torch.zeros(1, channels, *size)).last_hidden_state
+    config.num_channels, config.image_size = channels, size
+    config.hidden_size = features.shape[1 if features.ndim == 4 else 2]
+    config.pretrained_cfg = {**known, **{name: data[name] for name in ("input_size", "mean", "std", "interpolation")}}
+    config.do_pooling = False  # of which nothing is used
+    if features.ndim == 3:
+        config.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        if (patches := getattr(model, "patch_embed", None)) is not None:
+            height, width = patches.patch_size
+            config.patch_size = height if height == width else [height, width]
 
 
 def _select_strategy(vision_config: PretrainedConfig) -> str:

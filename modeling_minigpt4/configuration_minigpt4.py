@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checks_minigpt4 import check_joins, is_positive, is_whole
@@ -327,7 +328,23 @@ def build_vision_model(vision_config: PretrainedConfig) -> PreTrainedModel:
     if isinstance(vision_config, Blip2VisionConfig):
         return Blip2VisionModel._from_config(vision_config)
     check_read(vision_config)
-    return AutoModel.from_config(vision_config)
+    model: PreTrainedModel = AutoModel.from_config(vision_config)
+    if vision_config.model_type in TIMM:
+        model.register_forward_hook(_as_other_encoders)
+    return model
+
+
+# Model types with which transformers wraps models of timm.
+TIMM = ("timm_wrapper", "timm_backbone")
+
+
+def _as_other_encoders(model: Any, args: Any, output: Any) -> Any:
+    """Give what timm calls feature maps as the last hidden state, with channels in front of rows and columns."""
+    if (maps := getattr(output, "feature_maps", None)) is not None:
+        return BaseModelOutputWithNoAttention(last_hidden_state=maps[-1], hidden_states=output.hidden_states)
+    if getattr(model.timm_model, "output_fmt", None) == "NHWC" and output.last_hidden_state.ndim == 4:
+        output.last_hidden_state = output.last_hidden_state.permute(0, 3, 1, 2)
+    return output
 
 
 def vision_output_tokens(vision_config: PretrainedConfig) -> tuple[int, bool]:

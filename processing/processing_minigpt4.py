@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .batch_minigpt4 import MiniGPT4Batch
@@ -158,7 +159,7 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
         height, width = config.image_size
         return cls(
             image_processor=MiniGPT4ImageProcessor(
-                size={"height": height, "width": width}, **_image_statistics(vision, kwargs)
+                size={"height": height, "width": width}, **_image_statistics(vision, config, kwargs)
             ),
             tokenizer=tokenizer,
             image_token_id=config.image_token_id,
@@ -546,8 +547,12 @@ def _check_trust(error: ValueError, name: Any) -> None:
         ) from error
 
 
-def _image_statistics(vision: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _image_statistics(vision: Any, config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Mean, standard deviation and filter of a vision encoder's own image processor, as far as it has one."""
+    if (timm := getattr(config.vision_config, "pretrained_cfg", None)) is not None:
+        filters = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
+        resample = filters.get(timm["interpolation"], PILImageResampling.BICUBIC)
+        return {"image_mean": list(timm["mean"]), "image_std": list(timm["std"]), "resample": resample}
     name, where = _locate(vision)
     try:
         found, _ = MiniGPT4ImageProcessor.get_image_processor_dict(name, **where, **options)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from foreign_parts import bring_own_code, bring_own_tokenizer, write_code, write_encoder
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -70,7 +71,7 @@ def test_parts_compute_what_their_code_says(foreign, make_inputs, tmp_path, toke
     (plain / "config.json").write_text(json.dumps({**fields, "model_type": "llama"}))
     twice = write_encoder(tmp_path / "twice", factor=2.0)
     llama = compose({**foreign, "language_model": str(plain)})
-    assert torch.equal(score(model, make_inputs), score(llama, make_inputs))
+    assert_close(score(model, make_inputs), score(llama, make_inputs))
     assert not torch.equal(score(model, make_inputs), score(compose({**foreign, "vision": twice}), make_inputs))
 
 
@@ -137,9 +138,10 @@ def test_saved_models_load_in_a_new_process(foreign, adapter, full, blocked, mak
         assert done.stdout.split()[1] == "transformers_modules"
     found = load_file(tmp_path / "outputs.safetensors")
     with torch.no_grad():
-        assert torch.equal(found["logits"], model(**inputs).logits)
-        assert torch.equal(found["hidden"], model.model(**inputs).last_hidden_state)
-    assert torch.equal(found["pipeline"], found["logits"]) and torch.equal(found["again"], found["logits"])
+        logits = model(**inputs).logits
+        assert_close(found["hidden"], model.model(**inputs).last_hidden_state)
+    for name in ("logits", "pipeline", "again"):
+        assert_close(found[name], logits)
     names = {path.name for path in (tmp_path / "saved").glob("*lantern.py")}
     assert bool(names) == full  # an adapter takes the code from its backbone
 
@@ -263,7 +265,7 @@ def test_moved_backbones_bring_their_code_along(foreign, adapter, make_inputs, t
     for part, folder in moved.items():
         shutil.copytree(foreign[part], folder)
     model = MiniGPT4ForConditionalGeneration.from_pretrained(adapter, backbones=moved, trust_remote_code=True).eval()
-    assert torch.equal(score(model, make_inputs), score(compose(foreign), make_inputs))
+    assert_close(score(model, make_inputs), score(compose(foreign), make_inputs))
 
 
 def test_folders_inside_the_checkpoint_bring_their_code(foreign, make_inputs, tmp_path) -> None:
@@ -275,7 +277,7 @@ def test_folders_inside_the_checkpoint_bring_their_code(foreign, make_inputs, tm
     fields["backbones"]["vision"] |= {"name_or_path": ".", "subfolder": "eyes"}
     file.write_text(json.dumps(fields))
     loaded = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
-    assert torch.equal(score(loaded, make_inputs), score(model, make_inputs))
+    assert_close(score(loaded, make_inputs), score(model, make_inputs))
 
 
 def test_classes_registered_by_hand_need_no_option(foreign, backbones, make_inputs, tmp_path, monkeypatch) -> None:
@@ -295,7 +297,7 @@ def test_classes_registered_by_hand_need_no_option(foreign, backbones, make_inpu
     model.save_pretrained(tmp_path / "saved")
     loaded = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
     assert type(loaded.model.vision_model) is classes.LanternModel
-    assert torch.equal(score(model, make_inputs), score(loaded, make_inputs))
+    assert_close(score(model, make_inputs), score(loaded, make_inputs))
     # What transformers knows comes before what the repository brings.
     assert type(compose(parts).model.vision_model) is classes.LanternModel
 
@@ -335,7 +337,7 @@ def test_code_is_pinned_as_weights_are(remote_parts, foreign, hub, make_inputs, 
     assert loaded.config.backbones["vision"]["revision"] == pinned
     assert "code_revision" not in loaded.config.backbones["vision"]
     before = score(compose(foreign), make_inputs)
-    assert torch.equal(score(loaded.eval(), make_inputs), before)
+    assert_close(score(loaded.eval(), make_inputs), before)
     assert not torch.equal(score(compose(remote_parts, **where), make_inputs), before)
 
 
@@ -351,15 +353,15 @@ def test_code_of_another_repository_is_pinned_too(foreign, hub, make_inputs, tmp
     loaded = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "saved", trust_remote_code=True, **where)
     assert loaded.config.backbones["vision"]["code_revision"] == pinned
     before = score(compose(foreign), make_inputs)
-    assert torch.equal(score(loaded.eval(), make_inputs), before)
+    assert_close(score(loaded.eval(), make_inputs), before)
     # Whoever knows the commit can name it for a new model as well; a full checkpoint holds the code.
     eyes = {"name_or_path": "you/eyes", "code_revision": pinned}
     model = compose({**parts, "vision": eyes}, **where)
-    assert torch.equal(score(model, make_inputs), before)
+    assert_close(score(model, make_inputs), before)
     model.save_pretrained(tmp_path / "full", full=True)
     hub.repos.clear()
     full = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "full", trust_remote_code=True).eval()
-    assert torch.equal(score(full, make_inputs), before)
+    assert_close(score(full, make_inputs), before)
 
 
 def test_code_of_several_repositories_is_refused(foreign, hub, tmp_path) -> None:

@@ -91,13 +91,13 @@ def test_features_and_resuming_are_as_ever(stage: Callable, foreign, tmp_path: P
     fields = {**foreign, **TRUST, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     pixels = stage1_pretrain.main(stage("pixels", **fields))
     cached = stage1_pretrain.main(stage("cached", cache_features=tmp_path / "features", **fields))
-    assert losses_of(cached) == losses_of(pixels)
+    assert losses_of(cached) == pytest.approx(losses_of(pixels), rel=1e-5)
     resumed = stage1_pretrain.main(
         stage(
             "cached", cache_features=tmp_path / "features", resume_from_checkpoint="auto", **fields | {"max_steps": 6}
         )
     )
-    assert losses_of(resumed)[:4] == losses_of(pixels) and len(losses_of(resumed)) == 6
+    assert losses_of(resumed)[:4] == losses_of(cached) and len(losses_of(resumed)) == 6
 
 
 def test_features_of_other_code_are_not_used(stage: Callable, foreign, tmp_path: Path, own_cache) -> None:
