@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_CANARY ?= .venv-canary
+VENV_TIMM ?= .venv-timm
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 LANGUAGE_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-smollm2 test test-kernels canary lint format clean help
+.PHONY: demo demo-smollm2 test test-kernels test-timm canary lint format clean help
 
 help:
 	@echo "make demo    both training stages in miniature, on CPU, with a report in demo-output/"
@@ -19,8 +20,9 @@ help:
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make canary  the test suite on the newest releases of everything but torch, whatever the pins say"
 	@echo "make test-kernels  the numeric tests with the kernels of other processors"
+	@echo "make test-timm  vision encoders of timm, in an environment with a torch and a torchvision that fit each other"
 
-$(VENV)/bin/python $(VENV_CANARY)/bin/python:
+$(VENV)/bin/python $(VENV_CANARY)/bin/python $(VENV_TIMM)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(@:/bin/python=)
 
@@ -45,6 +47,11 @@ test: $(VENV)/.installed-test
 test-kernels: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/kernels.py --numprocesses $(JOBS)
 
+test-timm: $(VENV_TIMM)/bin/python
+	@$(VENV_TIMM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints-timm.txt \
+		--editable . timm torchvision pytest
+	$(VENV_TIMM)/bin/python -m pytest -m slow tests/modeling/test_timm.py
+
 canary: $(VENV_CANARY)/bin/python
 	$(VENV_CANARY)/bin/python tests/canary.py --jobs $(JOBS)
 
@@ -62,4 +69,4 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf .venv .venv-oldest .venv-canary .cache build dist demo-output demo-smollm2-output *.egg-info
+	rm -rf .venv .venv-oldest .venv-canary .venv-timm .cache build dist demo-output demo-smollm2-output *.egg-info

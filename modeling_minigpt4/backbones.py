@@ -16,11 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .checks_minigpt4 import why_missing
 from .quantization_minigpt4 import stored_quantization
+from .remote_code_minigpt4 import brings_code, check_trust, pin_code, read_config
 
 
 logger = logging.get_logger(__name__)
@@ -33,7 +35,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 # What a dict that names a backbone may hold.
-SOURCE_KEYS = ("name_or_path", "revision", "subfolder", "fingerprint")
+SOURCE_KEYS = ("name_or_path", "revision", "subfolder", "fingerprint", "code_revision")
 
 # A backbone that holds less than one tensor in so many is none of the part; old names and fused ones are fewer.
 FEW = 10
@@ -56,7 +58,8 @@ def normalize_source(source: "str | os.PathLike[str] | Mapping[str, Any]") -> di
 
     Args:
         source: repository id, `"repository@revision"`, folder, or a dict with `name_or_path` and, optionally,
-            `revision`, `subfolder` and `fingerprint`. A folder becomes absolute, so that it is found from anywhere.
+            `revision`, `subfolder`, `fingerprint` and `code_revision` (that of another repository which has its
+            code). A folder becomes absolute, so that it is found from anywhere.
 
     Raises:
         TypeError: for a model, or anything else that is no name.
@@ -99,10 +102,14 @@ def is_local(source: Mapping[str, Any]) -> bool:
     return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)
 
 
+def hub_only(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `HUB_OPTIONS` that are given."""
+    return {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+
+
 def fetch_options(source: Mapping[str, Any], hub_options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of transformers' `cached_file` for a file of a backbone."""
-    options = {key: value for key, value in hub_options.items() if key in HUB_OPTIONS and value is not None}
-    return {**options, "revision": source.get("revision"), "subfolder": source.get("subfolder") or ""}
+    return {**hub_only(hub_options), "revision": source.get("revision"), "subfolder": source.get("subfolder") or ""}
 
 
 def describe(source: Mapping[str, Any]) -> str:
@@ -119,28 +126,45 @@ def load_backbone_config(
     """
     Read a backbone's configuration and pin its revision.
 
+    Args:
+        part: key of `PARTS`.
+        source: see `normalize_source`.
+        hub_options: how files are fetched, and `trust_remote_code`.
+
     Returns:
         The repository's whole configuration, and the source with `revision` set to the commit hash that was read
         (None for a folder).
 
     Raises:
         OSError: if there is no such repository or folder.
-        ValueError: if its weights are stored quantized.
+        ValueError: if its weights are stored quantized, or if it brings code that the caller does not trust.
     """
     options = fetch_options(source, hub_options)
+    fields: dict[str, Any] = {}
     try:
         # The file first: its place in the cache tells the commit, and a missing repository fails here.
         config_file = cached_file(source["name_or_path"], "config.json", **options)
-        config = AutoConfig.from_pretrained(source["name_or_path"], **options)
+        fields = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        own_code = brings_code(fields)
+        config = None if own_code else AutoConfig.from_pretrained(source["name_or_path"], **options)
     except (OSError, ValueError) as error:
+        if (kind := fields.get("model_type")) is not None and kind not in CONFIG_MAPPING:
+            raise ValueError(
+                f"The {part} backbone {describe(source)} is a {kind!r} model, which the installed transformers does "
+                "not know and for which it brings no code; upgrade transformers, or name another."
+            ) from error
         raise OSError(_not_found(part, source)) from error
+    source = {**source, "revision": extract_commit_hash(config_file, None) or source.get("revision")}
+    if own_code:
+        check_trust(f"{part} backbone {describe(source)}", hub_options.get("trust_remote_code"))
+        _, source = pin_code(part, fields["auto_map"], source, hub_only(hub_options))
+        config = read_config(part, fields, source, hub_only(hub_options))
     if (method := stored_quantization(config)) is not None:
         raise ValueError(
             f"The {part} backbone {describe(source)} holds weights that are quantized already ({method}); name the "
             "repository that they were made from, and pass `quantization_config` to quantize the language model."
         )
-    revision = extract_commit_hash(config_file, None)
-    return config, {**source, "revision": revision or source.get("revision")}
+    return config, source
 
 
 def _not_found(part: str, source: Mapping[str, Any]) -> str:
@@ -304,6 +328,9 @@ def match_names(
     main = PARTS[part][0]
     inner = [name.removeprefix(main) for name in expected if name.startswith(main)]
     available = set(checkpoint.keys())
+    wrapper = "timm_model."  # of transformers, in which timm's own repositories do not wrap their models
+    if inner and all(name.startswith(wrapper) for name in inner) and not any(wrapper in key for key in available):
+        main, inner = main + wrapper, [name.removeprefix(wrapper) for name in inner]
     prefix = _find_prefix(inner, available)
     names = {main + name: prefix + name for name in inner if prefix + name in available}
     if len(names) < len(inner):
@@ -420,6 +447,7 @@ __all__ = [
     "collect",
     "describe",
     "fetch_options",
+    "hub_only",
     "is_local",
     "load_backbone_config",
     "match_names",

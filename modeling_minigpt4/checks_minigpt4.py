@@ -84,8 +84,8 @@ def warn_about_size(config: Any, skeleton: Callable[[], torch.nn.Module]) -> Non
         skeleton: builds the model on the meta device.
     """
     text = config.text_config
-    width = text.hidden_size
-    about = 12 * getattr(text, "num_hidden_layers", 0) * width**2 + text.vocab_size * width
+    width = getattr(text, "hidden_size", 0)
+    about = 12 * getattr(text, "num_hidden_layers", 0) * width**2 + getattr(text, "vocab_size", 0) * width
     if about < LARGE or is_deepspeed_zero3_enabled():
         return
     probe = torch.nn.Module()

@@ -19,17 +19,25 @@ from .backbones import (
     collect,
     describe,
     fetch_options,
+    hub_only,
     load_backbone_config,
     normalize_source,
     part_of,
 )
 from .checks_minigpt4 import check_dtype, check_part
 from .compat_minigpt4 import DEFAULT_DTYPE
-from .configuration_minigpt4 import MiniGPT4Config, told_hidden_size, vision_output_shape
+from .configuration_minigpt4 import (
+    TIMM,
+    MiniGPT4Config,
+    build_vision_model,
+    told_hidden_size,
+    vision_output_shape,
+)
 from .generation_minigpt4 import compose_generation_config
 from .patches_minigpt4 import default_fields
 from .peft_minigpt4 import find_peft_folder
 from .projector_minigpt4 import new_projection, start_at_words
+from .remote_code_minigpt4 import read_parts, take_code
 from .unchanged_minigpt4 import Provided, remember_backbones
 
 
@@ -71,6 +79,7 @@ class CompositionMixin(PreTrainedModel):
                 what is not said of the joining of patches is made to fit the encoder, and `projector_norm` is true
                 and `projector_init` `"embeddings"` between parts that are not the original's; everything else goes to
                 `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `cache_dir`, `token`, …).
+                `trust_remote_code=True` runs code that a part brings, if transformers has no model of its type.
 
         Returns:
             The model with `config.backbones` filled, revisions pinned, and a projection drawn from torch's seed as
@@ -78,11 +87,12 @@ class CompositionMixin(PreTrainedModel):
 
         Raises:
             OSError: if a repository or folder cannot be opened.
-            ValueError: if the parts do not fit together.
+            ValueError: if the parts do not fit together, or one brings code that is not trusted.
         """
         fields = set(inspect.signature(MiniGPT4Config).parameters) - {"kwargs", "backbones"}
         options = {name: kwargs.pop(name) for name in fields & set(kwargs)}
         hub = {name: kwargs.get(name) for name in HUB_OPTIONS}
+        hub["trust_remote_code"] = bool(kwargs.pop("trust_remote_code", False))
         config = compose_config(vision, language_model, qformer, hub, **options)
         model: Self = cls._compose(config, hub, **kwargs)
         if model.can_generate():
@@ -111,10 +121,13 @@ class CompositionMixin(PreTrainedModel):
             config: configuration to use instead of the checkpoint's.
             backbones: part (`"vision"`, `"qformer"`, `"language_model"`) → repository, folder or dict, for backbones
                 that have moved. They must hold the weights that the projection was trained with.
+            trust_remote_code (`bool`, *optional*): run the code that a backbone brings, at the revision that the
+                configuration names.
 
         Raises:
             OSError: if a file of the checkpoint or of a backbone is missing or damaged.
-            ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with.
+            ValueError: if a tensor is missing, has another shape, or is not the one the projection was trained with;
+                or if a backbone brings code that is not trusted.
         """
         load = super().from_pretrained
         check_dtype(kwargs)
@@ -125,29 +138,26 @@ class CompositionMixin(PreTrainedModel):
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
             path = pretrained_model_name_or_path if config is None else config
             # A configuration would take "auto" for its own dtype, and swallow `torch_dtype`, the name before 4.56.
-            ours = ("dtype", "torch_dtype", "quantization_config")
+            ours = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code")
             loading: dict[str, Any] = {name: kwargs.pop(name) for name in ours if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
             kwargs = {**kwargs, **where, **loading}
+        whole = {"name_or_path": pretrained_model_name_or_path, **where}
+        trusted = kwargs.get("trust_remote_code")
         if pretrained_model_name_or_path is None or not config.backbones:
+            find_parts(config, whole, trusted=trusted)
             loaded = load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             return cls._with_adapter(loaded, adapter, pretrained_model_name_or_path, where)
 
-        for name in where:
-            kwargs.pop(name)
+        for name in (*where, "trust_remote_code"):
+            kwargs.pop(name, None)
         config = copy.deepcopy(config)
         config.__dict__.pop("quantization_config", None)  # that of a model which was loaded: backbones are whole
-        for part, source in config.backbones.items():
-            if source["name_or_path"] == HERE:
-                config.backbones[part] = _inside(pretrained_model_name_or_path, source, where)
-        for part, source in (backbones or {}).items():
-            # Of where it was, only what tells the weights apart still holds.
-            known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
-            config.backbones[part] = {**known, **normalize_source(source)}
+        find_parts(config, whole, backbones, trusted)
         generation_config = kwargs.pop("generation_config", None) or _find_generation_config(
             pretrained_model_name_or_path, where
         )
-        checkpoint = Checkpoint({"name_or_path": pretrained_model_name_or_path, **where}, "adapter", where)
+        checkpoint = Checkpoint(whole, "adapter", where)
         loaded = cls._compose(config, where, *model_args, checkpoint=checkpoint, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
@@ -224,6 +234,32 @@ def _words(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return tensors[f"{name}.weight"].float() * scale
 
 
+def find_parts(
+    config: Any, whole: Mapping[str, Any], backbones: Mapping[str, Any] | None = None, trusted: Any = False
+) -> None:
+    """
+    Find the backbones of a configuration that has been read, and load the code that they bring.
+
+    Args:
+        config: a [`MiniGPT4Config`], which is changed in place.
+        whole: where the checkpoint is: `name_or_path`, and options of fetching.
+        backbones, trusted: `backbones` and `trust_remote_code` of `from_pretrained`.
+
+    Raises:
+        OSError: if the code of a part cannot be loaded.
+        ValueError: if it is not trusted.
+    """
+    where = {name: value for name, value in whole.items() if name != "name_or_path"}
+    for part, source in config.backbones.items():
+        if source["name_or_path"] == HERE:
+            config.backbones[part] = _inside(whole["name_or_path"], source, where)
+    for part, source in (backbones or {}).items():
+        # Of where it was, only what tells the weights apart still holds.
+        known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
+        config.backbones[part] = {**known, **normalize_source(source)}
+    read_parts(config, whole, hub_only(where), trusted)
+
+
 def compose_config(
     vision: Any, language_model: Any, qformer: Any, hub_options: Mapping[str, Any], **options: Any
 ) -> MiniGPT4Config:
@@ -232,12 +268,12 @@ def compose_config(
 
     Args:
         vision, language_model, qformer: see [`MiniGPT4ForConditionalGeneration.from_backbones`].
-        hub_options: how files are fetched.
+        hub_options: how files are fetched, and `trust_remote_code`.
         **options: fields of [`MiniGPT4Config`] that are not the backbones'.
 
     Raises:
         OSError: if a repository or folder cannot be opened.
-        ValueError: if the parts do not fit together.
+        ValueError: if the parts do not fit together, or one brings code that is not trusted.
     """
     sources = {"vision": vision, "qformer": qformer, "language_model": language_model}
     if missing := [part for part in ("vision", "language_model") if sources[part] is None]:
@@ -250,6 +286,10 @@ def compose_config(
 
     options.setdefault("vision_config", getattr(found["vision"], "vision_config", found["vision"]))
     options.setdefault("text_config", found["language_model"].get_text_config())
+    if options["vision_config"].model_type in TIMM:
+        tell_timm(options["vision_config"])
+    for part, name in (("vision", "vision_config"), ("language_model", "text_config")):
+        sources[part] = dict(take_code(name, options[name], sources[part], hub_only(hub_options)))
     if "qformer" not in found:
         options.setdefault("qformer_config", None)
     elif not hasattr(found["qformer"], "qformer_config"):
@@ -267,6 +307,35 @@ def compose_config(
     config = MiniGPT4Config(**{**options, **_vision_fields(options)}, backbones=sources)
     _ = config.num_image_tokens  # which says it before weights are read, if patches cannot be joined
     return config
+
+
+def tell_timm(config: PretrainedConfig) -> None:
+    """
+    Put into the configuration of a model of timm what it leaves to timm: sizes, width, and how pictures are prepared.
+
+    Raises:
+        ImportError: if timm is not installed.
+    """
+    from timm.data import resolve_data_config
+
+    if config.model_type == "timm_backbone":
+        config.use_pretrained_backbone = False  # with which 4.57 would fetch other weights than those named here
+    with torch.device("meta"):
+        encoder = build_vision_model(config).eval()
+        model = getattr(encoder, "timm_model", None) or encoder._backbone
+        known = getattr(config, "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
+        data = resolve_data_config(getattr(config, "model_args", None) or {}, pretrained_cfg=dict(known))
+        channels, *size = data["input_size"]
+        features = encoder(torch.zeros(1, channels, *size)).last_hidden_state
+    config.num_channels, config.image_size = channels, size
+    config.hidden_size = features.shape[1 if features.ndim == 4 else 2]
+    config.pretrained_cfg = {**known, **{name: data[name] for name in ("input_size", "mean", "std", "interpolation")}}
+    config.do_pooling = False  # of which nothing is used
+    if features.ndim == 3:
+        config.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        if (patches := getattr(model, "patch_embed", None)) is not None:
+            height, width = patches.patch_size
+            config.patch_size = height if height == width else [height, width]
 
 
 def _is_original(vision_config: PretrainedConfig, text_config: PretrainedConfig) -> bool:
@@ -336,4 +405,4 @@ def _find_generation_config(path: Any, options: Mapping[str, Any]) -> Generation
         return None
 
 
-__all__ = ["CompositionMixin", "compose_config", "read_adapter"]
+__all__ = ["CompositionMixin", "compose_config", "find_parts", "read_adapter"]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     Blip2QFormerConfig,
     Blip2VisionConfig,
     Blip2VisionModel,
@@ -16,11 +18,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checks_minigpt4 import check_joins, is_image_size, is_positive, is_square, is_whole
 from .compat_minigpt4 import CACHE_NAMES, argument_names, autocast_on_meta
+from .heads_minigpt4 import decoder_name
 from .patches_minigpt4 import (
     LAYOUTS,
     STRATEGIES,
@@ -32,6 +36,15 @@ from .patches_minigpt4 import (
     own_image_size,
     pair,
     select_layer,
+)
+from .remote_code_minigpt4 import (
+    UnreadConfig,
+    brings_code,
+    check_trust,
+    copy_code,
+    is_unread,
+    local_references,
+    parts_without_place,
 )
 
 
@@ -56,6 +69,8 @@ def _build_sub_config(
     model_type = options.pop("model_type", default)
     config_class = _BLIP2_CONFIGS.get(model_type)
     if config_class is None:
+        if brings_code({"model_type": model_type, **options}):
+            return UnreadConfig(model_type=model_type, **options)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"`{name}` asks for the model type {model_type!r}, which the installed transformers does not know; "
@@ -178,15 +193,8 @@ class MiniGPT4Config(PretrainedConfig):
                     f"`qformer_config` is that of a {self.qformer_config.model_type!r} model; it has to be a "
                     "Blip2QFormerConfig, or None."
                 )
-            # Cross-attention reads the encoder's output: one width, decided by the encoder.
-            width = vision_feature_size or vision_hidden_size(self.vision_config)
-            self.qformer_config.encoder_hidden_size = width
-
-        if not is_whole(getattr(self.text_config, "vocab_size", None), 1):
-            raise ValueError(
-                f"`text_config` is that of a {self.text_config.model_type!r} model without a vocabulary; it has to be "
-                "that of a decoder, such as LlamaConfig."
-            )
+        self.vision_feature_size = vision_feature_size
+        self._check_parts()
         self.num_query_tokens = num_query_tokens
         self.image_token_id = self.text_config.vocab_size if image_token_id is None else image_token_id
         self.projector_num_layers = projector_num_layers
@@ -197,7 +205,6 @@ class MiniGPT4Config(PretrainedConfig):
             vision_feature_select_strategy = "default" if self.qformer_config is None else "full"
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.vision_feature_layer = vision_feature_layer
-        self.vision_feature_size = vision_feature_size
         self.image_size = image_size
         self.patch_merge_size = patch_merge_size
         self.patch_merge_layout = patch_merge_layout
@@ -264,13 +271,39 @@ class MiniGPT4Config(PretrainedConfig):
         """All fields, without the places that the parts were once read from: `backbones` tells what others need."""
         fields: dict[str, Any] = super().to_dict()
         for part in self.sub_configs:
-            if fields.get(part):
+            if fields.get(part) and not is_unread(getattr(self, part)):
                 fields[part]["_name_or_path"] = ""
+        for part, config in parts_without_place(self):
+            fields[part]["auto_map"] = local_references(config.auto_map)
         return fields
+
+    def save_pretrained(self, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
+        """Save it, and the code of parts that no backbone provides; see [`~transformers.PretrainedConfig`]."""
+        os.makedirs(save_directory, exist_ok=True)
+        copy_code(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def settle(self) -> None:
+        """Take over what follows from a part whose code has been loaded since."""
+        self._check_parts()
+        self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        self._check()
+
+    def _check_parts(self) -> None:
+        """Fit the parts together, as far as their code is loaded."""
+        if self.qformer_config is not None and not is_unread(self.vision_config):
+            # Cross-attention reads the encoder's output: one width, decided by the encoder.
+            width = self.vision_feature_size or vision_hidden_size(self.vision_config)
+            self.qformer_config.encoder_hidden_size = width
+        if not is_unread(self.text_config) and not is_whole(getattr(self.text_config, "vocab_size", None), 1):
+            raise ValueError(
+                f"`text_config` is that of a {self.text_config.model_type!r} model without a vocabulary; it has to be "
+                "that of a decoder, such as LlamaConfig."
+            )
 
     def _check(self) -> None:
         """Raise a `ValueError` for values that no model could be built from."""
-        vocab_size = self.text_config.vocab_size
+        vocab_size = 0 if is_unread(self.text_config) else self.text_config.vocab_size
         for name in ("num_query_tokens", "projector_num_layers", "patch_merge_size"):
             if not is_whole(getattr(self, name), 1):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be 1 or more, a whole number.")
@@ -355,11 +388,49 @@ def vision_hidden_size(vision_config: PretrainedConfig) -> int:
     return size
 
 
+def check_read(config: PretrainedConfig) -> None:
+    """Raise a `ValueError` that names the option, for the configuration of a part whose code has not been loaded."""
+    if is_unread(config):
+        check_trust(f"part with the model type {config.model_type!r}", trusted=False)
+
+
+def build_causal_lm(text_config: PretrainedConfig) -> PreTrainedModel:
+    """Build a language model with its head."""
+    check_read(text_config)
+    return AutoModelForCausalLM.from_config(text_config)
+
+
+def build_decoder(text_config: PretrainedConfig) -> PreTrainedModel:
+    """Build a language model without its head; code of others may name a class of the whole only."""
+    if AutoModel._model_mapping.get(type(text_config), None) is not None:
+        return AutoModel.from_config(text_config)
+    causal_lm = build_causal_lm(text_config)
+    decoder: PreTrainedModel = getattr(causal_lm, decoder_name(causal_lm))
+    return decoder
+
+
 def build_vision_model(vision_config: PretrainedConfig) -> PreTrainedModel:
     """Build a vision encoder; transformers 4.57 does not know BLIP-2's under `AutoModel`."""
     if isinstance(vision_config, Blip2VisionConfig):
         return Blip2VisionModel._from_config(vision_config)
-    return AutoModel.from_config(vision_config)
+    check_read(vision_config)
+    model: PreTrainedModel = AutoModel.from_config(vision_config)
+    if vision_config.model_type in TIMM:
+        model.register_forward_hook(_as_other_encoders)
+    return model
+
+
+# Model types with which transformers wraps models of timm.
+TIMM = ("timm_wrapper", "timm_backbone")
+
+
+def _as_other_encoders(model: Any, args: Any, output: Any) -> Any:
+    """Give what timm calls feature maps as the last hidden state, with channels in front of rows and columns."""
+    if (maps := getattr(output, "feature_maps", None)) is not None:
+        return BaseModelOutputWithNoAttention(last_hidden_state=maps[-1], hidden_states=output.hidden_states)
+    if getattr(model.timm_model, "output_fmt", None) == "NHWC" and output.last_hidden_state.ndim == 4:
+        output.last_hidden_state = output.last_hidden_state.permute(0, 3, 1, 2)
+    return output
 
 
 _SHAPES: dict[tuple[Any, ...], tuple[int, ...]] = {}  # what was asked for once

@@ -17,9 +17,11 @@ from transformers.generation import (
     StoppingCriteria,
 )
 
+from .backbones import fetch_options
 from .checks_minigpt4 import check_length
 from .compat_minigpt4 import CACHE, IS_TRANSFORMERS_4
 from .configuration_minigpt4 import MiniGPT4Config
+from .remote_code_minigpt4 import check_trust
 
 
 # Inputs that only a model with eyes takes.
@@ -197,8 +199,7 @@ def compose_generation_config(
     source: Mapping[str, Any], config: MiniGPT4Config, separator: str | None, hub_options: Mapping[str, Any]
 ) -> GenerationConfig:
     """Token ids of the language model, the original's length of 300 tokens, and the separator spelt in tokens."""
-    where = {"revision": source.get("revision"), "subfolder": source.get("subfolder") or "", **hub_options}
-    where = {name: value for name, value in where.items() if value is not None}
+    where = {name: value for name, value in fetch_options(source, hub_options).items() if value is not None}
     try:
         own = GenerationConfig.from_pretrained(source["name_or_path"], **where)
     except OSError:
@@ -211,8 +212,11 @@ def compose_generation_config(
     if separator is None:
         return generation_config
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source["name_or_path"], **where)
+        trusted = bool(hub_options.get("trust_remote_code"))
+        tokenizer = AutoTokenizer.from_pretrained(source["name_or_path"], trust_remote_code=trusted, **where)
     except (OSError, ValueError, TypeError) as error:  # TypeError: 4.57, where the vocabulary's file is missing
+        if "trust_remote_code" in str(error):
+            check_trust(f"tokenizer of {source['name_or_path']}", trusted)
         if separator == "auto":
             return generation_config  # a language model without a tokenizer has no chat template either
         raise OSError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, Blip2VisionConfig, PreTrainedModel
+from transformers import Blip2QFormerModel, Blip2VisionConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import set_zero3_state
@@ -36,7 +36,7 @@ from .compat_minigpt4 import (
     tied_weights_keys,
 )
 from .composition_minigpt4 import CompositionMixin
-from .configuration_minigpt4 import MiniGPT4Config, build_vision_model
+from .configuration_minigpt4 import MiniGPT4Config, build_causal_lm, build_decoder, build_vision_model
 from .digest_minigpt4 import digests  # noqa: F401  # likewise
 from .freezing_minigpt4 import FreezingMixin
 from .generation_minigpt4 import MiniGPT4GenerationMixin
@@ -46,6 +46,7 @@ from .patches_minigpt4 import encoder_options, patch_tokens, select_layer
 from .peft_minigpt4 import PeftMixin
 from .projector_minigpt4 import Float32Linear, build_projection, first_layer
 from .quantization_minigpt4 import QuantizationMixin
+from .remote_code_minigpt4 import read_parts  # noqa: F401  # likewise
 from .saving_minigpt4 import SavingMixin
 from .unchanged_minigpt4 import tied_to
 
@@ -199,7 +200,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             shape = (1, config.num_query_tokens, config.qformer_config.hidden_size)
             self.query_tokens = nn.Parameter(torch.zeros(shape))
         self.language_projection = build_projection(config)
-        self.language_model = language_model or AutoModel.from_config(config.text_config)
+        self.language_model = language_model or build_decoder(config.text_config)
         self.language_model_arguments, self.cache_name = argument_names(self.language_model.forward)
         self.set_input_embeddings(self.get_input_embeddings())
         self.post_init()
@@ -434,7 +435,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4GenerationMixin, MiniGPT4PreTrain
         super().__init__(config)
         warn_about_size(config, lambda: self._skeleton(config))
         # The language model's own class brings the right head: with or without a bias, under whatever name.
-        causal_lm = AutoModelForCausalLM.from_config(config.text_config)
+        causal_lm = build_causal_lm(config.text_config)
         check_head(causal_lm)
         self.lm_head_name, self.decoder_name = head_name(causal_lm), decoder_name(causal_lm)
         self.model = MiniGPT4Model(config, language_model=getattr(causal_lm, self.decoder_name))

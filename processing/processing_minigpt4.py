@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .batch_minigpt4 import MiniGPT4Batch
@@ -131,16 +132,22 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
             config: the model's [`MiniGPT4Config`].
             chat_template: Jinja text or a name. By default the language model's own template, taught about pictures
                 (`"wrapped"`), or `"vicuna_v0"` where it has none.
-            **kwargs: how files are fetched (`cache_dir`, `token`, `local_files_only`, …).
+            **kwargs: how files are fetched (`cache_dir`, `token`, `local_files_only`, …), and `trust_remote_code`,
+                for a tokenizer that brings its own code. Image processors of others are read, and never run.
 
         Raises:
             OSError: if there is no tokenizer.
+            ValueError: if the tokenizer brings code that is not trusted.
         """
         name, where = _locate(language_model)
+        trusted = bool(kwargs.pop("trust_remote_code", False))  # if it is left out, transformers asks on a terminal
         # What generation needs; trainers ask for their side themselves. An attribute set later would not be saved.
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **where, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, padding_side="left", trust_remote_code=trusted, **where, **kwargs
+            )
         except ValueError as error:
+            _check_trust(error, name)
             raise OSError(
                 f"No tokenizer could be loaded from the language model {name!r}; put its tokenizer files beside its "
                 "weights, or name a repository that has them."
@@ -152,7 +159,7 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
         height, width = config.image_size
         return cls(
             image_processor=MiniGPT4ImageProcessor(
-                size={"height": height, "width": width}, **_image_statistics(vision, kwargs)
+                size={"height": height, "width": width}, **_image_statistics(vision, config, kwargs)
             ),
             tokenizer=tokenizer,
             image_token_id=config.image_token_id,
@@ -169,8 +176,16 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
 
         Args:
             chat_template: Jinja text or a name, instead of the template that was saved.
+
+        Raises:
+            ValueError: if the tokenizer brings code, and `trust_remote_code=True` is not given.
         """
-        processor: MiniGPT4Processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # nobody is asked on a terminal
+        try:
+            processor: MiniGPT4Processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ValueError as error:
+            _check_trust(error, pretrained_model_name_or_path)
+            raise
         if chat_template is not None:
             processor.chat_template = processor._chat_template(chat_template)
         return processor
@@ -523,8 +538,21 @@ def _locate(source: Any) -> tuple[str, dict[str, Any]]:
     return name, {key: spec[key] for key in ("revision", "subfolder") if spec.get(key)}
 
 
-def _image_statistics(vision: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _check_trust(error: ValueError, name: Any) -> None:
+    """Tell in one sentence what transformers tells in several, if a tokenizer's code is not trusted."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"The tokenizer of {name} brings its own code, which would run on this machine; look at it, and if you "
+            "trust it, pass `trust_remote_code=True` (on the command line `--trust_remote_code true`)."
+        ) from error
+
+
+def _image_statistics(vision: Any, config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Mean, standard deviation and filter of a vision encoder's own image processor, as far as it has one."""
+    if (timm := getattr(config.vision_config, "pretrained_cfg", None)) is not None:
+        filters = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
+        resample = filters.get(timm["interpolation"], PILImageResampling.BICUBIC)
+        return {"image_mean": list(timm["mean"]), "image_std": list(timm["std"]), "resample": resample}
     name, where = _locate(vision)
     try:
         found, _ = MiniGPT4ImageProcessor.get_image_processor_dict(name, **where, **options)

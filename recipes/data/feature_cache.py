@@ -11,6 +11,7 @@ interrupted run goes on where it was. A shard that cannot be read is removed and
 
 import bisect
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
@@ -148,6 +150,7 @@ def describe_computation(model: MiniGPT4ForConditionalGeneration, image_processo
             weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     config = model.config
+    code = code_of(model.model.vision_model)
     names = (
         "num_query_tokens",
         "vision_feature_select_strategy",
@@ -163,7 +166,20 @@ def describe_computation(model: MiniGPT4ForConditionalGeneration, image_processo
         "vision": _essential(config.vision_config.to_dict()),
         "qformer": None if config.qformer_config is None else _essential(config.qformer_config.to_dict()),
         "image_processor": _essential(image_processor.to_dict()),
+        **({} if code is None else {"code": code}),
     }
+
+
+def code_of(encoder: Any) -> str | None:
+    """A digest of the code of an encoder that is none of transformers', as far as its files are there."""
+    if type(encoder).__module__.startswith("transformers."):
+        return None
+    try:
+        file = inspect.getfile(type(encoder))
+        files = [Path(file), *map(Path, sorted(get_relative_import_files(file)))]
+        return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+    except (OSError, TypeError):  # made in a notebook, say
+        return None
 
 
 def _essential(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from modeling_minigpt4.backbones import HERE
 from modeling_minigpt4.peft_minigpt4 import plain_names
 from modeling_minigpt4.quantization_minigpt4 import stored_quantization
+from modeling_minigpt4.remote_code_minigpt4 import code_places
 from recipes_minigpt4.utils.embedded_world import TINY
 from recipes_minigpt4.utils.redaction import redact
 
@@ -176,6 +177,11 @@ def render_card(
             PARTS[part]: public_name(source["name_or_path"], source.get("revision"))
             for part, source in sources.items()
         },
+        code={
+            PARTS[part]: " and ".join(public_name(*place) for place in places)
+            for part, places in code_places(model.config).items()
+        },
+        trust=", trust_remote_code=True" if code_places(model.config) else "",
         local_parts=[PARTS[part] for part in sources if part not in public],
         trained=_trained_parts(model, trained),
         trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),

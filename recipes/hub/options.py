@@ -13,6 +13,16 @@ ABOUT = {
 }
 
 
+TRUST = "run the code that a part brings, to look through the folder; default: false"
+
+
+def truth(text: str) -> bool:
+    """`true` or `false` of a command line."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def build_parser(command: str) -> argparse.ArgumentParser:
     """The parser of `minigpt4 convert` or `minigpt4 push`."""
     parser = CommandParser(prog=f"minigpt4 {command}", description=ABOUT[command], allow_abbrev=False)
@@ -42,4 +52,5 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     add("repo", help="repository of the Hub, as in you/your-adapter; made if there is none")
     add("--private", action="store_true", help="make the repository private")
     add("--revision", help="branch to push to, made if there is none; default: main")
+    add("--trust_remote_code", nargs="?", const=True, default=False, type=truth, metavar="true", help=TRUST)
     add("--commit_message", default="Upload MiniGPT-4", help="default: %(default)s")

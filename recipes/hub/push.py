@@ -7,6 +7,7 @@ or HF_TOKEN.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from modeling_minigpt4.backbones import HERE, PARTS, Checkpoint, collect, is_local
-from modeling_minigpt4.composition_minigpt4 import read_adapter
+from modeling_minigpt4.composition_minigpt4 import find_parts, read_adapter
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, ADAPTER_WEIGHTS, plain_names
+from modeling_minigpt4.remote_code_minigpt4 import brings_any_code
 from modeling_minigpt4.saving_minigpt4 import AUTO_MAP
 from recipes_minigpt4.hub.card import NAMELESS, last_name, render_card
 from recipes_minigpt4.hub.options import build_parser
@@ -43,11 +45,17 @@ def main(arguments: Sequence[str]) -> None:
         RecipeError: if it would not load, or cannot be pushed.
     """
     args = parse(arguments)
-    print(push(args.folder, args.repo, args.private or None, args.revision, args.commit_message))
+    message, trusted = args.commit_message, args.trust_remote_code
+    print(push(args.folder, args.repo, args.private or None, args.revision, message, trusted))
 
 
 def push(
-    folder: Path, repo_id: str, private: bool | None = None, revision: str | None = None, message: str = "Upload"
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Upload",
+    trusted: bool = False,
 ) -> str:
     """
     Check a folder and push it in one commit.
@@ -58,6 +66,7 @@ def push(
         private: whether it has to be private. Default: whatever its owner's new ones are.
         revision: branch, made if there is none. Default: main.
         message: of the commit.
+        trusted: whether the code that parts bring may run, with which the folder is looked through.
 
     Returns:
         What to tell: the address, and how to load it.
@@ -71,7 +80,7 @@ def push(
         raise RecipeError(
             f"{repo_id!r} is no name of a repository, such as you/your-adapter: {one_line(error)}."
         ) from error
-    config = check_folder(folder)
+    config = check_folder(folder, trusted)
     inside = [source["subfolder"] for source in config.backbones.values() if _is_inside(source)]
     try:
         repo = make_repository(repo_id, private)
@@ -86,6 +95,8 @@ def how_to_load(config: MiniGPT4Config, repo_id: str, address: str, revision: st
     """The address of a repository, and the line that loads it."""
     local = [part for part in PARTS if part in config.backbones and is_local(config.backbones[part])]
     options = [f'"{repo_id}"', *([f'revision="{revision}"'] if revision else [])]
+    if brings_any_code(config):
+        options.append("trust_remote_code=True")
     if local:
         options.append("backbones={" + ", ".join(f'"{part}": ...' for part in local) + "}")
     lines = [
@@ -104,7 +115,7 @@ def how_to_load(config: MiniGPT4Config, repo_id: str, address: str, revision: st
 # ---- is it whole? ---------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path) -> MiniGPT4Config:
+def check_folder(folder: Path, trusted: bool = False) -> MiniGPT4Config:
     """
     Make sure that a folder will load from the Hub as it is: weights, processor and code.
 
@@ -116,6 +127,9 @@ def check_folder(folder: Path) -> MiniGPT4Config:
     """
     config = read_config(folder)
     try:
+        backbones = copy.deepcopy(config.backbones)
+        find_parts(config, {"name_or_path": str(folder)}, trusted=trusted)
+        config.backbones = backbones  # as others see them
         check_weights(folder, config)
     except SafetensorError as error:
         raise RecipeError(
@@ -123,7 +137,7 @@ def check_folder(folder: Path) -> MiniGPT4Config:
         ) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"{one_line(error)}.") from error
-    check_processor(folder)
+    check_processor(folder, trusted)
     check_code(folder, config)
     return config
 
@@ -195,13 +209,13 @@ def _tensors(folder: Path, checkpoint: Checkpoint, config: MiniGPT4Config) -> It
             yield str(file), key, tensor
 
 
-def check_processor(folder: Path) -> None:
+def check_processor(folder: Path, trusted: bool = False) -> None:
     """Make sure that the processor is there and loads."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))  # 4.57 would make one up
-        MiniGPT4Processor.from_pretrained(folder, local_files_only=True)
+        MiniGPT4Processor.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # of the tokenizer, in all its kinds
         raise RecipeError(
             f"{folder} has no processor that loads ({one_line(error)}); put it there with "

@@ -283,11 +283,12 @@ def longest_row(model_args: ModelArguments, data_args: DataArguments, config: Mi
 
 def _local_processor(args: ModelArguments, config: MiniGPT4Config) -> Any:
     """The processor that a run would have, or None if its files would have to be fetched."""
-    template = {} if args.chat_template is None else {"chat_template": args.chat_template}
+    options: dict[str, Any] = {} if args.chat_template is None else {"chat_template": args.chat_template}
+    options |= {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
     try:
         if args.model_name_or_path:
-            return MiniGPT4Processor.from_pretrained(args.model_name_or_path, local_files_only=True, **template)
+            return MiniGPT4Processor.from_pretrained(args.model_name_or_path, **options)
         parts = {part: source for part, source in backbone_sources(args).items() if part != "qformer"}
-        return MiniGPT4Processor.from_backbones(**parts, config=config, local_files_only=True, **template)
+        return MiniGPT4Processor.from_backbones(**parts, config=config, **options)
     except (OSError, ValueError, TypeError):
         return None

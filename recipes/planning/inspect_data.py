@@ -133,20 +133,19 @@ def load_processor(args: ModelArguments) -> Any:
         RecipeError: if a part cannot be found.
     """
     template = {} if args.chat_template is None else {"chat_template": args.chat_template}
+    trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     try:
         if args.model_name_or_path:
             _, base = check_saved(args.model_name_or_path)
             args.check_saved_fields(MiniGPT4Config.from_pretrained(base))
-            return MiniGPT4Processor.from_pretrained(base, **template)
+            return MiniGPT4Processor.from_pretrained(base, **trust, **template)
         vision, qformer = (args.vision, args.qformer) if args.vision else (TINY, TINY)
         named = replace(args, vision=vision, qformer=qformer, language_model=args.language_model or TINY)
         parts = backbone_sources(named)
         config = compose_config(
-            parts["vision"], parts["language_model"], parts.get("qformer"), hub_options={}, **named.new_fields()
+            parts["vision"], parts["language_model"], parts.get("qformer"), trust, **named.new_fields()
         )
-        return MiniGPT4Processor.from_backbones(
-            language_model=parts["language_model"], vision=parts["vision"], config=config, **template
-        )
+        return MiniGPT4Processor.from_backbones(parts["vision"], parts["language_model"], config, **trust, **template)
     except RecipeError:
         raise
     except (OSError, ValueError, ImportError) as error:

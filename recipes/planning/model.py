@@ -1,7 +1,7 @@
 """The model of a plan: every parameter with its shape and dtype, and no data. Only configurations are read."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
-from modeling_minigpt4.composition_minigpt4 import compose_config
+from modeling_minigpt4.composition_minigpt4 import compose_config, find_parts
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, find_file, plain_names
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
 from recipes_minigpt4.training.model import NO_MODEL, add_adapter, backbone_sources, check_saved, weights_dtype
@@ -36,11 +36,12 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
     adapter = None
     try:
         if args.model_name_or_path:
-            config, adapter = _saved_config(args.model_name_or_path)
+            config, adapter = _saved_config(args.model_name_or_path, parts, args.trust_remote_code)
             args.check_saved_fields(config)
         elif {"vision", "language_model"} <= parts.keys():
+            trust = {"trust_remote_code": args.trust_remote_code}
             config = compose_config(
-                parts["vision"], parts["language_model"], parts.get("qformer"), hub_options={}, **args.new_fields()
+                parts["vision"], parts["language_model"], parts.get("qformer"), trust, **args.new_fields()
             )
         else:
             raise RecipeError(NO_MODEL)
@@ -60,10 +61,11 @@ def build_skeleton(args: ModelArguments, training: StageArguments) -> MiniGPT4Fo
     return model
 
 
-def _saved_config(path: str) -> tuple[MiniGPT4Config, Any]:
+def _saved_config(path: str, moved: Mapping[str, str], trusted: bool) -> tuple[MiniGPT4Config, Any]:
     """Configuration of a checkpoint, and that of the adapter of PEFT it has, or None."""
     found, base = check_saved(path)
     config = MiniGPT4Config.from_pretrained(base)
+    find_parts(config, {"name_or_path": base}, moved, trusted)
     subfolder = config.__dict__.pop("language_model_adapter", None)
     if found is None and subfolder is None:
         return config, None

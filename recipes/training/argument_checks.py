@@ -39,10 +39,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "router_aux_loss_coef": ((0.0,), "the model has no mixture of experts that tells its routing; leave it out"),
     "warmup_ratio": ((), "it has no effect beside --warmup_steps; use that one"),
     "model_init_kwargs": ((), "it has no effect here; use the settings of the model, such as --dtype"),
-    "trust_remote_code": (
-        (),
-        "a stage loads no backbone with code of its own; leave it out",
-    ),
     "dataset_kwargs": ((), "it has no effect here; leave it out"),
     "dataset_text_field": ((), "it has no effect here; use --text_column"),
     "chat_template_path": ((), "the chat template is that of --chat_template; use that one"),

@@ -68,6 +68,7 @@ class StageArguments(SFTConfig):
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of the longest row. Default: any, as max_txt_len cuts answers."}
     )
+    trust_remote_code: bool = field(default=False, init=False)  # TRL's, of no use here: `ModelArguments` has it
     remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: rows are made of all columns."})
 
     def __getstate__(self) -> dict[str, Any]:

@@ -37,22 +37,23 @@ def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4
     if args.quantization is not None:
         options["quantization_config"] = quantization_config(args.quantization, options["dtype"])
     parts = backbone_sources(args)
+    trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     template = {} if args.chat_template is None else {"chat_template": args.chat_template}
     try:
         if args.model_name_or_path:
             check_saved(args.model_name_or_path)
             model = MiniGPT4ForConditionalGeneration.from_pretrained(
-                args.model_name_or_path, backbones=parts, **options
+                args.model_name_or_path, backbones=parts, **trust, **options
             )
-            processor = MiniGPT4Processor.from_pretrained(args.model_name_or_path, **template)
+            processor = MiniGPT4Processor.from_pretrained(args.model_name_or_path, **trust, **template)
             args.check_saved_fields(model.config)
         elif {"vision", "language_model"} <= parts.keys():
             options |= args.new_fields()
             if args.chat_template and "{" not in args.chat_template:  # not what the language model's own chats end in
                 options["separator"] = "###" if args.chat_template.startswith("vicuna_v0") else None
-            model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, **options)
+            model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, **trust, **options)
             processor = MiniGPT4Processor.from_backbones(
-                language_model=parts["language_model"], vision=parts["vision"], config=model.config, **template
+                parts["vision"], parts["language_model"], model.config, **trust, **template
             )
         else:
             raise RecipeError(NO_MODEL)

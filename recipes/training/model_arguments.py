@@ -47,6 +47,10 @@ class ModelArguments:
     language_model: str | None = field(
         default=None, metadata={"help": "Language model: repository, repository@revision, folder or `tiny`."}
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the code that a part brings, on this machine. Look at it first. Default: false."},
+    )
     projector_num_layers: int | None = field(
         default=None,
         metadata={"help": "Linear layers of a new projection. The ablation of the paper has 3. Default: 1."},

@@ -9,6 +9,7 @@ from typing import Any
 
 from modeling_minigpt4.backbones import is_local
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
+from modeling_minigpt4.remote_code_minigpt4 import brings_any_code
 from recipes_minigpt4.utils.embedded_world import TINY, is_shipped
 from recipes_minigpt4.utils.redaction import redact
 from recipes_minigpt4.utils.text import duration
@@ -61,10 +62,13 @@ def describe_end(trainer: Any) -> str:
     folder = Path(trainer.args.output_dir)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")]
     seconds = next((one["train_runtime"] for one in reversed(trainer.state.log_history) if "train_runtime" in one), 0)
+    trust, option = ("", "")
+    if brings_any_code(trainer.model.config):
+        trust, option = ", trust_remote_code=True", " --trust_remote_code true"
     following = (
-        f"minigpt4 stage2 --model_name_or_path {folder} --dataset_name DATA --output_dir DIR"
+        f"minigpt4 stage2 --model_name_or_path {folder} --dataset_name DATA --output_dir DIR{option}"
         if trainer.stage == 1
-        else f"minigpt4 push {folder} you/your-adapter"
+        else f"minigpt4 push {folder} you/your-adapter{option}"
     )
     panel = {"panel": str(folder / PANEL)} if (folder / PANEL).is_file() else {}
     local = {part: one["name_or_path"] for part, one in trainer.model.config.backbones.items() if is_local(one)}
@@ -73,7 +77,7 @@ def describe_end(trainer: Any) -> str:
     return _lines(
         done=f"{trainer.state.global_step:,} steps in {duration(seconds)}",
         adapter=f"{folder}, {sum(path.stat().st_size for path in weights):,} bytes",
-        load=f'AutoModelForImageTextToText.from_pretrained("{folder}")  # after `import modeling_minigpt4`',
+        load=f'AutoModelForImageTextToText.from_pretrained("{folder}"{trust})  # after `import modeling_minigpt4`',
         next=following,
         **panel,
         log=str(folder / LOG),

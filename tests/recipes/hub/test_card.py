@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from foreign_parts import write_encoder
 from hub_server import TOKEN
 from huggingface_hub import ModelCard, ModelCardData
 
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.hub import card as cards
 from recipes_minigpt4.hub.card import card_template, is_local, public_name, render_card
 
@@ -36,6 +38,25 @@ def on_hub(compose: Callable):
     for part, source in model.config.backbones.items():
         source.update(name_or_path=HUB[part], revision="a1b2c3")
     return model
+
+
+def test_a_card_says_whose_code_runs(parts: dict[str, str], on_hub, tmp_path: Path) -> None:
+    assert "trust_remote_code" not in render_card(on_hub)
+    sources = {"vision": write_encoder(tmp_path / "eyes"), "language_model": parts["language_model"]}
+    model = MiniGPT4ForConditionalGeneration.from_backbones(**sources, trust_remote_code=True)
+    model.config.backbones["vision"].update(name_or_path="owner/eyes", revision="a1b2c3")
+    text = render_card(model, repo_id="you/adapter")
+    own = "- vision encoder: code of [owner/eyes](https://huggingface.co/owner/eyes), revision `a1b2c3`"
+    assert own in text.splitlines() and "- language model: code" not in text
+    assert text.count('.from_pretrained("you/adapter", trust_remote_code=True)') == 2
+
+    elsewhere = {name: f"owner/code--{place}" for name, place in model.config.vision_config.auto_map.items()}
+    model.config.vision_config.auto_map = elsewhere
+    model.config.backbones["vision"]["code_revision"] = "d4e5f6"
+    text = render_card(model)
+    assert "code of [owner/code](https://huggingface.co/owner/code), revision `d4e5f6`\n" in text and own not in text
+    model.config.backbones = {}
+    assert "- vision encoder: code of this repository\n" in render_card(model)
 
 
 def test_the_card_of_the_package_is_one_page() -> None:

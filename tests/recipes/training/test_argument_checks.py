@@ -193,7 +193,6 @@ SETTINGS += [
         ("group_by_length", True, ()),
         ("train_sampling_strategy", "group_by_length", ("sequential",)),
         ("warmup_ratio", 0.1, ("--warmup_steps",)),
-        ("trust_remote_code", True, ()),
         ("dataloader_multiprocessing_context", "spawn", ("--dataloader_num_workers",)),
     )
     if name in {field.name for field in dataclasses.fields(StageArguments)}
