@@ -63,7 +63,7 @@ JSON_OR_FILE = ("accelerator_config", "fsdp_config", "deepspeed")
 def is_offered(name: str) -> bool:
     """Whether help lists a setting; what is refused, or has no effect in a stage, it leaves out."""
     unused = name.startswith(("eval_", "per_device_eval", "per_gpu_", "include_for_metrics", "batch_eval_metrics"))
-    refused = name in REFUSED and name not in WITH_OTHER_SCHEDULE
+    refused = name in REFUSED and name not in (*WITH_OTHER_SCHEDULE, "train_sampling_strategy")
     return not (unused or refused or name in EVALUATION)
 
 
