@@ -104,9 +104,12 @@ def measure_orders(
     answers = {sum(int((batch["labels"] != -100).sum()) for batch in side.batches) for side in sides.values()}
     if len(answers) > 1:
         raise RecipeError("The sides do not train the same rows, so times say nothing.")
-    works = {name: partial(take_all, side) for name, side in sides.items()}
-    take_turns(works, 1)
-    times = take_turns(works, rounds)
+    flops = {name: count_flops(partial(take_all, side)) for name, side in sides.items()}  # which is the warm-up too
+    works = {name: side.step for name, side in sides.items()}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):  # each of as many steps as there are batches
+        for name, taken in take_turns(works, workload.num_batches).items():
+            times[name].append(sum(taken))
     found = {}
     for name, side in sides.items():
         counts = [batch[COUNTS] for batch in side.batches]
@@ -115,7 +118,7 @@ def measure_orders(
             "share_of_pads": 1 - sum(one["tokens"] for one in counts) / sum(one["places"] for one in counts),
             "seconds_per_step": median,
             "images_per_second": workload.batch_size / median,
-            "flops_per_step": count_flops(works[name]) / len(counts),
+            "flops_per_step": flops[name] / len(counts),
             "seconds": times[name],
         }
     return found
