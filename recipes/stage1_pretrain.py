@@ -49,7 +49,7 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
 
     # Data: pairs as prompt–completion rows
     pairs = load_pairs(data_args, stage=1, seed=training_args.seed)
-    rows = stage1_rows(pairs, processor, data_args)
+    rows = stage1_rows(pairs, processor, data_args, grouping=training_args.grouping)
 
     # Training
     trainer = MiniGPT4Trainer(

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
 
     # Data: pairs as prompt–completion rows, each with one of the four instructions
     pairs = load_pairs(data_args, stage=2, seed=training_args.seed)
-    rows = stage2_rows(pairs, processor, data_args, seed=training_args.seed)
+    rows = stage2_rows(pairs, processor, data_args, seed=training_args.seed, grouping=training_args.grouping)
 
     # Training
     trainer = MiniGPT4Trainer(

@@ -3,6 +3,7 @@
     minigpt4 benchmark train
     minigpt4 benchmark generate --output generate.json
     minigpt4 benchmark data
+    minigpt4 benchmark pads
     minigpt4 benchmark optimizations
 
 Every side has the same weights and the same rows, and is asked for the same result before it is timed. Sides take

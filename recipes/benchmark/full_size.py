@@ -112,10 +112,7 @@ def check_disk(folder: Path, needed: int) -> None:
 
 def write_language_model(folder: Path, config: MiniGPT4Config, tensors: Mapping[str, Tensor], shard_size: str) -> None:
     write_shards(folder, tensors, shard_size)
-    text_config = config.text_config
-    text_config.architectures = ["LlamaForCausalLM"]
-    text_config.dtype = next(iter(tensors.values())).dtype
-    text_config.save_pretrained(folder)
+    write_language_config(folder, config, next(iter(tensors.values())).dtype)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
     # The weights are random, so any tokenizer with ids inside the vocabulary is as good as LLaMA's.
     AutoTokenizer.from_pretrained(LANGUAGE_BACKBONE).save_pretrained(folder)
@@ -124,6 +121,16 @@ def write_language_model(folder: Path, config: MiniGPT4Config, tensors: Mapping[
 def write_vision(folder: Path, config: MiniGPT4Config, tensors: Mapping[str, Tensor], shard_size: str) -> None:
     """A vision encoder and, if there is one, a Q-Former with its queries, under BLIP-2's names."""
     write_shards(folder, tensors, shard_size)
+    write_vision_config(folder, config)
+
+
+def write_language_config(folder: Path, config: MiniGPT4Config, dtype: torch.dtype) -> None:
+    text_config = config.text_config
+    text_config.architectures, text_config.dtype = ["LlamaForCausalLM"], dtype
+    text_config.save_pretrained(folder)
+
+
+def write_vision_config(folder: Path, config: MiniGPT4Config) -> None:
     qformer = {} if config.qformer_config is None else {"qformer_config": config.qformer_config.to_dict()}
     vision = config.vision_config.to_dict()
     Blip2Config(vision_config=vision, **qformer, num_query_tokens=config.num_query_tokens).save_pretrained(folder)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from recipes_minigpt4.benchmark.measure import compare, device, take_turns
 from recipes_minigpt4.benchmark.models import (
-    SIZES,
     build_config,
     build_ours,
     build_pairs,
     build_peer,
     build_processor,
     peer_inputs,
+    size_of,
 )
 from recipes_minigpt4.benchmark.options import IMAGES, NEW_TOKENS
 from recipes_minigpt4.benchmark.report import Bar, describe_machine, describe_shapes, judge
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "machine": describe_machine(),
         "shapes": {
-            **describe_shapes(SIZES[args.size]),
+            **describe_shapes(size_of(args.size)),
             "batch": f"{rows} prompts of {length} tokens, {args.new_tokens} new tokens each, greedy",
             "dtype": "float32",
         },
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def build_inputs(size_name: str, images: int) -> dict[str, Tensor]:
     """A question about every picture in the chat template: `input_ids`, `attention_mask` and `pixel_values`."""
-    processor = build_processor(build_config(SIZES[size_name]))
+    processor = build_processor(build_config(size_of(size_name)))
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": INSTRUCTIONS[0]}]}]
     prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     inputs = processor(images=build_pairs(images)["image"][:], text=[prompt] * images, return_tensors="pt")
@@ -82,11 +82,17 @@ def build_inputs(size_name: str, images: int) -> dict[str, Tensor]:
 
 def build_works(args: argparse.Namespace, inputs: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
     """For both sides a call that returns the ids of its replies, of shape (images, new tokens)."""
-    size = SIZES[args.size]
-    ours = build_ours(size, args.seed).to(device()).eval()
-    peer = build_peer(size, args.seed, ours=ours).to(device()).eval()
+    size = size_of(args.size)
+    ours = build_ours(size, args.seed).to(device())
+    return replies_of(ours, build_peer(size, args.seed, ours=ours).to(device()), inputs, args.new_tokens)
+
+
+def replies_of(ours: Any, peer: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """The same for two models that are there."""
+    ours.eval()
+    peer.eval()
     options = {
-        "min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens, "do_sample": False,
+        "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False,
         "eos_token_id": ours.config.text_config.eos_token_id, "pad_token_id": ours.config.text_config.pad_token_id,
     }  # fmt: skip
     theirs = peer_inputs(inputs, ours.config)

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,10 +47,36 @@ def compare(reference: Sequence[float], other: Sequence[float]) -> dict[str, flo
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
-def matmul(size: int) -> tuple[Callable[[], Tensor], int]:
-    """A product of two square float32 matrices, and the operations that it takes."""
-    left, right = (torch.randn(size, size, device=device()) for _ in range(2))
+def matmul(size: int, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], Tensor], int]:
+    """A product of two square matrices, and the operations that it takes."""
+    left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
     return lambda: torch.mm(left, right), 2 * size**3
+
+
+def count_waits(work: Callable[[], Any]) -> int | None:
+    """How often a call lets this process wait for its GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in told)
+
+
+def most_allocated(work: Callable[[], Any]) -> int | None:
+    """Bytes of tensors that are on the GPU at most during a call, what is there before included; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def count_flops(work: Callable[[], Any]) -> int:

@@ -1,6 +1,7 @@
 """Two models of one shape and with one set of weights: MiniGPT-4, and transformers' BLIP-2 with a Llama."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,30 @@ SIZES = {
         matmul=512,
     ),
 }  # fmt: skip
+# Released models, which the commands for a CPU do not offer.
+FULL_SIZES = {
+    "vicuna-7b": Size(
+        vision={
+            "hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
+            "image_size": 224, "patch_size": 14,
+        },
+        qformer={
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "cross_attention_frequency": 2,
+        },
+        text={
+            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "vocab_size": 32_001,
+        },
+        num_query_tokens=32,
+        matmul=8192,
+    ),
+}  # fmt: skip
+
+
+def size_of(name: str) -> Size:
+    """The size of a name."""
+    return {**SIZES, **FULL_SIZES}[name]
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -105,24 +130,38 @@ def build_config(size: Size) -> MiniGPT4Config:
     )
 
 
+@contextmanager
+def made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let models be made on a device and in a dtype from the start, so that their weights are nowhere else."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build_ours(size: Size, seed: int) -> MiniGPT4ForConditionalGeneration:
-    """Our model with random weights in float32, backbones frozen; the same for every call with a seed."""
+    """Our model with random weights, backbones frozen; the same for every call with a seed."""
     torch.manual_seed(seed)
     model = MiniGPT4ForConditionalGeneration(build_config(size))
+    model.model.language_projection.float()  # whatever the dtype of the rest, as it is loaded
     model.freeze_backbones()
     return model
 
 
 def build_peer(
-    size: Size, seed: int, ours: MiniGPT4ForConditionalGeneration | None = None
+    size: Size, seed: int, ours: MiniGPT4ForConditionalGeneration | None = None, share: bool = False
 ) -> Blip2ForConditionalGeneration:
     """
-    BLIP-2 of the same shape in float32, of which only `language_projection` trains.
+    BLIP-2 of the same shape, of which only `language_projection` trains.
 
     Args:
         size: shape of the parts.
         seed: of the random weights.
         ours: model whose weights are copied; None leaves the random ones.
+        share: let both models hold the same frozen tensors instead of copies.
     """
     vision, qformer, text = build_parts(size)
     torch.manual_seed(seed)
@@ -135,7 +174,9 @@ def build_peer(
     )
     model = Blip2ForConditionalGeneration(config)
     if ours is not None:
-        model.load_state_dict({peer_name(name): tensor for name, tensor in ours.state_dict().items()})
+        state = {peer_name(name): tensor for name, tensor in ours.state_dict().items()}
+        own = {name: tensor.clone() for name, tensor in state.items() if "language_projection" in name}
+        model.load_state_dict({**state, **own}, assign=share)
     model.requires_grad_(False)
     model.language_projection.requires_grad_(True)
     return model

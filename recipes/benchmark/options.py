@@ -14,16 +14,19 @@ KINDS = {
     "train": ("recipes_minigpt4.benchmark.training", "a training step: from pixels, and from cached features"),
     "generate": ("recipes_minigpt4.benchmark.generation", "the generation of replies"),
     "data": ("recipes_minigpt4.benchmark.data", "reading tar files into batches, beside Pillow alone"),
+    "pads": ("recipes_minigpt4.benchmark.pads", "training in batches of rows of like length, beside any order"),
     "optimizations": ("recipes_minigpt4.benchmark.optimizations", "each larger optimisation, with it and without it"),
 }
 WITHOUT_MODELS = ("data",)  # so no size, and one thread
 BATCH_SIZE, ANSWER_TOKENS = 8, 24  # of a training step
 IMAGES, NEW_TOKENS = 8, 32  # of replies
+ROWS = 128  # of captions as the web has them
 PICTURES, DATA_BATCH_SIZE = 1024, 32  # of tar files
 # Whole numbers that only some kinds take: kind → option → default and what it is of.
 NUMBERS = {
     "train": {"batch_size": (BATCH_SIZE, ""), "answer_tokens": (ANSWER_TOKENS, "per row; ")},
     "generate": {"images": (IMAGES, ""), "new_tokens": (NEW_TOKENS, "per picture; ")},
+    "pads": {"batch_size": (BATCH_SIZE, ""), "rows": (ROWS, "")},
     "data": {"pictures": (PICTURES, ""), "batch_size": (DATA_BATCH_SIZE, "")},
 }
 # What there is to choose from. The modules that measure have it by these names.

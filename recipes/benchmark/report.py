@@ -26,6 +26,7 @@ LEGEND = {
 }
 # How numbers of a side are told: name in the report → name in the table, divisor, format.
 ROWS = {
+    "share_of_pads": ("share of pads", 0.01, ".1f"),
     "seconds_per_step": ("seconds per step", 1, ".3f"),
     "seconds_per_batch": ("seconds per batch", 1, ".3f"),
     "fastest_seconds": ("the fastest one", 1, ".3f"),
@@ -162,7 +163,8 @@ def _format_ratios(report: Mapping[str, Any]) -> str:
     lines, reference = [], report.get("reference", "peer")
     for name, ratio in report["ratios"].items():
         spread = f"({ratio['min']:.3f}–{ratio['max']:.3f} over the rounds)"
-        lines.append(f"  {name} against {reference}: {ratio['median']:.3f} times as fast {spread}")
+        against = ratio.get("against", reference)
+        lines.append(f"  {name} against {against}: {ratio['median']:.3f} times as fast {spread}")
     for name, ratio in report.get("memory_ratios", {}).items():
         lines.append(
             f"  {name} against {reference}: {ratio['above_start']:.3f} times the peak memory above start, "

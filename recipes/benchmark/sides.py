@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Blip2ForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from recipes_minigpt4.benchmark.models import (
-    SIZES,
     Size,
     build_config,
     build_ours,
@@ -20,6 +19,7 @@ from recipes_minigpt4.benchmark.models import (
     build_peer,
     build_processor,
     peer_inputs,
+    size_of,
 )
 from recipes_minigpt4.benchmark.options import ANSWER_TOKENS, BATCH_SIZE
 from recipes_minigpt4.data.arguments import DataArguments
@@ -56,7 +56,7 @@ class Workload:
 
     @property
     def size(self) -> Size:
-        return SIZES[self.size_name]
+        return size_of(self.size_name)
 
 
 @dataclass
@@ -94,9 +94,16 @@ class TrainingSide:
         # As in the `train` of the recipes' trainer.
         ours = isinstance(trainer, MiniGPT4Trainer)
         self.while_training: Any = LastLayer(trainer.model.language_model) if ours else nullcontext()
+        if trainer.accelerator.native_amp and "_original_forward" not in vars(trainer.model):
+            trainer.accelerator.prepare_model(trainer.model)  # which lets it compute in half precision
 
     def step(self) -> tuple[float, float]:
-        """Forward, backward, clipping, optimizer, schedule; returns loss and norm of the gradient before clipping."""
+        """Take a step; returns loss and norm of the gradient before clipping."""
+        loss, norm = self.advance()
+        return float(loss), float(norm)
+
+    def advance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward, backward, clipping, optimizer, schedule; the numbers of `step`, which stay on the device."""
         trainer, model = self.trainer, self.trainer.model
         batch = dict(self.batches[self.steps % len(self.batches)])  # trainers take things out of it
         self.steps += 1
@@ -107,7 +114,7 @@ class TrainingSide:
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
         model.zero_grad()
-        return float(loss), float(norm)
+        return loss, norm
 
 
 def settings(workload: Workload, folder: Path) -> dict[str, Any]:
@@ -122,6 +129,12 @@ def settings(workload: Workload, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def on_one_device(args: TrainingArguments) -> TrainingArguments:
+    """The same settings for the first device alone; of several, a Trainer would give each so many rows."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 def build_data(workload: Workload) -> Data:
     """Rows of stage 1 for all batches, and their processor."""
     processor = build_processor(build_config(workload.size))
@@ -130,16 +143,23 @@ def build_data(workload: Workload) -> Data:
     return Data(processor, rows)
 
 
-def build_our_side(workload: Workload, folder: Path, data: Data, **options: Any) -> TrainingSide:
+def build_our_side(
+    workload: Workload,
+    folder: Path,
+    data: Data,
+    model: MiniGPT4ForConditionalGeneration | None = None,
+    **options: Any,
+) -> TrainingSide:
     """
-    Our model in the trainer of the recipes; options are fields of `StageArguments`.
+    Our model, a new one unless it is given, in the trainer of the recipes; options are fields of `StageArguments`.
 
     Raises:
         RecipeError: if captions have fewer tokens than the workload asks for.
     """
+    args = StageArguments(**{**settings(workload, folder), "gradient_checkpointing": False, **options})
     trainer = MiniGPT4Trainer(
-        model=build_ours(workload.size, workload.seed),
-        args=StageArguments(**settings(workload, folder), gradient_checkpointing=False, **options),
+        model=build_ours(workload.size, workload.seed) if model is None else model,
+        args=on_one_device(args),
         train_dataset=data.rows,
         processing_class=data.processor,
     )
@@ -160,19 +180,26 @@ def build_cached_side(workload: Workload, folder: Path, data: Data) -> TrainingS
 
 
 def build_peer_side(
-    workload: Workload, folder: Path, data: Data, weights_of: MiniGPT4ForConditionalGeneration | None = None
+    workload: Workload,
+    folder: Path,
+    data: Data,
+    weights_of: MiniGPT4ForConditionalGeneration | None = None,
+    model: Blip2ForConditionalGeneration | None = None,
+    **options: Any,
 ) -> TrainingSide:
     """
-    BLIP-2 in transformers' Trainer.
+    BLIP-2, a new one unless it is given, in transformers' Trainer; options are fields of `TrainingArguments`.
 
     Args:
         workload: what to train.
         folder: for what a Trainer writes.
         data: holds the peer's batches.
         weights_of: our model, to have the same weights; None draws others, where only the shape matters.
+        model: what is trained.
     """
-    model = build_peer(workload.size, workload.seed, ours=weights_of)
-    return TrainingSide(Trainer(model=model, args=TrainingArguments(**settings(workload, folder))), data.peer_batches)
+    model = build_peer(workload.size, workload.seed, ours=weights_of) if model is None else model
+    args = TrainingArguments(**{**settings(workload, folder), **options})
+    return TrainingSide(Trainer(model=model, args=on_one_device(args)), data.peer_batches)
 
 
 # Each side can be built without the others, if the peer's batches are there.

@@ -74,7 +74,7 @@ def picture_error(error: BaseException, content: bytes | None) -> BadSampleError
 @dataclass
 class SampleCounts:
     """
-    Samples that a run has drawn, and those among them that it skipped.
+    Samples that a run has drawn, those among them that it skipped, and how much of its batches were pads.
 
     Args:
         limit: share of skipped samples, 0 to 1, above which the run stops.
@@ -87,14 +87,23 @@ class SampleCounts:
     causes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     ahead: int = 0  # skipped before training, so not among the drawn ones
+    tokens: int = 0  # in batches, pads not counted
+    places: int = 0  # in batches, pads counted
 
     @property
     def skipped(self) -> int:
         return sum(self.causes.values())
 
-    def add(self, drawn: int, skipped: Sequence[Mapping[str, str]]) -> None:
-        """Count the samples of a batch, skipped ones included in `drawn`."""
+    @property
+    def pads(self) -> float:
+        """Share of pads in batches, 0 to 1."""
+        return 1 - self.tokens / self.places if self.places else 0.0
+
+    def add(self, drawn: int, skipped: Sequence[Mapping[str, str]], tokens: int = 0, places: int = 0) -> None:
+        """Count the samples of a batch, skipped ones included in `drawn`, its tokens, and its places with pads."""
         self.drawn += drawn
+        self.tokens += tokens
+        self.places += places
         self._name(skipped)
 
     def leave_out(self, skipped: Sequence[Mapping[str, str]]) -> None:
@@ -112,12 +121,13 @@ class SampleCounts:
     def state(self) -> dict[str, Any]:
         """The counts as plain values, for a checkpoint."""
         plain = {"drawn": self.drawn, "ahead": self.ahead, "causes": dict(self.causes)}
-        return {**plain, "examples": self.examples}
+        return {**plain, "examples": self.examples, "tokens": self.tokens, "places": self.places}
 
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Go on counting where a checkpoint was, which knew what was left out before training as well."""
         self.drawn, self.ahead, self.causes = state["drawn"], state["ahead"], Counter(state["causes"])
         self.examples = {cause: list(names) for cause, names in state["examples"].items()}
+        self.tokens, self.places = state.get("tokens", 0), state.get("places", 0)  # checkpoints of before have none
 
     def over_all_processes(self, accelerator: Any) -> "SampleCounts":
         """The counts of all processes together; every process has to ask at the same time."""
@@ -127,6 +137,8 @@ class SampleCounts:
         for other in gather_object([self]):
             total.drawn += other.drawn
             total.ahead += other.ahead
+            total.tokens += other.tokens
+            total.places += other.places
             total.causes += other.causes
             for cause, names in other.examples.items():
                 named = total.examples.setdefault(cause, [])

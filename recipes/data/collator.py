@@ -14,6 +14,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing_minigpt4.conversations_minigpt4 import SEGMENT_MARK
+from recipes_minigpt4.data.grouping import EXPECTED
 
 
 COUNTS = "sample_counts"
@@ -66,7 +67,8 @@ class StageCollator(DataCollatorForVisionLanguageModeling):
     - `image_positions` of shape (image tokens,), places of image tokens in the flattened `input_ids`;
     - `label_positions` of shape (answer tokens,), places of what carries loss in the flattened `labels`, unless a row
       ends in a picture;
-    - `sample_counts`: samples `drawn` for the batch, records of those that are `skipped`, and real `tokens`.
+    - `sample_counts`: samples `drawn` for the batch, records of those that are `skipped`, real `tokens`, `places` with
+      those of pads, and answer tokens that are `expected` of so many rows, or None if rows are not grouped by length.
 
     A batch of which every row is skipped keeps one blank row without loss, so that all processes go on in step.
     """
@@ -92,7 +94,13 @@ class StageCollator(DataCollatorForVisionLanguageModeling):
             labels.fill_(-100)
         learned = labels != -100
         learned[:, 0] = False  # nothing comes before it
-        counts = {"drawn": len(examples), "skipped": skipped, "tokens": int(batch["attention_mask"].sum())}
+        counts = {
+            "drawn": len(examples),
+            "skipped": skipped,
+            "tokens": int(batch["attention_mask"].sum()),
+            "places": batch["input_ids"].numel(),
+            "expected": sum(example[EXPECTED] for example in good) if all(EXPECTED in row for row in used) else None,
+        }
         places = {"image_positions": is_image}
         if not is_image[:, -1].any():  # otherwise the last column cannot be left out, and TRL takes the step
             places["label_positions"] = learned

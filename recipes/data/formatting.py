@@ -18,12 +18,13 @@ import PIL.Image
 from datasets import Dataset, Image, IterableDataset
 from datasets.utils.file_utils import xopen
 
-from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, protect_text, without_marks
+from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK, SEGMENT_MARK, protect_text, without_marks
 from processing_minigpt4.image_opening_minigpt4 import open_image, without_content
-from processing_minigpt4.segments_minigpt4 import tokenize_pieces
+from processing_minigpt4.segments_minigpt4 import encode_rows, tokenize_pieces
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.bad_samples import NO_CAPTION, NO_PICTURE, BadSampleError, picture_error
-from recipes_minigpt4.data.chat_format import ChatFormat, chat_format, chat_text
+from recipes_minigpt4.data.chat_format import ChatFormat, ChatText, chat_format, chat_text
+from recipes_minigpt4.data.grouping import EXPECTED, Grouping, add_lengths, group_stream
 from recipes_minigpt4.data.sources import PAIR
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -66,6 +67,7 @@ class Rows:
         clean: whether captions pass `clean_caption`.
         seed: of the prompts that are drawn.
         format: the chat template, for chats and for instructions that rows bring.
+        image_tokens: of a picture, for the lengths of rows.
     """
 
     tokenizer: Any
@@ -77,6 +79,7 @@ class Rows:
     clean: bool
     seed: int = 42
     format: ChatFormat | None = None
+    image_tokens: int = 0
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         pairs = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -92,8 +95,11 @@ class Rows:
                 data of known length `prompt`, the number of its prompt; in streams `name`, and `cause` where there is
                 nothing to read. In stage 2 also `question`, its instruction; or `chat` and `images`, whose rows have
                 `learned`, the stretches of the completion that carry loss, and `asked`, how many of the pictures stand
-                in the prompt.
+                in the prompt. `expected` of a pair that is grouped by length is handed on.
         """
+        if EXPECTED in pair:
+            plain = {name: value for name, value in pair.items() if name != EXPECTED}
+            return {**self.row(plain), EXPECTED: pair[EXPECTED]}
         if "chat" in pair:
             return self.chat_row(pair)
         prompt = self.prompt(pair)
@@ -115,14 +121,11 @@ class Rows:
 
     def chat_row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         """The row of a chat, or of a pair from a source that is mixed with chats."""
-        if pair["chat"] is None and (not pair["cause"] or pair.get("image")):
+        if _is_plain(pair):
             plain = {name: value for name, value in pair.items() if name not in ("chat", "images")}
             return {**self.row(plain), "learned": None, "asked": None}
-        assert self.format is not None  # stage 1 reads no chats
         try:
-            if pair["cause"]:
-                raise BadSampleError(pair["cause"])
-            text = chat_text(self.format, json.loads(pair["chat"]), self.end, self.cut, self.image_token)
+            text = self.chat_text(pair)
             images = [self.picture(image) for image in pair["images"]]
             images = images[: (text.prompt + text.completion).count(self.image_token)]
         except BadSampleError as error:
@@ -131,6 +134,49 @@ class Rows:
             return {**blank, "skipped": skipped, "learned": None, "asked": None}
         row = {"prompt": text.prompt, "completion": text.completion, "images": images, "skipped": None}
         return {**row, "learned": list(text.learned), "asked": text.prompt.count(self.image_token)}
+
+    def chat_text(self, pair: Mapping[str, Any]) -> ChatText:
+        """The text of a pair's chat, or a `BadSampleError` that tells why there is none."""
+        assert self.format is not None  # stage 1 reads no chats
+        if pair["cause"]:
+            raise BadSampleError(pair["cause"])
+        return chat_text(self.format, json.loads(pair["chat"]), self.end, self.cut, self.image_token)
+
+    def measure(self, batch: Mapping[str, Sequence[Any]]) -> list[tuple[int, int] | None]:
+        """
+        How long rows will be, without reading a picture.
+
+        Args:
+            batch: columns of pairs, see `row`; those of pictures may be missing.
+
+        Returns:
+            For each tokens of the row, those of its pictures included, and tokens that carry loss; None if it has no
+            row.
+        """
+        pairs = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        found: list[tuple[int, int] | None] = []
+        for pair in pairs:
+            try:
+                found.append(self._measure(pair))
+            except BadSampleError:
+                found.append(None)
+        return found
+
+    def _measure(self, pair: Mapping[str, Any]) -> tuple[int, int]:
+        if "chat" in pair and not _is_plain(pair):
+            text = self.chat_text(pair)
+            learned = sum(self._tokens(text.completion[begin:end]) for begin, end in text.learned)
+            return self._tokens(text.prompt + SEGMENT_MARK + text.completion), learned
+        if pair.get("cause"):
+            raise BadSampleError(pair["cause"])
+        answer = self._tokens(self.completion(pair["text"]))
+        return self._tokens(self.prompt(pair)) + answer, answer
+
+    def _tokens(self, text: str) -> int:
+        """Tokens of a text as the processor makes them, those of its pictures included."""
+        image = (self.image_token, -1, self.image_tokens)
+        (row,) = encode_rows(self.tokenizer, [text], *image, add_special_tokens=False, with_spans=False)
+        return len(row.joined()[0])
 
     def prompt(self, pair: Mapping[str, Any]) -> str:
         """The prompt of a pair: with its own instruction, or with one of those of all."""
@@ -194,6 +240,11 @@ class Rows:
         return "".join((protect_text(kept, self.image_token), *length)), shorter != whole
 
 
+def _is_plain(pair: Mapping[str, Any]) -> bool:
+    """Whether what comes from a source that is mixed with chats is a picture with a text."""
+    return pair["chat"] is None and (not pair["cause"] or bool(pair.get("image")))
+
+
 def name_of(pair: Mapping[str, Any]) -> str:
     """What people call a sample that is skipped: its name, the file of its picture, or the start of its text."""
     stored = pair.get("image") or next(iter(pair.get("images") or ()), None) or {}
@@ -230,14 +281,22 @@ def truncate(text: str, tokenizer: Any, max_tokens: int | None) -> str:
 Pairs: TypeAlias = Dataset | IterableDataset
 
 
-def stage1_rows(pairs: Pairs, processor: Any, args: DataArguments) -> Pairs:
-    """Rows of stage 1, `[BOS][image][caption][line break]`, with cleaned captions of at most 32 tokens."""
-    return _with_rows(pairs, rows_maker(1, processor, args))
+def stage1_rows(pairs: Pairs, processor: Any, args: DataArguments, grouping: Grouping | None = None) -> Pairs:
+    """
+    Rows of stage 1, `[BOS][image][caption][line break]`, with cleaned captions of at most 32 tokens.
+
+    With `grouping` they come in batches of like length (`grouping.py`).
+    """
+    return _with_rows(pairs, rows_maker(1, processor, args), grouping)
 
 
-def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 42) -> Pairs:
+def stage2_rows(
+    pairs: Pairs, processor: Any, args: DataArguments, seed: int = 42, grouping: Grouping | None = None
+) -> Pairs:
     """
     Rows of stage 2: an instruction about the picture, and an answer of at most 160 tokens.
+
+    With `grouping` they come in batches of like length (`grouping.py`).
 
     A row without an instruction of its own has one of the four `INSTRUCTIONS`, drawn once from `seed`; the original
     draws one per batch. Of chats, every answer is at most that long, and the first that is longer ends its chat.
@@ -250,7 +309,7 @@ def stage2_rows(pairs: Pairs, processor: Any, args: DataArguments, seed: int = 4
             "Chats need a fast tokenizer, which tells where answers stand in a text, and that of the language model "
             "is none; write single questions and answers in its place."
         )
-    return _with_rows(pairs, rows_maker(2, processor, args, seed))
+    return _with_rows(pairs, rows_maker(2, processor, args, seed), grouping)
 
 
 def rows_maker(stage: int, processor: Any, args: DataArguments, seed: int = 42) -> Rows:
@@ -264,6 +323,7 @@ def rows_maker(stage: int, processor: Any, args: DataArguments, seed: int = 42) 
             end="\n" if args.end_sym is None else args.end_sym,
             max_txt_len=args.max_txt_len or 32,
             clean=True,
+            image_tokens=processor.num_image_tokens,
         )
     written = chat_format(processor, args.instruction_template)
     return Rows(
@@ -276,20 +336,24 @@ def rows_maker(stage: int, processor: Any, args: DataArguments, seed: int = 42) 
         clean=False,
         seed=seed,
         format=written,
+        image_tokens=processor.num_image_tokens,
     )
 
 
-def _with_rows(pairs: Pairs, rows: Rows) -> Pairs:
+def _with_rows(pairs: Pairs, rows: Rows, grouping: Grouping | None) -> Pairs:
     """Number the prompt of every pair, which costs no copy of the pictures, and make rows on access."""
     # Rows are tokenized one by one, in workers that share the cores: threads for each would cost more than the tokens.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(pairs, IterableDataset):
-        return pairs.map(rows.row, remove_columns=pairs.column_names or list(PAIR))
+        columns = pairs.column_names or list(PAIR)
+        grouped = pairs if grouping is None else group_stream(pairs, rows.measure, grouping)
+        return grouped.map(rows.row, remove_columns=columns)
     draw = random.Random(rows.seed)
     prompts = [draw.randrange(len(rows.prompts)) for _ in range(len(pairs))]
     # `rows` decodes by itself, so that it can say which picture cannot be read.
     stored = pairs.cast_column("image", Image(decode=False)) if "image" in pairs.column_names else pairs
-    return stored.add_column("prompt", prompts).with_transform(rows)
+    stored = stored.add_column("prompt", prompts)
+    return (stored if grouping is None else add_lengths(stored, rows.measure)).with_transform(rows)
 
 
 def rows_of(rows: Dataset) -> tuple[Rows, Dataset]:

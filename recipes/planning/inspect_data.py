@@ -24,11 +24,13 @@ from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.bad_samples import SampleCounts
 from recipes_minigpt4.data.collator import COUNTS, StageCollator
 from recipes_minigpt4.data.formatting import rows_maker, stage1_rows, stage2_rows
+from recipes_minigpt4.data.grouping import compare_pads
 from recipes_minigpt4.data.sources import open_source
 from recipes_minigpt4.planning.options import InspectArguments
 from recipes_minigpt4.planning.plan import PlannedStage1, PlannedStage2, tell_stage
 from recipes_minigpt4.training.arguments import ModelArguments, StageParser
 from recipes_minigpt4.training.model import backbone_sources, check_saved
+from recipes_minigpt4.training.options import GROUPED
 from recipes_minigpt4.utils.embedded_world import TINY
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.files import replace_text
@@ -61,7 +63,7 @@ class Shown:
 
 @dataclass
 class Inspection:
-    """What was found in one dataset: some rows, the tokens of all that were looked at, and what was skipped."""
+    """What was found in one dataset: some rows, tokens of all rows, what was skipped, and the batches of a run."""
 
     name: str
     limit: int | None
@@ -70,6 +72,7 @@ class Inspection:
     tokens: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
     cut: int = 0
+    batch_size: int = 1
 
     def lengths(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a table of lengths."""
@@ -82,6 +85,13 @@ class Inspection:
     def cut_line(self) -> str:
         share = self.cut / len(self.tokens)
         return f"cut at max_txt_len {self.limit}: {self.cut:,} of {len(self.tokens):,} rows ({share:.1%})"
+
+    def pads_line(self) -> str:
+        any_order, grouped = compare_pads(self.tokens, self.batch_size)
+        return (
+            f"pads in batches of {self.batch_size}: {any_order:.1%}; with --train_sampling_strategy {GROUPED} "
+            f"{grouped:.1%}"
+        )
 
 
 class NoPictures:
@@ -108,7 +118,7 @@ def main(arguments: Sequence[str]) -> list[Inspection]:
     found = []
     for place, name in enumerate(data_args.dataset_name):
         heading(f"{redact(name)}, as stage {stage} sees it")
-        found.append(inspect(place, data_args, processor, stage, training.seed, inspect_args.rows))
+        found.append(inspect(place, data_args, processor, stage, training, inspect_args.rows))
         print(format_inspection(found[-1]), flush=True)
     if inspect_args.output:
         write_page(Path(inspect_args.output), found, stage)
@@ -152,8 +162,9 @@ def load_processor(args: ModelArguments) -> Any:
         raise RecipeError(f"{one_line(error)}.") from error
 
 
-def inspect(place: int, args: DataArguments, processor: Any, stage: int, seed: int, count: int) -> Inspection:
+def inspect(place: int, args: DataArguments, processor: Any, stage: int, training: Any, count: int) -> Inspection:
     """Look at one pass over the dataset at a place of `dataset_name`, and keep the first `count` rows to show."""
+    seed = training.seed
     (name, limit) = (args.dataset_name or [])[place], args.num_samples or LOOKED_AT
     wanted = replace(args, num_samples=limit)
     pairs = open_source(name, wanted, stage, typed=False, place=place)
@@ -163,6 +174,7 @@ def inspect(place: int, args: DataArguments, processor: Any, stage: int, seed: i
     plain.image_processor = NoPictures()
     collator = StageCollator(plain, completion_only_loss=True)
     found = Inspection(name, maker.max_txt_len, SampleCounts(args.max_bad_share))
+    found.batch_size = training.per_device_train_batch_size
     for row in rows:
         batch = collator([row])
         found.samples.add(1, batch[COUNTS]["skipped"])
@@ -194,7 +206,7 @@ def format_inspection(found: Inspection) -> str:
         text = "".join(f"⟦{text}⟧" if is_learned else text for text, is_learned in row.stretches)
         lines += [f"{number:>2}  {describe(row)}", "    " + text.replace("\n", "↵"), ""]
     if found.tokens:
-        lines += [format_table(*found.lengths()), found.cut_line()]
+        lines += [format_table(*found.lengths()), found.cut_line(), found.pads_line()]
     return "\n".join([*lines, found.samples.report()])
 
 
@@ -230,6 +242,7 @@ def render_inspection(found: Inspection, stage: int) -> str:
     if found.tokens:
         header, rows = found.lengths()
         parts += [render_table(header, rows), f"<p>{escape(found.cut_line())}</p>"]
+        parts.append(f"<p>{escape(found.pads_line())}</p>")
         parts.append(f"<p>Rows of stage {stage}; <mark>marked text</mark> carries loss.</p>")
     for row in found.shown:
         pictures = "".join(

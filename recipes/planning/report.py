@@ -106,6 +106,7 @@ def _steps(plan: Plan) -> str:
         f"steps                   {schedule.steps:,} of {schedule.global_batch:,} pictures ({processes} × {batch} rows"
         f" × {accumulation} accumulated): {schedule.samples:,} pictures",
         f"  longest row           {row.total} tokens: {row.prompt} prompt, {row.image} picture, {row.answer} answer",
+        "  pads                  none are counted, as all rows are the longest; `minigpt4 inspect` tells their share",
     ]
     for hours in (plan.hours,) if plan.hours else COMMON_HOURS:
         rate = schedule.samples / (hours * 3600)

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_minigpt4 import MiniGPT4Config
+from recipes_minigpt4.training.options import GROUPED
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -25,11 +26,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_packing": ((False,), "TRL packs rows of text only; leave it out"),
     "padding_free": ((), "TRL leaves padding out of rows of text only; leave it out"),
     "pad_to_multiple_of": ((None,), "TRL does not pad rows with pictures to a multiple; leave it out"),
-    "group_by_length": ((), "a row has no length before its picture and text are read; leave it out"),
+    "group_by_length": ((), "it has another name; use --train_sampling_strategy group_by_length"),  # of 4.57
     "train_sampling_strategy": (
-        ("random", "sequential"),
-        "a row has no length before its picture and text are read; use random or sequential",
+        ("random", "sequential", GROUPED),
+        "a stage knows random, sequential and group_by_length; use one of them",
     ),
+    "length_column_name": ((), "lengths are counted in the text of rows; leave it out"),
     "use_liger_kernel": (
         (),
         "Liger has no kernels for MiniGPT-4, and a stage computes scores of answers only as it is; leave it out",
@@ -57,7 +59,7 @@ JSON_OR_FILE = ("accelerator_config", "fsdp_config", "deepspeed")
 def is_offered(name: str) -> bool:
     """Whether help lists a setting; what is refused, or has no effect in a stage, it leaves out."""
     unused = name.startswith(("eval_", "per_device_eval", "per_gpu_", "include_for_metrics", "batch_eval_metrics"))
-    refused = name in REFUSED and name not in WITH_OTHER_SCHEDULE
+    refused = name in REFUSED and name not in (*WITH_OTHER_SCHEDULE, "train_sampling_strategy")
     return not (unused or refused or name in EVALUATION)
 
 

@@ -14,10 +14,11 @@ from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from recipes_minigpt4.configs import shipped_configs
+from recipes_minigpt4.data.grouping import Grouping
 from recipes_minigpt4.training.argument_checks import check_evaluation, check_settings, check_texts, is_offered
 from recipes_minigpt4.training.model_arguments import ModelArguments
 from recipes_minigpt4.training.non_finite import SKIP, STOP
-from recipes_minigpt4.training.options import STAGE_OPTIONS, option
+from recipes_minigpt4.training.options import GROUPED, STAGE_OPTIONS, option
 from recipes_minigpt4.utils.command_line import DefaultsHelpFormatter, one_spelling
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.ranges import check_ranges
@@ -43,6 +44,7 @@ class StageArguments(SFTConfig):
     original_schedule: bool = option("original_schedule")
     weight_decay: float = option("weight_decay")
     seed: int = option("seed")
+    train_sampling_strategy: str = option("train_sampling_strategy")
 
     # Where results go
     overwrite_output_dir: bool = option("overwrite_output_dir")
@@ -108,6 +110,14 @@ class StageArguments(SFTConfig):
                 setattr(self, old, None)
         super().__post_init__()
         check_settings(self)
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """How rows are put into batches of like length, or None if they are not."""
+        if self.train_sampling_strategy != GROUPED:
+            return None
+        seed = self.seed if self.data_seed is None else self.data_seed
+        return Grouping(self.train_batch_size, self.world_size, seed)
 
     @property
     def device(self) -> torch.device:

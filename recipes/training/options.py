@@ -28,6 +28,8 @@ class Option(NamedTuple):
     help: str
 
 
+GROUPED = "group_by_length"  # of `train_sampling_strategy`, whose values are those of transformers 5
+
 # Name → option; the learning rates are those of stage 1 (released code, `LinearWarmupCosineLRScheduler`).
 SCHEDULE = {
     "max_steps": Option(-1, "Steps of the run; -1 for as many as num_train_epochs takes."),
@@ -45,6 +47,11 @@ SCHEDULE = {
     "original_schedule": Option(True, "Use the original's schedule; if false, lr_scheduler_type and its settings."),
     "weight_decay": Option(0.05, "Weight decay, on matrices only."),
     "seed": Option(42, "Seed of the projection, the order of samples and the prompts."),
+    "train_sampling_strategy": Option(
+        "random",
+        "Order of rows: random, sequential or group_by_length. The last makes batches of rows of like length, which "
+        "have few pads and take less time; each token counts as much as in any other order.",
+    ),
     "bf16": Option(
         None, "Compute in bfloat16. Default: on GPUs that know it; others compute in float16, and CPUs in float32."
     ),

@@ -91,6 +91,16 @@ class ProcessState:
             "batch size": args.per_device_train_batch_size,
         }
 
+    def _check_order(self, checkpoint: str, state: dict[str, Any]) -> None:
+        """Refuse to go on in an epoch or a stream in another order, for samples would come twice."""
+        before = state.get("train_sampling_strategy", "random")
+        if before != self.trainer.args.train_sampling_strategy and not self.trainer.args.ignore_data_skip:
+            raise RecipeError(
+                f"{checkpoint} was saved with --train_sampling_strategy {before}, and cannot go on with "
+                f"{self.trainer.args.train_sampling_strategy}; resume as it was started, or begin the data again with "
+                "--ignore_data_skip true."
+            )
+
     def begin(self) -> None:
         """Forget what an earlier run of the trainer has set."""
         self.trainer.args.ignore_data_skip = self._ignore_data_skip
@@ -105,6 +115,7 @@ class ProcessState:
             "skipped_steps": trainer.finite_steps.skipped,
             "tokens": trainer.tokens_of_run,
             "stream": None if self.loader is None else loader_state(self.loader, self._start),
+            "train_sampling_strategy": str(trainer.args.train_sampling_strategy),
             **self._shape(),
         }
         self._states = gather_object([state])
@@ -127,6 +138,7 @@ class ProcessState:
         if not first.is_file():
             return  # saved by another trainer
         state = torch.load(own if own.is_file() else first, weights_only=True)
+        self._check_order(checkpoint, state)
         if own.is_file():  # otherwise there were fewer processes, of which the first stands for all
             trainer.samples.take_up(state["samples"])
         trainer.finite_steps.skipped = state["skipped_steps"]

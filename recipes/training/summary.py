@@ -10,12 +10,14 @@ from typing import Any
 from modeling_minigpt4.backbones import is_local
 from modeling_minigpt4.quantization_minigpt4 import number_of_values
 from modeling_minigpt4.remote_code_minigpt4 import brings_any_code
+from recipes_minigpt4.training.options import GROUPED
 from recipes_minigpt4.utils.embedded_world import TINY, is_shipped
 from recipes_minigpt4.utils.redaction import redact
 from recipes_minigpt4.utils.text import duration
 
 
 SAVING = logging.getLogger("modeling_minigpt4.saving_minigpt4")  # which tells of local backbones at every save
+MANY_PADS = 0.1  # share of batches
 PANEL, LOG = "panel.html", "trainer_state.json"
 
 
@@ -57,8 +59,14 @@ def describe_parameters(model: Any) -> str:
     return f"{trained} parameters; frozen: {frozen or 'nothing'}"
 
 
-def describe_end(trainer: Any) -> str:
-    """Where the adapter is and how large, the line that loads it, the next command, and where panel and log are."""
+def describe_end(trainer: Any, pads: float) -> str:
+    """
+    Steps and pads; where the adapter is, what loads it, and the next command; where panel and log are.
+
+    Args:
+        trainer: after training.
+        pads: their share in the batches of the run, 0 to 1.
+    """
     folder = Path(trainer.args.output_dir)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")]
     seconds = next((one["train_runtime"] for one in reversed(trainer.state.log_history) if "train_runtime" in one), 0)
@@ -76,6 +84,7 @@ def describe_end(trainer: Any) -> str:
     where = f"only this machine has {', '.join(private)}; push these backbones before you publish the adapter"
     return _lines(
         done=f"{trainer.state.global_step:,} steps in {duration(seconds)}",
+        pads=describe_pads(pads, trainer.args.train_sampling_strategy == GROUPED),
         adapter=f"{folder}, {sum(path.stat().st_size for path in weights):,} bytes",
         load=f'AutoModelForImageTextToText.from_pretrained("{folder}"{trust})  # after `import modeling_minigpt4`',
         next=following,
@@ -83,6 +92,12 @@ def describe_end(trainer: Any) -> str:
         log=str(folder / LOG),
         **({"note": where} if private else {}),
     )
+
+
+def describe_pads(share: float, grouped: bool) -> str:
+    """How much of batches were pads, and what to do if that is much."""
+    remedy = f"; --train_sampling_strategy {GROUPED} makes them few" if share >= MANY_PADS and not grouped else ""
+    return f"{share:.1%} of what batches held{remedy}"
 
 
 def _lines(**texts: str) -> str:

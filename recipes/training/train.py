@@ -6,6 +6,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_minigpt4.checks_minigpt4 import InputError
+from recipes_minigpt4.data.bad_samples import SampleCounts
 from recipes_minigpt4.training.checkpoints import how_to_go_on, latest_checkpoint
 from recipes_minigpt4.training.preemption import PreemptionCallback, is_lost_process
 from recipes_minigpt4.training.resume import check_same, find_checkpoint
@@ -31,7 +32,7 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     trainer.add_callback(preemption)
     try:
         with preemption, told_at_the_end():
-            _train(trainer, folder)
+            samples = _train(trainer, folder)
             if preemption.preempted:
                 checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
                 raise PreemptedError(
@@ -42,12 +43,13 @@ def train_and_save(trainer: MiniGPT4Trainer) -> None:
     finally:
         trainer.remove_callback(preemption)
     if trainer.is_world_process_zero():
-        print(describe_end(trainer))
+        print(describe_end(trainer, samples.pads))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 
 
-def _train(trainer: MiniGPT4Trainer, folder: Path) -> None:
+def _train(trainer: MiniGPT4Trainer, folder: Path) -> SampleCounts:
+    """Train; returns what all processes have drawn."""
     try:
         checkpoint = find_checkpoint(trainer.args)
         check_same(checkpoint)
@@ -65,8 +67,9 @@ def _train(trainer: MiniGPT4Trainer, folder: Path) -> None:
             f"Another process of this run is gone, and what it said tells why ({one_line(error)[:200]}); "
             f"{how_to_go_on(folder)}."
         ) from error
-    report(trainer)
-    trainer.samples.over_all_processes(trainer.accelerator).check(enough=1)  # the run has no more to come
+    samples = report(trainer)
+    samples.check(enough=1)  # the run has no more to come
+    return samples
 
 
 def _save(trainer: MiniGPT4Trainer, folder: Path) -> None:
@@ -93,13 +96,14 @@ def own_words(error: ValueError, folder: Path) -> str:
     return f"{sentence.rstrip('.')}, then {how_to_go_on(folder)}."
 
 
-def report(trainer: MiniGPT4Trainer) -> None:
-    """Tell what was skipped; all processes have to take part."""
+def report(trainer: MiniGPT4Trainer) -> SampleCounts:
+    """Tell what was skipped, and return the counts; all processes have to take part."""
     samples = trainer.samples.over_all_processes(trainer.accelerator)
     if trainer.is_world_process_zero():
         print(samples.report())
         if steps := trainer.finite_steps.report(trainer.state.global_step):
             print(steps)
+    return samples
 
 
 def check_max_length(trainer: MiniGPT4Trainer) -> None:

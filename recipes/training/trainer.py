@@ -27,6 +27,7 @@ from recipes_minigpt4.training.loss import is_causal_decoder, score_batch
 from recipes_minigpt4.training.non_finite import STOP, FiniteSteps, FiniteStepsCallback
 from recipes_minigpt4.training.push_to_hub import PublishingMixin
 from recipes_minigpt4.training.resume import ProcessState, StreamEpochCallback
+from recipes_minigpt4.training.sampling import SamplingMixin
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -68,7 +69,7 @@ def original_lr(
 # ---- trainer --------------------------------------------------------------------------------------------------------
 
 
-class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
+class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
@@ -117,10 +118,11 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         self.samples = SampleCounts(max_bad_share, enough)
         self.finite_steps = FiniteSteps(non_finite)
         distributed.check_strategy(self)
+        self.check_sampling()
         self.add_callback(FiniteStepsCallback(self))
         self.process_state = ProcessState(self)
         self._tokens = 0  # since the last log, of this process
-        self._answers: torch.Tensor | None = None  # correct ones, their entropy and number since the last log
+        self._answers: torch.Tensor | None = None  # correct ones, entropy, number and loss since the last log
         collator = self.data_collator  # type: ignore[has-type]
         if type(collator) is DataCollatorForVisionLanguageModeling:
             self.data_collator = StageCollator.like(collator)
@@ -162,7 +164,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         counts = inputs.pop(COUNTS, None)
         if counts is not None and self.model.training:
-            self.samples.add(counts["drawn"], counts["skipped"])
+            self.samples.add(counts["drawn"], counts["skipped"], counts["tokens"], counts["places"])
             self._tokens += counts["tokens"]
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         pixels = prepared.get("pixel_values")
@@ -181,9 +183,9 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         outputs = score_batch(model, inputs, self._is_causal)
         answers = outputs.log_probs
         count = torch.full((), len(answers), device=answers.device)
-        metrics = torch.stack([outputs.is_top1.sum(), outputs.entropy.sum(), count])
-        self._answers = metrics if self._answers is None else self._answers + metrics
         loss = -answers.sum()
+        metrics = torch.stack([outputs.is_top1.sum(), outputs.entropy.sum(), count, loss.detach().float()])
+        self._answers = metrics if self._answers is None else self._answers + metrics
         if num_items_in_batch is None:
             return loss / max(len(answers), 1)
         # None at all if every sample of the batch was skipped. It counts the tokens of all processes, whose gradients
@@ -223,17 +225,24 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
             now = time.perf_counter()
             logs["images_per_second"] = round(self._images * self.args.world_size / (now - self._clock), 2)
             self._images, self._clock = 0, now
-            self._log_answers()
+            loss = self._log_answers()
+            if self.args.grouping is not None and loss is not None:  # steps of short answers would pull it down
+                logs["loss"] = loss
             self.samples.over_all_processes(self.accelerator).check()
         super().log(logs, start_time)
         if "loss" in logs:
             self.finite_steps.check(self)
 
-    def _log_answers(self) -> None:
-        """Hand over to TRL what it logs: entropy and accuracy of answers since the last log, and tokens of the run."""
+    def _log_answers(self) -> float | None:
+        """
+        Hand over to TRL what it logs: entropy and accuracy of answers since the last log, and tokens of the run.
+
+        Returns:
+            The loss of a token since the last log, if it is known.
+        """
         if self._answers is None:
-            return
-        correct, entropy, count = self.accelerator.reduce(self._answers).tolist()
+            return None
+        correct, entropy, count, loss = self.accelerator.reduce(self._answers).tolist()
         tokens = torch.tensor(self._tokens, device=self._answers.device)
         self._total_train_tokens += int(self.accelerator.reduce(tokens))
         self._answers, self._tokens = None, 0
@@ -241,6 +250,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SFTTrainer):
         metrics["entropy"].append(entropy / max(count, 1))
         metrics["mean_token_accuracy"].append(correct / max(count, 1))
         metrics["num_tokens"] = [self._total_train_tokens]
+        return float(loss / max(count, 1))
 
     def create_model_card(self, *args: Any, results: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Write README.md into the output folder, from the template of cards; checkpoints have one as well."""

@@ -132,6 +132,22 @@ def test_generation_reports_both_sides(tmp_path, capsys: pytest.CaptureFixture) 
     assert "2 prompts of" in printed and "5 new tokens each" in printed
 
 
+def test_pads_are_measured_in_both_orders(tmp_path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "report.json"
+    report = benchmark.main(["pads", *TINY, "--batch_size", "2", "--rows", "32", "--output", str(path)])
+    printed, sides = capsys.readouterr().out, report["sides"]
+    assert json.loads(path.read_text()) == report
+    assert tuple(sides) == ("random", "grouped", "random cached", "grouped cached")
+    for kind in ("", " cached"):
+        any_order, grouped = sides[f"random{kind}"], sides[f"grouped{kind}"]
+        assert any_order["share_of_pads"] > 0.1 and grouped["share_of_pads"] < 0.05
+        assert any_order["flops_per_step"] > grouped["flops_per_step"] > 0
+        ratio = report["ratios"][f"grouped{kind}"]
+        assert ratio["median"] > 0 and f"grouped{kind} against random{kind}: {ratio['median']:.3f} times" in printed
+        assert f"{100 * grouped['share_of_pads']:.1f} %" in printed
+    assert "2 rows, 16 batches" in printed and "10.3 words on average" in printed
+
+
 # ---- optimisations --------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from accelerate.data_loader import prepare_data_loader
 from damaged import sample, write_tar
 from datasets import IterableDataset
 from safetensors.torch import load_file
+from stopped import stop_after
 from torch.utils.data import DataLoader
 
 from recipes_minigpt4 import cli, stage1_pretrain
@@ -104,19 +105,6 @@ def count() -> Iterator[dict[str, int]]:
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-
-def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
-    from recipes_minigpt4.training.trainer import MiniGPT4Trainer
-
-    save = MiniGPT4Trainer._save_checkpoint
-
-    def save_and_stop(trainer, *args) -> None:
-        save(trainer, *args)
-        if trainer.state.global_step == step:
-            raise RecipeError("stopped")
-
-    patch.setattr(MiniGPT4Trainer, "_save_checkpoint", save_and_stop)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

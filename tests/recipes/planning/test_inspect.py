@@ -90,6 +90,19 @@ def test_a_page_has_thumbnails_and_marks(folder: Path, tmp_path: Path, capsys: p
     assert "1 × no caption" in page and "http" not in page
 
 
+def test_pads_are_told_for_batches_of_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"file_name": "0.jpg", "text": "star " * (1 + number % 8)} for number in range(64)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for size in (1, 4):
+        options = ("--per_device_train_batch_size", size, "--output", tmp_path / "page.html")
+        inspect(folder, *options)
+        (line,) = re.findall(r"^pads in batches of .*$", capsys.readouterr().out, re.MULTILINE)
+        told = re.fullmatch(rf"pads in batches of {size}: (\S+)%; with --train_sampling_strategy (\w+) (\S+)%", line)
+        assert told and told[2] == "group_by_length" and line in (tmp_path / "page.html").read_text(encoding="utf-8")
+        any_order, grouped = float(told[1]), float(told[3])
+        assert any_order == grouped == 0 if size == 1 else (any_order > 5 and grouped < 1)
+
+
 def test_every_dataset_is_passed_once(folder: Path, capsys: pytest.CaptureFixture) -> None:
     tar = write_tar(folder / "tars" / "a.tar", [(str(n), {"jpg": jpeg(n), "txt": b"number"}) for n in range(7)])
     first, second = inspect(tar, folder, "--num_samples", 4, "--rows", 1)

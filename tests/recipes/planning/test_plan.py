@@ -229,6 +229,7 @@ def test_the_released_model_is_planned_from_configurations_alone(
         "fits into 24 GB NO, 40 GB yes, 80 GB yes",
         "20,000 of 256 pictures (4 × 64 rows × 1 accumulated): 5,120,000 pictures",
         "65 tokens: 1 prompt, 32 picture, 32 answer",
+        "pads                  none are counted, as all rows are the longest",
         "in 10 h               142.2 images/s, 35.6 of each GPU",
         "not on this machine",
     ):

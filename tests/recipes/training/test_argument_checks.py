@@ -190,8 +190,8 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 SETTINGS += [
     ({name: value}, (f"--{name}", *named))
     for name, value, named in (
-        ("group_by_length", True, ()),
-        ("train_sampling_strategy", "group_by_length", ("sequential",)),
+        ("group_by_length", True, ("--train_sampling_strategy group_by_length",)),
+        ("train_sampling_strategy", "batch_rebalance", ("sequential",)),
         ("warmup_ratio", 0.1, ("--warmup_steps",)),
         ("dataloader_multiprocessing_context", "spawn", ("--dataloader_num_workers",)),
     )
