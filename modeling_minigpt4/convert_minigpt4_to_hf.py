@@ -406,7 +406,11 @@ def compose(
     for name, value in GENERATION.items():
         setattr(model.generation_config, name, value)
     processor = MiniGPT4Processor.from_backbones(
-        vision=vision, language_model=language_model, config=model.config, chat_template=chosen.chat_template
+        vision=vision,
+        language_model=language_model,
+        config=model.config,
+        chat_template=chosen.chat_template,
+        background_color=None,  # what lies under transparent pixels, as in training
     )
     return model, processor, renamed
 

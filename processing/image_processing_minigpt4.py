@@ -52,10 +52,11 @@ class MiniGPT4ImageProcessor(BaseImageProcessor):
         do_normalize (`bool`, defaults to `True`): subtract `image_mean` and divide by `image_std`, per channel.
         image_mean, image_std (`list[float]`, *optional*): those of CLIP by default.
         background_color (`list[int]` or `str`, *optional*): what shows through transparent pixels, as red, green and
-            blue from 0 to 255 or a name such as `"white"`. By default transparency is dropped, as in the original:
-            a transparent pixel becomes the colour that is stored under it, which is mostly black or white and may
-            be anything. Pictures and arrays of four channels are treated alike. What opens pictures before they
-            come here, such as the pipelines of transformers, drops it in any case.
+            blue from 0 to 255 or a name such as `"white"`, which `MiniGPT4Processor.from_backbones` chooses. By
+            default, and where a saved file does not tell, transparency is dropped, as in the original: a transparent
+            pixel becomes the colour that is stored under it, which is mostly black or white and may be anything.
+            Pictures and arrays of four channels are treated alike. What opens pictures before they come here, such
+            as the pipelines of transformers, drops it in any case.
     """
 
     model_input_names = ["pixel_values"]

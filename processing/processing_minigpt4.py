@@ -120,7 +120,13 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
 
     @classmethod
     def from_backbones(
-        cls, vision: Any, language_model: Any, config: Any, chat_template: str | None = None, **kwargs: Any
+        cls,
+        vision: Any,
+        language_model: Any,
+        config: Any,
+        chat_template: str | None = None,
+        background_color: Color | None = "white",
+        **kwargs: Any,
     ) -> "MiniGPT4Processor":
         """
         Make the processor for a model that `MiniGPT4ForConditionalGeneration.from_backbones` has composed.
@@ -132,6 +138,8 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
             config: the model's [`MiniGPT4Config`].
             chat_template: Jinja text or a name. By default the language model's own template, taught about pictures
                 (`"wrapped"`), or `"vicuna_v0"` where it has none.
+            background_color: what shows through transparent pixels, saved with the processor; `None` shows the colour
+                stored under them, as in the original.
             **kwargs: how files are fetched (`cache_dir`, `token`, `local_files_only`, …), and `trust_remote_code`,
                 for a tokenizer that brings its own code. Image processors of others are read, and never run.
 
@@ -159,7 +167,9 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
         height, width = config.image_size
         return cls(
             image_processor=MiniGPT4ImageProcessor(
-                size={"height": height, "width": width}, **_image_statistics(vision, config, kwargs)
+                size={"height": height, "width": width},
+                background_color=background_color,
+                **_image_statistics(vision, config, kwargs),
             ),
             tokenizer=tokenizer,
             image_token_id=config.image_token_id,

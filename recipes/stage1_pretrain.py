@@ -26,9 +26,9 @@ from transformers import TrainerCallback
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
-from recipes_minigpt4.training.argument_checks import check_start
+from recipes_minigpt4.training.argument_checks import check_length, check_start
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments, StageParser
-from recipes_minigpt4.training.model import load_model
+from recipes_minigpt4.training.model import check_model, load_model
 from recipes_minigpt4.training.train import train_and_save
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 
@@ -43,12 +43,16 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
     """Train stage 1; returns the trainer, whose `model` is trained and whose `state.log_history` holds the losses."""
     model_args, data_args, training_args = parse(arguments)
     check_start(model_args, data_args, training_args)
+    check_model(model_args)
+
+    # Data, which are looked at before a model is loaded
+    pairs = load_pairs(data_args, stage=1, seed=training_args.seed)
+    check_length(training_args, pairs)
 
     # Model: frozen backbones and a new projection
     model, processor = load_model(model_args, training_args)
 
-    # Data: pairs as prompt–completion rows
-    pairs = load_pairs(data_args, stage=1, seed=training_args.seed)
+    # Rows: pairs as prompt–completion rows
     rows = stage1_rows(pairs, processor, data_args, grouping=training_args.grouping)
 
     # Training

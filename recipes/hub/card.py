@@ -214,6 +214,8 @@ def _settings(model: Any, args: Any, steps: int | None) -> dict[str, str]:
     settings = {"steps": f"{steps:,}"} if steps else {}
     settings["batch size"] = str(batch)
     settings.update({text: _format(getattr(args, name)) for name, text in SETTINGS.items() if hasattr(args, name)})
+    if getattr(args, "warmup_ratio", 0):
+        settings[SETTINGS["warmup_steps"]] = f"{100 * args.warmup_ratio:.3g} % of all"
     if model.is_language_model_quantized:
         bits = 4 if getattr(model.language_model, "is_loaded_in_4bit", False) else 8
         settings["language model in training"] = f"{bits} bits ({stored_quantization(model.config)})"

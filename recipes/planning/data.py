@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet  # type: ignore[import-untyped]
-from accelerate.data_loader import BatchSamplerShard
 from datasets import DatasetDict, load_dataset_builder, load_from_disk
-from torch.utils.data import BatchSampler, SequentialSampler
 
 from modeling_minigpt4 import MiniGPT4Config
 from processing_minigpt4 import MiniGPT4Processor
@@ -24,6 +22,7 @@ from recipes_minigpt4.data.files import (
 )
 from recipes_minigpt4.data.formatting import BLANK, INSTRUCTIONS, instruction_format
 from recipes_minigpt4.data.webdataset import expand, tars_named
+from recipes_minigpt4.training.argument_checks import NO_END, steps_per_epoch
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments
 from recipes_minigpt4.training.model import backbone_sources
 from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
@@ -202,11 +201,11 @@ def plan_schedule(training: StageArguments, sources: list[Source], processes: in
     samples = None if any(source.samples is None for source in sources) else sum(s.samples or 0 for s in sources)
     per_epoch = None
     if samples is not None and not sources[0].streams:
-        per_epoch = _steps_per_epoch(training, samples, processes)
+        per_epoch = steps_per_epoch(training, samples, processes)
     if training.max_steps > 0:
         steps = training.max_steps
     elif sources[0].streams:
-        raise RecipeError("A stream of samples has no end; say how long to train with --max_steps.")
+        raise RecipeError(NO_END)
     elif per_epoch is None:
         raise RecipeError("How many samples there are is not known here; say how long to train with --max_steps.")
     else:
@@ -215,15 +214,6 @@ def plan_schedule(training: StageArguments, sources: list[Source], processes: in
         steps / per_epoch if per_epoch else (steps * batch * accumulation * processes / samples if samples else None)
     )
     return Schedule(batch * accumulation * processes, steps, epochs, _checkpoints(training, steps, per_epoch))
-
-
-def _steps_per_epoch(training: StageArguments, samples: int, processes: int) -> int:
-    """Batches of a process, as accelerate shares them out, by batches of a step (transformers, both releases)."""
-    batches = BatchSampler(
-        SequentialSampler(range(samples)), training.per_device_train_batch_size, training.dataloader_drop_last
-    )
-    own = len(BatchSamplerShard(batches, processes, 0)) if processes > 1 else len(batches)
-    return max(-(-own // training.gradient_accumulation_steps), 1)
 
 
 def _checkpoints(training: StageArguments, steps: int, per_epoch: int | None) -> int:

@@ -26,6 +26,7 @@ from recipes_minigpt4.planning.options import PlanArguments
 from recipes_minigpt4.planning.parallel import Parallelism, hold, memory_per_process, read_parallelism
 from recipes_minigpt4.planning.report import Plan, format_plan
 from recipes_minigpt4.stage2_finetune import Stage2Arguments
+from recipes_minigpt4.training.argument_checks import check_warmup
 from recipes_minigpt4.training.arguments import ModelArguments, StageArguments, StageParser, find_config
 from recipes_minigpt4.training.model import weights_dtype
 from recipes_minigpt4.utils.command_line import one_spelling
@@ -121,6 +122,7 @@ def make_plan(arguments: Sequence[str]) -> Plan:
         return make_plan([*arguments, "--use_cpu", "true"])
     sources = measure_sources(data_args, stage)
     schedule = plan_schedule(training, sources, parallelism.processes)
+    check_warmup(training, schedule.steps)
 
     quantization = getattr(model_args, "quantization", None)
     model = build_skeleton(model_args, training)

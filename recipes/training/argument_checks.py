@@ -2,17 +2,22 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, get_scheduler
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_minigpt4 import MiniGPT4Config
@@ -39,7 +44,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_only_loss": ((), "only answers carry loss anyway; leave it out"),
     "remove_unused_columns": ((), "rows are made from all columns; leave it out"),
     "router_aux_loss_coef": ((0.0,), "the model has no mixture of experts that tells its routing; leave it out"),
-    "warmup_ratio": ((), "it has no effect beside --warmup_steps; use that one"),
     "model_init_kwargs": ((), "it has no effect here; use the settings of the model, such as --dtype"),
     "dataset_kwargs": ((), "it has no effect here; leave it out"),
     "dataset_text_field": ((), "it has no effect here; use --text_column"),
@@ -48,6 +52,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "lr_scheduler_type": ((), "it has no effect beside the original's schedule; add --original_schedule false"),
     "lr_scheduler_kwargs": ((), "it has no effect beside the original's schedule; add --original_schedule false"),
 }
+NO_END = "A stream of samples has no end; say how long to train with --max_steps."
+WARMUP_RATIO = 0.1  # what is proposed where the warm-up is too long; the original's is a quarter and a fifth of a run
 WITH_OTHER_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
 # What looks at data that a stage does not have.
 EVALUATION = ("eval_strategy", "eval_on_start", "load_best_model_at_end", "do_eval", "do_predict")
@@ -161,6 +167,69 @@ def _try_checkpointing(settings: Any) -> None:
             checkpoint(torch.clone, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
         except (TypeError, ValueError) as error:
             raise RecipeError(f"--{name} {options} is not what torch takes: {one_line(error)}.") from error
+
+
+def check_length(settings: Any, pairs: Any) -> None:
+    """
+    Refuse a run without an end, or one that is shorter than its warm-up, once its data are known.
+
+    Raises:
+        RecipeError: that names what to set.
+    """
+    if settings.max_steps <= 0 and not hasattr(pairs, "__len__"):
+        raise RecipeError(NO_END)
+    check_warmup(settings, steps_of_run(settings, pairs))
+
+
+def check_warmup(settings: Any, steps: int) -> None:
+    """Refuse a warm-up that is longer than the run, with a `RecipeError`; see `long_warmup`."""
+    if problem := long_warmup(settings, steps):
+        raise RecipeError(problem)
+
+
+def long_warmup(settings: Any, steps: int) -> str | None:
+    """
+    What to set where the warm-up is longer than the run, which would train at a small part of its rate.
+
+    Args:
+        settings: of the stage.
+        steps: of the run.
+    """
+    warmup = settings.get_warmup_steps(steps)
+    if warmup <= steps or not _has_warmup(settings):
+        return None
+    reached = min(steps, (settings.original_schedule and settings.steps_per_epoch) or steps) / warmup
+    start = settings.warmup_start_learning_rate / settings.learning_rate if settings.original_schedule else 0
+    top = max(1, round(100 * (start + (1 - start) * reached)))
+    return (
+        f"The warm-up takes {warmup:,} steps and the run only {steps:,}, so that it would train at up to {top} % of "
+        f"--learning_rate; set --warmup_steps {max(1, round(steps * WARMUP_RATIO))} (or --warmup_ratio "
+        f"{WARMUP_RATIO:g}), or more --max_steps."
+    )
+
+
+def _has_warmup(settings: Any) -> bool:
+    """Whether the schedule of a run begins with a warm-up, as the original's and most of transformers' do."""
+    if settings.original_schedule:
+        return True
+    schedule = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(settings.lr_scheduler_type)]
+    return "num_warmup_steps" in inspect.signature(schedule).parameters
+
+
+def steps_of_run(settings: Any, rows: Any) -> int:
+    """Steps that the Trainer will count; `rows` without a length need `max_steps`."""
+    if settings.max_steps > 0:
+        return int(settings.max_steps)
+    return math.ceil(settings.num_train_epochs * steps_per_epoch(settings, len(rows), settings.world_size))
+
+
+def steps_per_epoch(settings: Any, samples: int, processes: int) -> int:
+    """Steps of a pass over the data, as accelerate shares batches out (transformers, both releases)."""
+    batches = BatchSampler(
+        SequentialSampler(range(samples)), settings.per_device_train_batch_size, settings.dataloader_drop_last
+    )
+    own = len(BatchSamplerShard(batches, processes, 0)) if processes > 1 else len(batches)
+    return max(-(-own // settings.gradient_accumulation_steps), 1)
 
 
 def check_evaluation(settings: Any) -> None:

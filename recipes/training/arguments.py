@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,13 @@ from trl import SFTConfig, TrlParser
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.data.grouping import Grouping
-from recipes_minigpt4.training.argument_checks import check_evaluation, check_settings, check_texts, is_offered
+from recipes_minigpt4.training.argument_checks import (
+    check_evaluation,
+    check_settings,
+    check_texts,
+    check_warmup,
+    is_offered,
+)
 from recipes_minigpt4.training.model_arguments import ModelArguments
 from recipes_minigpt4.training.non_finite import SKIP, STOP
 from recipes_minigpt4.training.options import GROUPED, STAGE_OPTIONS, option
@@ -40,6 +47,7 @@ class StageArguments(SFTConfig):
     min_learning_rate: float = option("min_learning_rate")
     warmup_start_learning_rate: float = option("warmup_start_learning_rate")
     warmup_steps: int = option("warmup_steps")
+    warmup_ratio: float = option("warmup_ratio")
     steps_per_epoch: int | None = option("steps_per_epoch")
     original_schedule: bool = option("original_schedule")
     weight_decay: float = option("weight_decay")
@@ -111,6 +119,10 @@ class StageArguments(SFTConfig):
         super().__post_init__()
         check_settings(self)
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of warm-up in a run of so many: `warmup_ratio` of them, or else `warmup_steps`."""
+        return math.ceil(num_training_steps * self.warmup_ratio) if self.warmup_ratio else int(self.warmup_steps)
+
     @property
     def grouping(self) -> Grouping | None:
         """How rows are put into batches of like length, or None if they are not."""
@@ -179,7 +191,22 @@ class StageParser(TrlParser):
         for settings in parsed:
             if isinstance(settings, StageArguments):
                 check_evaluation(settings)
+                _choose_warmup(settings, arguments)
+                if settings.max_steps > 0:  # otherwise the trainer knows, by its data
+                    check_warmup(settings, settings.max_steps)
         return tuple(parsed)
+
+
+def _choose_warmup(settings: StageArguments, arguments: Sequence[str]) -> None:
+    """Let the command line's `--warmup_steps` win over a file's `warmup_ratio`, and refuse both in one place."""
+    names = ("--warmup_steps", "--warmup_ratio")
+    by_steps, by_ratio = (any(text.split("=")[0] == name for text in arguments) for name in names)
+    own = type(settings).warmup_steps  # the stage's default
+    in_file = not (by_steps or by_ratio) and settings.warmup_ratio and settings.warmup_steps != own
+    if in_file or (by_steps and by_ratio):
+        raise RecipeError("Both warmup_steps and warmup_ratio are given; leave one of them out.")
+    if by_steps:
+        settings.warmup_ratio = 0.0
 
 
 def _split_config(text: str) -> list[str]:

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from PIL import ImageOps
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
+from processing_minigpt4.image_opening_minigpt4 import open_image
 from recipes_minigpt4.data.bad_samples import ENOUGH
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.errors import one_line as told
@@ -109,7 +109,8 @@ class PanelCallback(TrainerCallback):
                 "A panel needs a whole model in one process; with FSDP or ZeRO-3, leave --panel_steps out."
             )
         self.trainer, self.steps = trainer, steps
-        self.watched = read_panel(trainer.train_dataset, folder, count)
+        color = getattr(getattr(trainer.processing_class, "image_processor", None), "background_color", None)
+        self.watched = read_panel(trainer.train_dataset, folder, count, color)
         self.page = Path(trainer.args.output_dir, "panel.html")
         self.run = ", ".join(
             [self.page.absolute().parent.name, *([f"stage {trainer.stage}"] if trainer.stage else [])]
@@ -202,9 +203,15 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
+def read_panel(rows: Any, folder: str | None, count: int, color: Any = None) -> list[Watched]:
     """
     The pictures to watch: the first rows of the training data, or the first pictures of a folder by name.
+
+    Args:
+        rows: of the training.
+        folder: of pictures, or None.
+        count: the most pictures.
+        color: what shows through transparent pixels, as for the model; None shows what is stored under them.
 
     Raises:
         RecipeError: if there are none, or one cannot be read.
@@ -216,7 +223,12 @@ def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
     prompt, one_line = first[0]["prompt"], first[0]["completion"].endswith("\n")
     if not folder:
         return [
-            Watched([as_rgb(one) for one in row["images"][: row.get("asked")]], row["prompt"], title_of(row), one_line)
+            Watched(
+                [open_image(one, color) for one in row["images"][: row.get("asked")]],
+                row["prompt"],
+                title_of(row),
+                one_line,
+            )
             for row in first
         ]
     try:
@@ -225,7 +237,7 @@ def read_panel(rows: Any, folder: str | None, count: int) -> list[Watched]:
         raise RecipeError(f"--panel_images {folder} is not a folder that can be read ({error.strerror}).") from error
     if not paths:
         raise RecipeError(f"--panel_images {folder} has no pictures; put some in it ({', '.join(sorted(SUFFIXES))}).")
-    return [Watched([open_picture(path)], prompt, path.name, one_line) for path in paths]
+    return [Watched([open_picture(path, color)], prompt, path.name, one_line) for path in paths]
 
 
 def title_of(row: Mapping[str, Any]) -> str:
@@ -236,16 +248,12 @@ def title_of(row: Mapping[str, Any]) -> str:
     return completion.partition(LENGTH_MARK)[0].strip()
 
 
-def open_picture(path: Path) -> PIL.Image.Image:
+def open_picture(path: Path, color: Any) -> PIL.Image.Image:
     try:
-        with PIL.Image.open(path) as picture:
-            return as_rgb(ImageOps.exif_transpose(picture))
-    except Exception as error:  # whatever Pillow says about a damaged file
-        raise RecipeError(f"{path} cannot be read ({told(error)}); fix or remove it.") from error
-
-
-def as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    return picture.convert("RGB")
+        picture: PIL.Image.Image = open_image(path, color)
+    except ValueError as error:
+        raise RecipeError(f"{path} cannot be read ({told(error.__cause__ or error)}); fix or remove it.") from error
+    return picture
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,19 @@ NO_MODEL = (
 )
 
 
+def check_model(args: ModelArguments) -> None:
+    """
+    Make sure that a model is named, as far as can be told without loading it.
+
+    Raises:
+        RecipeError: if a part is not named, or what is named is no model of this package.
+    """
+    if args.model_name_or_path:
+        check_saved(args.model_name_or_path)
+    elif not {"vision", "language_model"} <= backbone_sources(args).keys():
+        raise RecipeError(NO_MODEL)
+
+
 def load_model(args: ModelArguments, training: StageArguments) -> tuple[MiniGPT4ForConditionalGeneration, Any]:
     """
     Compose or load the model, freeze what does not train, and make its processor.

@@ -40,6 +40,9 @@ SCHEDULE = {
     "min_learning_rate": Option(8e-5, "Where the cosine ends."),
     "warmup_start_learning_rate": Option(1e-6, "Where the warm-up starts."),
     "warmup_steps": Option(5000, "Steps of linear warm-up."),
+    "warmup_ratio": Option(
+        0.0, "Share of the run that is warm-up, 0 to 1, in the place of warmup_steps. Default: none."
+    ),
     "steps_per_epoch": Option(
         None,
         "Steps of an epoch, after which a warm-up that is not over starts again. As in the original. Default: never.",

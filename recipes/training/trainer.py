@@ -11,6 +11,7 @@ from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -18,6 +19,7 @@ from recipes_minigpt4.data.bad_samples import ENOUGH, SampleCounts
 from recipes_minigpt4.data.collator import COUNTS, StageCollator, to_pixels
 from recipes_minigpt4.hub.card import render_card
 from recipes_minigpt4.training import distributed
+from recipes_minigpt4.training.argument_checks import NO_END, long_warmup, steps_of_run
 from recipes_minigpt4.training.arguments import StageArguments
 from recipes_minigpt4.training.cached_features import train_from_features
 from recipes_minigpt4.training.callbacks import ImagesProgressCallback, LinesCallback, PanelCallback, undisturbed
@@ -29,6 +31,9 @@ from recipes_minigpt4.training.push_to_hub import PublishingMixin
 from recipes_minigpt4.training.resume import ProcessState, StreamEpochCallback
 from recipes_minigpt4.training.sampling import SamplingMixin
 from recipes_minigpt4.utils.errors import RecipeError, one_line
+
+
+logger = logging.get_logger(__name__)
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTra
                 f"{type(settings).__name__}."
             )
         if isinstance(rows, IterableDataset) and settings is not None and settings.max_steps <= 0:
-            raise RecipeError("A stream of samples has no end; say how long to train with --max_steps.")
+            raise RecipeError(NO_END)
         try:
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError, NotImplementedError, OSError) as error:  # settings that do not go together
@@ -154,7 +159,8 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTra
             args, top = self.args, self.args.learning_rate
 
             def factor(step: int) -> float:
-                numbers = (args.min_learning_rate, args.warmup_start_learning_rate, int(args.warmup_steps))
+                warmup = args.get_warmup_steps(num_training_steps)
+                numbers = (args.min_learning_rate, args.warmup_start_learning_rate, warmup)
                 return original_lr(step, num_training_steps, top, *numbers, args.steps_per_epoch) / top
 
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
@@ -208,6 +214,8 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTra
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see [`CheckpointingMixin.train`]. What only training needs is on the model until it ends."""
+        if problem := long_warmup(self.args, steps_of_run(self.args, self.train_dataset)):
+            logger.warning(problem)  # the commands refuse it
         with LastLayer(self.model.language_model):
             return super().train(*args, **kwargs)
 

@@ -68,6 +68,7 @@ RANGES = {
     "min_learning_rate": NOT_NEGATIVE,
     "warmup_start_learning_rate": NOT_NEGATIVE,
     "warmup_steps": NATURAL,
+    "warmup_ratio": SHARE,
     "steps_per_epoch": COUNT,
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": DECAY,

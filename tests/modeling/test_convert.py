@@ -202,6 +202,7 @@ def test_official_files_become_a_folder(
     processor = AutoProcessor.from_pretrained(moved)
     assert processor.image_token_id == model.config.image_token_id == 320 > len(processor.tokenizer)
     assert processor.separator == ("###" if qformer else None)
+    assert processor.image_processor.background_color is None  # as in the original
     chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}]}]
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

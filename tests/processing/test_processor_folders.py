@@ -287,6 +287,30 @@ def test_from_backbones_takes_the_language_models_own_template(tmp_path, vision)
     assert processor.tokenizer.padding_side == "left"
 
 
+def test_from_backbones_puts_white_behind_transparency_and_saves_it(tmp_path, vision):
+    """A folder of before, which names no colour, keeps what it did."""
+    byte_tokenizer().save_pretrained(tmp_path / "llm")
+    ghost = PIL.Image.new("RGBA", (6, 4), (200, 0, 0, 0))  # red, and not to be seen
+    white, red = (PIL.Image.new("RGB", (6, 4), color) for color in ("white", (200, 0, 0)))
+
+    def is_seen_as(processor, picture) -> bool:
+        seen, expected = (processor(images=one)["pixel_values"][0] for one in (ghost, picture))
+        return np.array_equal(seen, expected)
+
+    made = MiniGPT4Processor.from_backbones(vision, tmp_path / "llm", CONFIG)
+    plain = MiniGPT4Processor.from_backbones(vision, tmp_path / "llm", CONFIG, background_color=None)
+    for name, processor, picture in (("made", made, white), ("plain", plain, red)):
+        processor.save_pretrained(tmp_path / name)
+        saved = MiniGPT4Processor.from_pretrained(tmp_path / name)
+        assert is_seen_as(processor, picture) and is_seen_as(saved, picture), name
+    for path in (tmp_path / "made").glob("*processor_config.json"):
+        settings = json.loads(path.read_text())
+        for fields in (settings, settings.get("image_processor", {})):
+            fields.pop("background_color", None)
+        path.write_text(json.dumps(settings))
+    assert is_seen_as(MiniGPT4Processor.from_pretrained(tmp_path / "made"), red)
+
+
 def test_from_backbones_falls_back_on_vicuna(tmp_path, vision):
     byte_tokenizer().save_pretrained(tmp_path / "llm")
     assert byte_tokenizer().chat_template is None

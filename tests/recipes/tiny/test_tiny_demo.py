@@ -29,7 +29,10 @@ SHOWN = [
     (Image.new("RGB", (8, 8), scenes.COLOURS[scene.things[0].colour]), scene)
     for scene in scenes.sample_scenes(random.Random(5), 60, lambda scene: True)
 ]
-SHORT = ["--max_steps", "3", "--num_samples", "12", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
+SHORT = [
+    "--max_steps", "3", "--warmup_steps", "1", "--num_samples", "12", "--logging_steps", "1",
+    "--per_device_train_batch_size", "4",
+]  # fmt: skip
 MEASURES = {"object_f1", "position_accuracy", "failure_rate", "mean_words"}
 
 

@@ -61,6 +61,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "min_learning_rate": (-1, "nan", "inf"),
     "warmup_start_learning_rate": (-0.1, "nan"),
     "warmup_steps": (-1,),
+    "warmup_ratio": (-0.1, 1.1, "nan"),
     "steps_per_epoch": (0, -1),
     "weight_decay": (-0.1, "nan", "inf"),
     "adam_beta1": (-0.1, 1, "nan"),
@@ -99,7 +100,7 @@ def test_every_number_with_a_range_is_a_setting_that_has_one() -> None:
     assert RANGES.keys() <= fields.keys()
     assert all(fields[name] is None or RANGES[name].holds(fields[name]) for name in RANGES)
     numbers = {name for name, value in fields.items() if type(value) in (int, float)}
-    without = {"local_rank", "warmup_ratio", "past_index", "fsdp_min_num_params", "_n_gpu"}  # others set, or nobody
+    without = {"local_rank", "past_index", "fsdp_min_num_params", "_n_gpu"}  # others set, or nobody
     assert numbers - RANGES.keys() <= without
 
 
@@ -125,6 +126,81 @@ def test_settings_made_in_python_are_checked_as_well(fields: dict[str, Any], nam
 def test_other_arguments_made_in_python_are_checked_as_well(kind: type, fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=f"--{next(iter(fields))} is "):
         kind(**fields)
+
+
+# Of runs whose warm-up is longer than they are → what is told.
+TOO_LONG = {
+    "the default": ({"warmup_steps": None, "max_steps": 400}, ("5,000 steps", "only 400", "up to 8 %", "steps 40 ")),
+    "told by epochs": (
+        {"warmup_steps": 9, "max_steps": None, "num_train_epochs": 2, "learning_rate": 1e-4},
+        ("9 steps", "only 8", "--warmup_steps 1 (or --warmup_ratio 0.1)"),
+    ),
+    "restarted": (
+        {"warmup_steps": 100, "steps_per_epoch": 20, "max_steps": 80, "learning_rate": 1e-4},
+        ("100 steps", "only 80", "up to 21 %"),
+    ),
+    "of transformers": (
+        {"warmup_steps": 100, "max_steps": 50, "original_schedule": False, "lr_scheduler_type": "cosine"},
+        ("100 steps", "only 50", "up to 50 %"),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["stage1", "plan"])
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_a_warmup_longer_than_the_run_is_told(case: str, command: str, refuse: Callable) -> None:
+    fields, named = TOO_LONG[case]
+    told = refuse(command, **fields)
+    assert told.startswith(f"minigpt4 {command}: The warm-up takes ") and all(text in told for text in named), told
+
+
+@pytest.mark.parametrize(
+    "command, fields, named",
+    [
+        ("stage1", {"image_column": "photo"}, "has no column 'photo'; it has image, caption"),
+        ("stage2", {"text_column": "story"}, "has no column 'story'; it has image, caption"),
+        ("stage1", {"streaming": True, "max_steps": None}, "--max_steps"),
+        ("stage1", {"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_data_are_looked_at_before_a_model_is_loaded(
+    command: str, fields: dict[str, Any], named: str, refuse: Callable
+) -> None:
+    assert named in refuse(command, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"warmup_steps": 4, "max_steps": 4},
+        {"warmup_steps": 5, "max_steps": 4, "original_schedule": False, "lr_scheduler_type": "constant"},
+        {"warmup_steps": 200, "steps_per_epoch": 200, "max_steps": 1000},
+        {"warmup_steps": None, "warmup_ratio": 1, "max_steps": 4},
+    ],
+)
+def test_other_warmups_are_taken(fields: dict[str, Any], stage: Callable) -> None:
+    from recipes_minigpt4 import stage1_pretrain
+
+    stage1_pretrain.parse(stage(**fields))
+
+
+def test_the_command_line_chooses_between_steps_and_ratio(refuse: Callable, stage: Callable, tmp_path: Path) -> None:
+    from recipes_minigpt4 import stage1_pretrain
+
+    def warmup(text: str, **fields: Any) -> int:
+        (tmp_path / "own.yaml").write_text(text)
+        arguments = stage(**{"warmup_steps": None, "max_steps": 60, **fields})
+        _, _, args = stage1_pretrain.parse(["--config", str(tmp_path / "own.yaml"), *arguments])
+        return args.get_warmup_steps(60)
+
+    assert warmup("warmup_ratio: 0.05") == 3
+    assert warmup("warmup_steps: 7", warmup_ratio=0.05) == 3
+    assert warmup("warmup_ratio: 0.05", warmup_steps=7) == 7
+    assert warmup("warmup_ratio: 0.5", warmup_ratio=0.05) == 3
+    told = refuse(warmup_steps=7, warmup_ratio=0.05)
+    assert "Both warmup_steps and warmup_ratio" in told
+    with pytest.raises(RecipeError, match="Both warmup_steps and warmup_ratio"):
+        warmup("warmup_ratio: 0.05\nwarmup_steps: 7")
 
 
 @pytest.mark.parametrize("text", ["max_steps: 2.5", "seed: null", "per_device_train_batch_size: true"])
@@ -192,7 +268,6 @@ SETTINGS += [
     for name, value, named in (
         ("group_by_length", True, ("--train_sampling_strategy group_by_length",)),
         ("train_sampling_strategy", "batch_rebalance", ("sequential",)),
-        ("warmup_ratio", 0.1, ("--warmup_steps",)),
         ("dataloader_multiprocessing_context", "spawn", ("--dataloader_num_workers",)),
     )
     if name in {field.name for field in dataclasses.fields(StageArguments)}
@@ -319,7 +394,8 @@ def test_a_vision_side_is_no_language_model(stage, parts: dict[str, str], capsys
 def test_yaml_names_parts_by_text(refuse: Callable, tmp_path: Path) -> None:
     for text, told in (("qformer: None", "null in YAML"), ("vision: 5", "--vision is 5")):
         (tmp_path / "own.yaml").write_text(
-            f"{text}\nlanguage_model: tiny\nuse_cpu: true\noutput_dir: {tmp_path}/run\n"
+            f"{text}\nlanguage_model: tiny\ndataset_name: tiny\nnum_samples: 4\nwarmup_ratio: 0.1\nuse_cpu: true\n"
+            f"output_dir: {tmp_path}/run\n"
         )
         vision = ["--vision", "tiny"] if "qformer" in text else []
         assert told in refuse(arguments=["--config", str(tmp_path / "own.yaml"), *vision])

@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from closeness import assert_close
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
@@ -104,6 +106,37 @@ def test_bfloat16_storage_stays_within_a_thousandth(command: str, train: Callabl
     assert load_file(shard)["features"].dtype == torch.bfloat16
     assert losses_of(cached) == pytest.approx(losses_of(plain), rel=1e-3)
     assert losses_of(cached) != losses_of(plain)  # so the features were rounded
+
+
+@pytest.mark.parametrize("cache", [None, "features"])
+def test_transparent_pixels_are_white(cache: str | None, train: Callable, pairs_file: Path, tmp_path: Path) -> None:
+    """Whatever lies under them: in a step from pixels, from cached features, and in the panel."""
+    for name in ("flat", "clear"):
+        shutil.copytree(pairs_file.parent, tmp_path / name)
+    for place, path in enumerate(sorted((tmp_path / "clear").glob("*.png"))):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGBA")).copy()
+        pixels[(pixels == 255).all(-1)] = (37 * place % 256, 91 * place % 256, 5, 0)
+        Image.fromarray(pixels).save(path)
+    flat, clear = (
+        train(
+            output=name, dataset_name=tmp_path / name / "pairs.jsonl", max_steps=3, panel_steps=3,
+            cache_features=cache and tmp_path / cache,
+        )
+        for name in ("flat", "clear")
+    )  # fmt: skip
+    assert losses_of(clear) == losses_of(flat)
+    assert torch.equal(projection_of(clear), projection_of(flat))
+    panels = [json.loads((tmp_path / name / "panel.json").read_text()) for name in ("flat", "clear")]
+    assert panels[0] == panels[1]
+
+
+def test_features_of_another_background_are_others(train: Callable, tmp_path: Path) -> None:
+    first = train()
+    first.processing_class.image_processor.background_color = None
+    first.processing_class.save_pretrained(tmp_path / "run")
+    train(model_name_or_path=tmp_path / "run", output="other")
+    assert len(list((tmp_path / "features").iterdir())) == 2
 
 
 @pytest.mark.parametrize("fields", [{"bf16": True}, {"bf16": True, "dtype": "bfloat16"}])

@@ -104,6 +104,20 @@ def test_trainer_sets_and_logs_these_rates(make_trainer, steps_per_epoch: int | 
     assert logged == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("original", [True, False])
+def test_warmup_ratio_is_a_share_of_the_run(make_trainer, original: bool) -> None:
+    fields = {"max_steps": 6, "warmup_start_learning_rate": 0.0, "original_schedule": original}
+    (by_ratio, first), (by_steps, second) = (
+        (make_trainer(**fields, **warmup), Recorder())
+        for warmup in ({"warmup_steps": None, "warmup_ratio": 0.4}, {"warmup_steps": 3})
+    )
+    for trainer, recorder in ((by_ratio, first), (by_steps, second)):
+        trainer.add_callback(recorder)
+        trainer.train()
+    assert first.rates == second.rates
+    assert [rates[0] for rates in first.rates[:3]] == pytest.approx([0, 0.01 / 3, 0.02 / 3])
+
+
 def test_another_schedule_can_be_chosen(make_trainer) -> None:
     trainer, recorder = make_trainer(max_steps=3, original_schedule=False, lr_scheduler_type="constant"), Recorder()
     trainer.add_callback(recorder)
@@ -130,3 +144,11 @@ def test_decay_follows_the_shape_of_whatever_trains(make_trainer) -> None:
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     for name, tensor in trainer.model.named_parameters():
         assert (name in decayed) == (tensor.ndim >= 2), name
+
+
+def test_a_trainer_made_in_python_warns_of_a_long_warmup(make_trainer, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(max_steps=3)
+    trainer.args.warmup_steps = 30
+    with caplog.at_level("WARNING", logger="recipes_minigpt4.training.trainer"):
+        trainer.train()
+    assert "The warm-up takes 30 steps and the run only 3" in caplog.text

@@ -250,6 +250,11 @@ def test_shipped_configurations_parse(name: str) -> None:
         assert getattr(found, "value", found) == value, field  # enumerations hold their text
     assert bool(model.model_name_or_path) != bool(model.vision and model.language_model)
     assert f"--config {name}" in text  # the comment on top tells how to run it
+    meant = re.search(r"# Meant for (?:about )?([\d,]+) pictures, .*: ([\d,]+) steps of (\d+)\.", text)
+    pictures, steps, rows = (int(number.replace(",", "")) for number in meant.groups())
+    processes = 4 if "--num_processes 4" in text else 1
+    assert (steps, rows) == (training.max_steps, processes * training.per_device_train_batch_size)
+    assert data.num_samples in (None, pictures)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +275,12 @@ def test_configurations_of_the_original_have_its_numbers(name, steps, batch, rat
 
 @pytest.mark.parametrize("form", ["--config={}", "--config {}"])
 def test_command_line_wins_over_the_file(form: str, tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(f"output_dir: {tmp_path}/a\nlearning_rate: 0.5\nmax_steps: 7\nuse_cpu: true\n")
+    (tmp_path / "own.yaml").write_text(
+        f"output_dir: {tmp_path}/a\nlearning_rate: 0.5\nmax_steps: 7000\nuse_cpu: true\n"
+    )
     arguments = form.format(tmp_path / "own.yaml").split()
     _, _, args = stage1_pretrain.parse([*arguments, "--learning_rate", "0.25"])
-    assert (args.learning_rate, args.max_steps) == (0.25, 7)
+    assert (args.learning_rate, args.max_steps) == (0.25, 7000)
 
 
 # What is passed beside a complete command line, and what the sentence has to name.
