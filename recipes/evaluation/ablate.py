@@ -302,7 +302,7 @@ def main(arguments: Sequence[str]) -> None:
     shown = evaluation_scenes(args.scenes, args.scenes // 3, seed=SCENES_SEED)
     results: dict[str, Any] = {
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(THREADS),
         "scenes": {"all": len(shown), "held_out": sum(scene.has_held_out_pair for _, scene in shown)},
         "seeds": args.seeds,
         "variants": {variant.name: {**vars(variant), "runs": []} for variant in variants},
