@@ -245,7 +245,7 @@ def default_fields(
     """
     place = find_patches(vision_config, shape, size)
     tokens = shape[0] if len(shape) == 2 else math.prod(shape[1:])
-    strategy = chosen.get("vision_feature_select_strategy", "default" if place.prefix else "full")
+    strategy = chosen.get("vision_feature_select_strategy") or ("default" if place.prefix else "full")
     kept = tokens - (place.prefix or 0 if strategy == "default" else 0)
     grid = place.grid if place.grid is not None and math.prod(place.grid) == kept else None
     layout, merge = chosen.get("patch_merge_layout"), chosen.get("patch_merge_size")

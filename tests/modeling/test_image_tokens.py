@@ -249,6 +249,7 @@ CHOSEN = [
     ("clip-l14-336", {"patch_merge_layout": "consecutive"}, ("consecutive", 4, 144)),
     ("clip-l14-336", {"patch_merge_size": 2}, ("consecutive", 2, 288)),
     ("clip-l14-336", {"patch_merge_size": 1}, ("consecutive", 1, 576)),
+    ("siglip-b16-224", {"vision_feature_select_strategy": "default"}, ("square", 4, 49)),
     ("clip-b32-224", {"vision_feature_select_strategy": "full"}, ("consecutive", 2, 25)),
     ("deit-b16-224", {"vision_feature_select_strategy": "full"}, ("consecutive", 3, 66)),
     ("blip2-g14-224", {"patch_merge_layout": "square"}, ("square", 4, 64)),
