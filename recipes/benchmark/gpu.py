@@ -224,8 +224,10 @@ class Bench:
         return None
 
     def use(self, attention: str) -> None:
-        for model in (self.ours, self.peer):
-            model.set_attn_implementation(attention)
+        """Set the attention of encoders and language models; a Q-Former may have one only."""
+        for model in (self.ours.model, self.peer):
+            model.vision_model.set_attn_implementation(attention)
+            model.language_model.set_attn_implementation(attention)
 
     def measure_tests(self) -> None:
         self.report["tests"] = run_tests()

@@ -60,9 +60,10 @@ class SamplingMixin:
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """What the loss of a step, a sum over its answer tokens, is divided by."""
         items = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
-        if self.args.grouping is None or items is None:
+        counts = [batch[COUNTS] for batch in batch_samples if COUNTS in batch]  # there are none in evaluation
+        if self.args.grouping is None or items is None or not counts:
             return items
-        expected = [batch[COUNTS][EXPECTED] for batch in batch_samples if COUNTS in batch]
+        expected = [one[EXPECTED] for one in counts]
         if None in expected:
             raise RecipeError(NO_LENGTHS)
         ours = torch.full((), sum(expected), dtype=torch.float32, device=device)

@@ -105,6 +105,16 @@ def test_models_are_made_in_half_precision_and_share_what_is_frozen() -> None:
     assert rotary.dtype == torch.float32 and torch.equal(rotary, peer.language_model.model.rotary_emb.inv_freq)
 
 
+def test_an_attention_is_that_of_both_models() -> None:
+    bench = gpu.Bench(gpu.parse(["--size", "tiny"]), [], None, Path(), {})
+    for attention in ("eager", "sdpa"):
+        bench.use(attention)
+        parts = [
+            part for model in (bench.ours.model, bench.peer) for part in (model.vision_model, model.language_model)
+        ]
+        assert [part.config._attn_implementation for part in parts] == [attention] * 4
+
+
 # ---- plans and tests ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from stopped import stop_after
 from test_ranks import SHARE, batches, largest_deviation, tell_batches
 
 from recipes_minigpt4 import cli, stage1_pretrain
-from recipes_minigpt4.data.collator import StageCollator
+from recipes_minigpt4.data.collator import COUNTS, StageCollator
 from recipes_minigpt4.training.trainer import MiniGPT4Trainer
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -67,7 +67,7 @@ def test_a_token_counts_as_much_in_every_batch_as_on_average(
     )
     fields = {"dataset_name": uneven_pairs_file, "max_steps": 8, "learning_rate": 1e-9, "min_learning_rate": 1e-9,
               "warmup_start_learning_rate": 1e-9, "logging_steps": 8, **GROUPED}  # fmt: skip
-    stage1_pretrain.main(stage(**fields))
+    trainer = stage1_pretrain.main(stage(**fields))
     losses, answers, divisors = zip(*seen, strict=True)
     assert max(answers) > 4 * min(answers)
     assert len(set(divisors)) == 1 and sum(divisors) == pytest.approx(sum(answers))
@@ -76,6 +76,10 @@ def test_a_token_counts_as_much_in_every_batch_as_on_average(
     # Were each batch's loss divided by its own answers, as in any order, short ones would count for more.
     means = [loss * divisor / own for loss, divisor, own in zip(losses, divisors, answers, strict=True)]
     assert sum(means) / 8 != pytest.approx(total / sum(answers), rel=1e-4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    del batch[COUNTS]  # as in evaluation, where batches are taken as they come
+    own = int((batch["labels"] != -100).sum())
+    assert int(trainer._get_num_items_in_batch([batch], trainer.args.device)) == own != round(divisors[0])
 
 
 def test_a_run_that_is_resumed_within_its_second_epoch_is_the_run_that_never_stopped(
