@@ -12,7 +12,9 @@ interrupted run goes on where it was. A shard that cannot be read is removed and
 import bisect
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,7 +32,9 @@ from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
 DIGEST_BYTES = 16
-SHARD_BYTES = 1 << 28  # held in memory until it is written
+# Held in memory until it is written, and twice while it is. A pass over 5 million pictures makes 4,000 such shards.
+SHARD_BYTES = 1 << 26
+FLUSH_SECONDS = 60  # between two shards at most: what a kill costs. An hour makes no more than 60 shards by it.
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VISION_SIDE = ("vision", "qformer")
 # What a configuration tells beside the computation: where it came from, which release wrote it, and what 4.57 notes
@@ -117,6 +121,41 @@ class FeatureCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # open files do not travel to workers
+
+
+class ShardWriter:
+    """
+    Collects features for a cache, and writes a shard when there are `SHARD_BYTES` of them or `FLUSH_SECONDS` are over.
+
+    Args:
+        cache: where they go.
+        most: the most pictures that will come.
+        clock: tells seconds.
+    """
+
+    def __init__(self, cache: FeatureCache, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.cache, self.clock = cache, clock
+        size = max(1, SHARD_BYTES // (math.prod(cache.shape) * cache.dtype.itemsize))  # pictures of a shard
+        self._features = torch.empty(min(size, max(most, 1)), *cache.shape, dtype=cache.dtype)
+        self._digests: list[bytes] = []
+        self._written = clock()
+
+    def add(self, digests: Sequence[bytes], features: torch.Tensor) -> None:
+        """Take features of shape (pictures, image tokens, channels), on any device and of any dtype."""
+        while digests:
+            place = len(self._digests)
+            fitting = min(len(digests), len(self._features) - place)
+            self._features[place : place + fitting] = features[:fitting]
+            self._digests += digests[:fitting]
+            digests, features = digests[fitting:], features[fitting:]
+            if len(self._digests) == len(self._features) or self.clock() - self._written >= FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what there is."""
+        if self._digests:
+            self.cache.add(self._digests, self._features[: len(self._digests)])
+        self._digests, self._written = [], self.clock()
 
 
 class StoredPictures:

@@ -22,6 +22,7 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import masking_utils
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
@@ -212,6 +213,9 @@ def trace_step(
         make_optimizer: makes the optimizer of the parameters that train.
     """
     watch = StorageWatch(model.config.text_config.vocab_size)
+    tokens = (
+        model.config.num_image_tokens
+    )  # which may ask an encoder on the meta device, and so not among fake tensors
     with ExitStack() as modes:
         modes.enter_context(FakeTensorMode())
         _materialize(model)
@@ -229,7 +233,7 @@ def trace_step(
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda parameter: watch.move(parameter.grad, GRADIENTS))
         with watch.counting(BATCH):
-            batches = [_batch(model, step) for _ in range(step.accumulation)]
+            batches = [_batch(model, step, tokens) for _ in range(step.accumulation)]
         watch.restart()
         watch.most = Counter(watch.now)
         _prepare_model(model, step)
@@ -245,6 +249,59 @@ def trace_step(
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
         return Trace(passes, watch.restart(), watch.most)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """
+    What encoding a batch for the cache of features takes.
+
+    Args:
+        peak: bytes by kind when there are most of them.
+        flops: operations of a picture: matrix products, convolutions and attention.
+        shape: of a picture's features, (image tokens, channels).
+    """
+
+    peak: Counter[str]
+    flops: int
+    shape: tuple[int, ...]
+
+
+def trace_encoding(model: MiniGPT4ForConditionalGeneration, step: Step) -> Encoding:
+    """
+    Encode a batch with fake tensors, as the cache of features is filled, and count bytes and operations.
+
+    Args:
+        model: on the meta device; it becomes a fake one, of which nothing trains.
+        step: its sizes and settings.
+    """
+    model.requires_grad_(False)  # torch's counter of operations would look for graphs
+    watch = StorageWatch(model.config.text_config.vocab_size)
+    flops = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops})
+    with ExitStack() as modes:
+        modes.enter_context(FakeTensorMode())
+        _materialize(model)
+        for mode in (flops, watch, torch.no_grad()):
+            modes.enter_context(mode)  # type: ignore[arg-type]
+        if step.autocast is not None:
+            modes.enter_context(torch.autocast("cpu", step.autocast))
+            if step.gpu:
+                modes.enter_context(AutocastOfGPU())
+        for tensor in (*model.parameters(), *model.buffers()):
+            watch.add(tensor, WEIGHTS)
+        with watch.counting(BATCH):
+            pixels = torch.empty(step.rows, 3, *model.config.image_size)
+        with watch.counting(VISION):
+            features = model.model.encode_images(pixels).last_hidden_state
+    return Encoding(watch.peak, int(flops.get_total_flops()) // step.rows, tuple(features.shape[1:]))
+
+
+# Has no formula in torch.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _materialize(model: nn.Module) -> None:
@@ -296,21 +353,19 @@ def _rows_are_not_packed() -> Iterator[None]:
         setattr(masking_utils, name, looks)
 
 
-def _batch(model: MiniGPT4ForConditionalGeneration, step: Step) -> dict[str, torch.Tensor]:
-    """What `StageCollator` makes of rows that are all of the full length."""
-    config = model.config
-    pictures = step.rows * config.num_image_tokens
+def _batch(model: MiniGPT4ForConditionalGeneration, step: Step, tokens: int) -> dict[str, torch.Tensor]:
+    """What `StageCollator` makes of rows that are all of the full length, with so many tokens of a picture."""
     batch = {
         name: torch.empty(step.rows, step.length, dtype=torch.long)
         for name in ("input_ids", "attention_mask", "labels")
     }
-    batch["image_positions"] = torch.empty(pictures, dtype=torch.long)
+    batch["image_positions"] = torch.empty(step.rows * tokens, dtype=torch.long)
     batch["label_positions"] = torch.empty(step.rows * step.answer, dtype=torch.long)
     if step.features is None:
-        batch["pixel_values"] = torch.empty(step.rows, 3, *config.image_size, dtype=torch.uint8)
+        batch["pixel_values"] = torch.empty(step.rows, 3, *model.config.image_size, dtype=torch.uint8)
     else:
         channels = next(model.model.language_projection.parameters()).shape[1]
-        batch["vision_features"] = torch.empty(step.rows, config.num_image_tokens, channels, dtype=step.features)
+        batch["vision_features"] = torch.empty(step.rows, tokens, channels, dtype=step.features)
     return batch
 
 

@@ -20,6 +20,7 @@ from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.feature_cache import STORED
 from recipes_minigpt4.planning.data import RowLength, longest_row, measure_sources, plan_schedule
+from recipes_minigpt4.planning.filling import plan_filling
 from recipes_minigpt4.planning.memory import OPTIMIZER, Step, needs_values, trace_step
 from recipes_minigpt4.planning.model import build_skeleton, check_quantization, list_parts, quantize_skeleton
 from recipes_minigpt4.planning.options import PlanArguments
@@ -145,9 +146,15 @@ def make_plan(arguments: Sequence[str]) -> Plan:
             f"activations and logits are NOT counted, as the model cannot run without values ({trace.failure})"
         )
     memory = memory_per_process(holding, trace, parallelism, step.gpu)
+    filling = None
+    if training.cache_features:
+        try:
+            filling = plan_filling(build_skeleton(model_args, training), step, holding, parallelism, sources)
+        except Exception as error:  # whatever operations of an encoder say that need values
+            notes.append(f"filling the cache is NOT counted, as the encoder cannot run so ({one_line(error)})")
     return Plan(
         stage, step.gpu, precision, parallelism, parts, memory, (saved, trace.passes[OPTIMIZER]), row, training,
-        schedule, sources, plan_args.hours, notes,
+        schedule, sources, plan_args.hours, notes, filling,
     )  # fmt: skip
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from recipes_minigpt4.planning.data import RowLength, Schedule, Source
+from recipes_minigpt4.planning.filling import Filling
 from recipes_minigpt4.planning.model import Part
 from recipes_minigpt4.planning.parallel import Parallelism
 from recipes_minigpt4.training.arguments import StageArguments
+from recipes_minigpt4.utils.text import duration
 
 
 GB = 1e9
@@ -34,6 +36,7 @@ class Plan:
         sources: the data.
         hours: wanted, or None.
         notes: what was assumed.
+        filling: of the cache of features, or None without one.
     """
 
     stage: int
@@ -49,6 +52,7 @@ class Plan:
     sources: list[Source]
     hours: float | None
     notes: list[str]
+    filling: Filling | None = None
 
     @property
     def peak(self) -> int:
@@ -62,6 +66,8 @@ def format_plan(plan: Plan) -> str:
     place = "GPU" if plan.on_gpu else "CPU"
     title = f"stage {plan.stage} on {place}, {plan.parallelism.title}, computed in {precision}"
     blocks = [title, _parameters(plan), _memory(plan), _steps(plan), _data(plan)]
+    if plan.filling is not None:
+        blocks.insert(3, _filling(plan, plan.filling))
     if plan.notes:
         blocks.append("\n".join(f"assumed: {note}" for note in plan.notes))
     return "\n\n".join(blocks)
@@ -85,6 +91,31 @@ def _memory(plan: Plan) -> str:
     if plan.on_gpu:
         lines.append(f"  {_fits(plan.peak)}")
     return "\n".join(lines)
+
+
+def _filling(plan: Plan, filling: Filling) -> str:
+    """What happens before the first step of a run from cached features, of pictures that are not stored yet."""
+    unit = "GPU" if plan.on_gpu else "process"
+    parts = ", ".join(f"{name} {size / GB:.3f}" for name, size in filling.memory)
+    beside = f", and {filling.buffer / GB:.3f} of main memory" if plan.on_gpu else ""
+    lines = [
+        f"filling the cache       {filling.peak / GB:.3f} GB per {unit} at the peak, before the first step{beside}",
+        f"  made of               {parts}",
+    ]
+    each = f"{_size(filling.stored)} and {filling.flops / 1e9:,.3g} GFLOP each"
+    if filling.pictures is None:
+        return "\n".join([*lines, f"  pictures              number unknown, {each}"])
+    seconds = filling.pictures * filling.flops / filling.rate
+    source = "as measured here with matrices" if filling.measured else "assumed"
+    return "\n".join(
+        [
+            *lines,
+            f"  pictures              {filling.pictures:,}, equal ones once: "
+            f"{_size(filling.pictures * filling.stored)} on disk, {each}",
+            f"  time                  {duration(seconds)} of computing, at {filling.rate / 1e12:.3g} TFLOP/s "
+            f"({source}); reading comes beside",
+        ]
+    )
 
 
 def _fits(peak: int) -> str:

@@ -6,7 +6,6 @@ minigpt4 stage1 --config tiny_stage1 --cache_features features
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,10 +22,10 @@ from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.backbones import part_of
 from recipes_minigpt4.data.bad_samples import SampleCounts
 from recipes_minigpt4.data.feature_cache import (
-    SHARD_BYTES,
     STORED,
     VISION_SIDE,
     FeatureCache,
+    ShardWriter,
     StoredPictures,
     describe_computation,
     digests_of,
@@ -148,23 +147,17 @@ def fill(cache: FeatureCache, trainer: Any, rows: Dataset) -> dict[bytes, dict[s
     model = trainer.model.model
     prepare = partial(pixels_of, trainer.processing_class.image_processor)
     size = trainer.args.per_device_train_batch_size
-    shard = max(1, SHARD_BYTES // (math.prod(cache.shape) * cache.dtype.itemsize))  # pictures
-    digests: list[bytes] = []
-    parts: list[torch.Tensor] = []
+    writer = ShardWriter(cache, len(rows))
     unreadable: dict[bytes, dict[str, str]] = {}
     for keys, pixels, bad in _batches(trainer, rows, prepare, title="features"):
         unreadable |= bad
         if not keys:
             continue
-        whole = torch.cat([pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)])
-        features = model.encode_images(whole.to(model.vision_model.device)).last_hidden_state
-        digests += keys
-        parts.append(features[: len(keys)].to("cpu", cache.dtype))
-        if len(digests) >= shard:
-            cache.add(digests, torch.cat(parts))
-            digests, parts = [], []
-    if digests:
-        cache.add(digests, torch.cat(parts))
+        if len(pixels) < size:
+            pixels = torch.cat([pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)])
+        features = model.encode_images(pixels.to(model.vision_model.device)).last_hidden_state
+        writer.add(keys, features[: len(keys)])
+    writer.flush()
     return unreadable
 
 

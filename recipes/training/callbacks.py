@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 
@@ -60,6 +61,12 @@ def log_line(logs: Mapping[str, Any], state: Any) -> str | None:
 
 class ImagesProgressCallback(ProgressCallback):
     """The bar of transformers, which shows steps and the time left, with loss and images per second behind it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin where a checkpoint was; its steps took no time of this run, and so tell nothing of the time left."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+        self.current_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is None or not logs:

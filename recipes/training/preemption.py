@@ -29,6 +29,7 @@ class PreemptionCallback(TrainerCallback):
     def __init__(self) -> None:
         self.asked = False  # whether this process has got the signal
         self.preempted = False  # whether training has ended because of it
+        self._settings: dict[str, Any] = {}  # of the trainer, which are changed while it ends
         self._former: Any = None
         self._group: Any = None
         self._answer: tuple[Any, torch.Tensor] | None = None
@@ -66,8 +67,12 @@ class PreemptionCallback(TrainerCallback):
         if self._someone_was_asked() and state.global_step < state.max_steps:
             self.preempted = control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # there is no time for it
-            # At its end transformers deletes all but the best.
-            args.save_total_limit, args.load_best_model_at_end = None, False
+            self._settings = {name: getattr(args, name) for name in ("save_total_limit", "load_best_model_at_end")}
+            args.load_best_model_at_end = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.preempted:  # older checkpoints are deleted by now; at its end transformers deletes all but the best
+            args.save_total_limit = None
 
     def _someone_was_asked(self) -> bool:
         if self._group is None:
@@ -90,6 +95,9 @@ class PreemptionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._former_answer()
+        for name, value in self._settings.items():
+            setattr(args, name, value)
+        self._settings = {}
 
 
 def _obey_parent_only() -> None:

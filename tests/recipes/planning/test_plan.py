@@ -1,11 +1,14 @@
 """`minigpt4 plan`: what it tells before a run, against what the run then is."""
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -20,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
-from transformers import Blip2Config, LlamaConfig
+from transformers import Blip2Config, LlamaConfig, ResNetConfig
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, backbones
 from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
@@ -30,7 +33,7 @@ from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.planning.data import Source, longest_row, measure_sources, plan_schedule
-from recipes_minigpt4.planning.memory import AutocastOfGPU, Step, trace_step
+from recipes_minigpt4.planning.memory import AutocastOfGPU, Step, trace_encoding, trace_step
 from recipes_minigpt4.planning.model import SCHEMES, build_skeleton, check_quantization, list_parts, quantize_skeleton
 from recipes_minigpt4.planning.parallel import Parallelism, hold
 from recipes_minigpt4.planning.plan import Plan, PlannedStage1, make_plan, tell_stage
@@ -60,14 +63,16 @@ def long_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Folder of a whole model of one of the benchmarks' sizes, with a Q-Former or without."""
-    folders: dict[tuple[str, bool], str] = {}
+    """Folder of a whole model of one of the benchmarks' sizes, with a Q-Former or without, or with a ResNet."""
+    folders: dict[tuple[str, bool | str], str] = {}
 
-    def save(size: str, qformer: bool) -> str:
+    def save(size: str, qformer: bool | str) -> str:
         if (size, qformer) not in folders:
             config = build_config(SIZES[size])
-            if not qformer:
-                parts = {"vision_config": config.vision_config, "text_config": config.text_config}
+            if qformer is not True:
+                resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+                vision = resnet if qformer == "ResNet" else config.vision_config
+                parts = {"vision_config": vision, "text_config": config.text_config}
                 config = MiniGPT4Config(qformer_config=None, **parts)
             torch.manual_seed(0)
             folder = str(tmp_path_factory.mktemp(size))
@@ -161,6 +166,8 @@ CASES = {
     "stage 2, bfloat16": (2, True, {"bf16": True}),
     "accumulation, cached features": (1, True, {"gradient_accumulation_steps": 2, "cache_features": "features"}),
     "adapter": (1, True, {"peft_config": LORA}),
+    "stage 1, BatchNorm": (1, "ResNet", {}),
+    "stage 1, BatchNorm, bfloat16, cached features": (1, "ResNet", {"bf16": True, "cache_features": "features"}),
     "language model trains": (1, True, {"train_parts": "language_model"}),
     "Q-Former trains": (1, True, {"train_parts": "qformer"}),
 }
@@ -189,6 +196,48 @@ def case(saved: Callable, long_pairs: Path, tmp_path: Path) -> Callable:
 def test_a_plan_is_what_a_run_then_takes(name: str, case: Callable, measure: Callable) -> None:
     stage, arguments = case(name, "tiny")
     check_measured(make_plan([*arguments, "--stage", str(stage)]), measure(stage, arguments))
+
+
+@pytest.mark.parametrize("qformer, autocast", [(True, None), (False, torch.bfloat16)])
+def test_encoding_for_the_cache_takes_what_is_planned(qformer: bool, autocast: Any, tmp_path: Path) -> None:
+    whole, small = build_config(SIZES["mid"]), build_config(SIZES["tiny"])
+    parts = {"vision_config": whole.vision_config, "text_config": small.text_config}
+    config = MiniGPT4Config(**parts, qformer_config=whole.qformer_config if qformer else None)
+    model = MiniGPT4ForConditionalGeneration(config)
+    model.freeze_backbones()
+    pixels = torch.randn(2, 3, *config.image_size)
+    precision = torch.autocast("cpu", autocast) if autocast else nullcontext()
+    with precision, torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        features = model.model.encode_images(pixels).last_hidden_state
+    skeleton = MiniGPT4ForConditionalGeneration._skeleton(config)
+    skeleton.freeze_backbones()
+    encoding = trace_encoding(skeleton, Step(rows=2, length=1, answer=1, autocast=autocast, gpu=False))
+    assert encoding.peak["batch"] == pixels.nbytes
+    assert encoding.peak["vision side"] == pytest.approx(most_allocated(profiler, tmp_path / "trace.json"), rel=0.15)
+    assert encoding.shape == features.shape[1:]
+
+
+def test_filling_the_cache_is_told(case: Callable, capsys: pytest.CaptureFixture) -> None:
+    _, arguments = case("stage 1", "tiny", cache_features="features", max_steps=1)
+    cli.main(["plan", *arguments])
+    told = capsys.readouterr().out
+    for pattern in (
+        r"filling the cache +[\d.]+ GB per process at the peak, before the first step\n",
+        r"\n  made of +weights [\d.]+, batch [\d.]+, vision side [\d.]+, features [\d.]+\n",
+        r"\n  pictures +16, equal ones once: [\d.]+ kB on disk, 512 bytes and [\d.e-]+ GFLOP each\n",
+        r"\n  time +0 s of computing, at [\d.]+ TFLOP/s \(as measured here .*reading",
+    ):
+        assert re.search(pattern, told), pattern
+    assert make_plan(case("stage 1", "tiny")[1]).filling is None
+
+
+def test_features_of_the_released_vision_side_are_planned() -> None:
+    whole, small = PRESETS["vicuna-7b"].config(), build_config(SIZES["tiny"])
+    parts = {"vision_config": whole.vision_config, "qformer_config": whole.qformer_config}
+    skeleton = MiniGPT4ForConditionalGeneration._skeleton(MiniGPT4Config(**parts, text_config=small.text_config))
+    encoding = trace_encoding(skeleton, Step(rows=1, length=1, answer=1))
+    assert encoding.shape == (32, 768)
+    assert 5e11 < encoding.flops < 6e11  # 2 × 1.0 billion parameters × 257 patches, and attention
 
 
 @pytest.mark.slow

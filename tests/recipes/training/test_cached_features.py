@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from modeling_minigpt4 import MiniGPT4Model
 from processing_minigpt4.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.data.feature_cache import describe_computation
+from recipes_minigpt4.data.feature_cache import FeatureCache, ShardWriter, describe_computation
 from recipes_minigpt4.data.formatting import Rows
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -297,9 +297,12 @@ def test_damaged_shards_are_computed_again(train: Callable, counts: Counts, tmp_
         assert sum(len(load_file(path)["digests"]) for path in shards_of(tmp_path / "features")) == PICTURES
 
 
-def test_an_interrupted_run_goes_on(train: Callable, counts: Counts, monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit, value", [("SHARD_BYTES", 2 * 3 * 16 * 4), ("FLUSH_SECONDS", 0)])  # of a batch
+def test_an_interrupted_run_goes_on(
+    limit: str, value: int, train: Callable, counts: Counts, monkeypatch, tmp_path: Path
+) -> None:
     plain = train(cache_features=None)
-    monkeypatch.setattr("recipes_minigpt4.training.cached_features.SHARD_BYTES", 1)  # a shard per batch
+    monkeypatch.setattr(f"recipes_minigpt4.data.feature_cache.{limit}", value)
     encode = MiniGPT4Model.encode_images
 
     def fail(model, pixel_values, **kwargs):
@@ -316,6 +319,24 @@ def test_an_interrupted_run_goes_on(train: Callable, counts: Counts, monkeypatch
     assert counts.take()[1] == 4
     assert len(shards_of(tmp_path / "features")) == 4
     assert {path.suffix for path in tmp_path.glob("features/*/*")} == {".safetensors", ".json"}
+
+
+def test_features_are_written_when_a_minute_is_over(tmp_path: Path) -> None:
+    """However few they are, so that a kill costs a minute and not all of the work."""
+    now = 0.0
+    cache = FeatureCache(tmp_path, (3, 16), torch.float32)
+    writer = ShardWriter(cache, most=100, clock=lambda: now)
+    features, keys = torch.randn(8, 3, 16), [bytes([number]) * 16 for number in range(8)]
+    seen = []
+    for number, seconds in enumerate((10, 59, 61, 100, 119, 122, 130, 131)):
+        now = float(seconds)
+        writer.add(keys[number : number + 1], features[number : number + 1])
+        seen.append(len(cache.index()))
+    assert seen == [0, 0, 3, 3, 3, 6, 6, 6]
+    writer.flush()
+    known = cache.index()
+    assert (len(known), len(list(tmp_path.glob("*.safetensors")))) == (8, 3)
+    assert all(torch.equal(cache.read(known[key]), features[number]) for number, key in enumerate(keys))
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import TrainerState
 
 from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
-from recipes_minigpt4.training.callbacks import PanelCallback
+from recipes_minigpt4.training.callbacks import ImagesProgressCallback, PanelCallback
 
 
 class Page(HTMLParser):
@@ -162,6 +163,27 @@ def test_the_bar_tells_images_per_second_and_time_left(stage: Callable, capsys: 
     stage1_pretrain.main(stage(max_steps=3, disable_tqdm=False))
     bar = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "images/s" in line]
     assert bar and re.search(r"\d/3 \[\d\d:\d\d<\d\d:\d\d.*, loss [\d.]+, [\d.]+ images/s\]", bar[0]), bar
+
+
+def test_a_resumed_bar_tells_the_time_that_is_left(
+    stage: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": False}
+    stage1_pretrain.main(stage(**fields))
+    capsys.readouterr()
+    trainer = stage1_pretrain.main(stage(**fields, resume_from_checkpoint=tmp_path / "run" / "checkpoint-2"))
+    bars = re.findall(r"(\d+)/4 \[", capsys.readouterr().err)
+    assert bars and set(bars) <= {"2", "3", "4"}, bars
+    (callback,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, ImagesProgressCallback)]
+    state, now = TrainerState(global_step=400, max_steps=500, is_world_process_zero=True), 0.0
+    callback.on_train_begin(trainer.args, state, trainer.control)
+    bar = callback.training_bar
+    bar._time, bar.start_t, bar.last_print_t = lambda: now, 0.0, 0.0  # tqdm's clock
+    for second in range(1, 11):
+        now, state.global_step = float(second), 400 + second
+        callback.on_step_end(trainer.args, state, trainer.control)
+    assert "410/500 [00:10<01:30" in str(bar)
+    bar.close()
 
 
 def test_time_of_the_panel_does_not_count(stage: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

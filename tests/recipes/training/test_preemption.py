@@ -159,8 +159,25 @@ def test_a_preempted_run_keeps_its_checkpoint_beside_the_best(stage: Callable, t
     assert what_is_missing(tmp_path / "first" / "checkpoint-6") is None
     # The same trainer, asked again, is not stopped by the old signal.
     trainer.pop_callback(Ask)
+    assert (trainer.args.save_total_limit, trainer.args.load_best_model_at_end) == (1, True)
     train_and_save(trainer)
     assert trainer.state.global_step == 8
+
+
+def test_the_checkpoint_of_a_preempted_run_counts(stage: Callable, tmp_path: Path) -> None:
+    """`save_total_limit` holds for it as for any other, now and when the run goes on."""
+
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    fields = {**SAVING, "save_steps": 1, "max_steps": 8, "save_total_limit": 2, "resume_from_checkpoint": "auto"}
+    with pytest.raises(PreemptedError, match="after step 6; go on from"):
+        stage1_pretrain.main(stage(**fields), callbacks=[Ask()])
+    assert steps_of(tmp_path / "run") == [5, 6]
+    stage1_pretrain.main(stage(**fields))
+    assert steps_of(tmp_path / "run") == [7, 8]
 
 
 # ---- left alone -----------------------------------------------------------------------------------------------------
