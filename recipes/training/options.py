@@ -118,6 +118,8 @@ RARE = (
     "chat_template",
     "attn_implementation",
     "dataset_config",
+    "projector_norm",
+    "projector_init",
     "patch_merge_layout",
     "vision_feature_select_strategy",
     "vision_feature_layer",
