@@ -7,9 +7,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from modeling_minigpt4.backbones import HERE
 from modeling_minigpt4.peft_minigpt4 import plain_names
@@ -23,6 +25,9 @@ PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "l
 TAGS = ["minigpt-4", "image-text-to-text", "image-captioning"]
 NAMELESS = "your-name/your-adapter"  # in the template, where a card names its repository
 TRAINING_TAGS = ["adapter", "trl", "sft"]
+
+EVA_WIDTH = 1408  # channels of EVA-CLIP ViT-g/14, the encoder of BLIP-2
+LLAMA_VOCABULARIES = (32000, 32001)  # of LLaMA and Llama 2, and of Vicuna v0
 
 # What the Hub allows as `owner/name`, or as `name` of its oldest ones.
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
@@ -174,7 +179,7 @@ def render_card(
         stage=stage,
         holds=_holds(sources),
         parts={
-            PARTS[part]: public_name(source["name_or_path"], source.get("revision"))
+            PARTS[part]: public_name(source["name_or_path"], source.get("revision")) + _told_licence(source)
             for part, source in sources.items()
         },
         code={
@@ -183,6 +188,7 @@ def render_card(
         },
         trust=", trust_remote_code=True" if code_places(model.config) else "",
         local_parts=[PARTS[part] for part in sources if part not in public],
+        **describe_parts(model.config, sources),
         trained=_trained_parts(model, trained),
         trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         training_data=", ".join(dict.fromkeys(map(public_dataset, names))) or None,
@@ -190,6 +196,55 @@ def render_card(
         results={public_text(name): public_text(value) for name, value in (results or {}).items()},
     )
     return str(card)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def describe_parts(config: Any, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    What the template tells of the parts: their kinds, tokens of a picture, and what is known of some of them.
+
+    Args:
+        config: of the model.
+        sources: part → where it comes from.
+    """
+    configs = {"vision": config.vision_config, "qformer": config.qformer_config, "language_model": config.text_config}
+    words = str(sources.get("language_model", {}).get("name_or_path", "")).lower()
+    eva = configs["vision"].model_type == "blip_2_vision_model" and configs["vision"].hidden_size == EVA_WIDTH
+    original = eva and config.text_config.model_type == "llama" and config.text_config.vocab_size in LLAMA_VOCABULARIES
+    unnamed = original and not words
+    known = {
+        "Vicuna v0 derives from LLaMA and is for research only": "vicuna" in words or unnamed,
+        "Llama 2 has Meta's community licence": re.search(r"llama-?2", words) or unnamed,
+        "BLIP-2 and EVA-CLIP are under permissive ones": eva,
+    }
+    return {
+        "kinds": {PARTS[part]: one.model_type for part, one in configs.items() if one is not None},
+        "image_tokens": config.num_image_tokens,
+        "original": original,
+        "known_licences": "; ".join(text for text, holds in known.items() if holds),
+    }
+
+
+def _told_licence(source: Mapping[str, Any]) -> str:
+    """The licence of a backbone behind its name, if its folder or what is cached of its repository tells one."""
+    found = find_licence(source["name_or_path"], source.get("revision"))
+    return f", licence {public_text(found)}" if found else ""
+
+
+def find_licence(name: str, revision: str | None = None) -> str | None:
+    """The licence that the card of a local or cached backbone names; nothing is fetched."""
+    folder = Path(os.path.expanduser(name))
+    card: Any = folder / "README.md" if folder.is_dir() else None
+    if card is None and name != HERE and not is_local(name):
+        card = try_to_load_from_cache(name, "README.md", revision=revision)
+    try:
+        fields = metadata_load(card) if isinstance(card, (str, Path)) and os.path.isfile(card) else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    licence = (fields or {}).get("license_name") or (fields or {}).get("license")
+    return licence if isinstance(licence, str) else None
 
 
 def _holds(sources: Mapping[str, Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from hub_server import TOKEN
 from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
 from recipes_minigpt4.hub import card as cards
 from recipes_minigpt4.hub.card import card_template, is_local, public_name, render_card
 
@@ -132,6 +133,47 @@ def test_rendered_card_tells_everything(on_hub) -> None:
     assert "\nThis is an adapter of stage 2.\n" in text and "Not loadable by others" not in text
     for section in SECTIONS:
         assert f"\n## {section}\n" in text
+
+
+def test_a_card_is_about_its_own_parts(on_hub) -> None:
+    """And says nothing about those of the original, nor about what was measured with them."""
+    text = render_card(on_hub, settings(), stage=2)
+    assert not re.search("Vicuna|EVA|BLIP-2|LLaMA|Llama 2|65 of 100|7.2 %|32 tokens", text)
+    kinds = "a `blip_2_vision_model`, the Q-Former a `blip_2_qformer`, the language model a `llama`"
+    for sentence in (
+        f"\nThe vision encoder is {kinds}.\n",
+        "\nA picture becomes 3 tokens of the language model.",
+        "only 3 tokens carry the whole picture",
+    ):
+        assert sentence in text, sentence
+
+
+@pytest.mark.parametrize("preset, others", [("vicuna-7b", "Llama 2"), ("llama2-7b", "Vicuna")])
+def test_a_card_of_the_original_s_parts_tells_of_them(preset: str, others: str) -> None:
+    model = MiniGPT4ForConditionalGeneration._skeleton(PRESETS[preset].config())
+    name = {"vicuna-7b": "lmsys/vicuna-7b-v1.1", "llama2-7b": "meta-llama/Llama-2-7b-chat-hf"}[preset]
+    model.config.backbones = {"language_model": {"name_or_path": name}}
+    text = render_card(model)
+    assert all(
+        part in text for part in ("EVA-CLIP", "7.2 %", "65 of 100", f"only {model.config.num_image_tokens} tokens")
+    )
+    licences = text[text.index("## Languages") : text.index("## How to load")]
+    assert others not in licences and {"Llama 2": "Vicuna v0", "Vicuna": "Llama 2"}[others] in licences
+
+
+def test_licences_of_parts_are_told_where_they_are_known(on_hub, tmp_path: Path, monkeypatch) -> None:
+    """By the card in a folder, or that of a repository in the cache; otherwise the repository is named."""
+    (tmp_path / "eyes").mkdir()
+    (tmp_path / "eyes" / "README.md").write_text("---\nlicense: other\nlicense_name: own-terms\n---\n# Eyes\n")
+    cached = tmp_path / "cache" / "models--owner--words" / "snapshots" / "a1b2c3"
+    cached.mkdir(parents=True)
+    (cached / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    on_hub.config.backbones["vision"]["name_or_path"] = str(tmp_path / "eyes")
+    text = render_card(on_hub, settings())
+    assert "| vision encoder | a local folder or file (eyes), licence own-terms |" in text
+    assert "https://huggingface.co/owner/words), revision `a1b2c3`, licence mit |" in text
+    assert "| Q-Former | [owner/eyes](https://huggingface.co/owner/eyes), revision `a1b2c3` |" in text
 
 
 def test_tables_are_tables(on_hub) -> None:
