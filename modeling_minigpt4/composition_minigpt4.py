@@ -205,7 +205,7 @@ class CompositionMixin(PreTrainedModel):
             config.backbones[part] = {**source, "fingerprint": digest}
             merged.update(tensors)
         if checkpoint is None and config.projector_init == "embeddings":
-            start_at_words({name: merged[name] for name in merged if name in own}, config, _words(skeleton, merged))
+            start_at_words({name: merged[name] for name in merged if name in own}, config, *_words(skeleton, merged))
         if not issubclass(cls, type(skeleton)):  # the model without a head
             prefix = f"{cls.base_model_prefix}."
             merged = {name.removeprefix(prefix): value for name, value in merged.items() if name.startswith(prefix)}
@@ -224,14 +224,14 @@ class CompositionMixin(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-def _words(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the language model looks up for every token of its vocabulary, `(vocab_size, hidden_size)`."""
+def _words(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The language model's embeddings, and what it multiplies them by when it looks them up."""
     embeddings = skeleton.get_input_embeddings()
     (name,) = [name for name, module in skeleton.named_modules() if module is embeddings]
     scale = getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", 1.0))
     if isinstance(scale, torch.Tensor):  # Gemma 3 of transformers 4.57, whose number a model without memory forgets
         scale = embeddings.embedding_dim**0.5
-    return tensors[f"{name}.weight"].float() * scale
+    return tensors[f"{name}.weight"], scale
 
 
 def find_parts(

@@ -11,7 +11,7 @@ from .configuration_minigpt4 import MiniGPT4Config, vision_hidden_size
 
 
 PREFIX = "model.language_projection."
-SAMPLES = 4096  # random features that tell mean and spread to about 1 %
+SAMPLES = 4096  # random features, which tell mean and spread to about 1 %; and words that are held at a time
 
 
 class Float32Linear(nn.Linear):
@@ -73,7 +73,9 @@ def new_projection(config: MiniGPT4Config) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def start_at_words(tensors: dict[str, torch.Tensor], config: MiniGPT4Config, words: torch.Tensor) -> None:
+def start_at_words(
+    tensors: dict[str, torch.Tensor], config: MiniGPT4Config, words: torch.Tensor, factor: float = 1.0
+) -> None:
     """
     Scale and shift a new projection in place so that image tokens begin spread as words are.
 
@@ -84,14 +86,17 @@ def start_at_words(tensors: dict[str, torch.Tensor], config: MiniGPT4Config, wor
         tensors: of [`new_projection`]; only the last layer changes.
         config: of the model.
         words: the language model's input embeddings, of shape `(vocab_size, hidden_size)`.
+        factor: what the language model multiplies them by when it looks them up.
     """
     projection = build_projection(config)
     projection.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
     tokens = projection(torch.randn(SAMPLES, first_layer(projection).in_features))
-    scale = words.float().std(dim=0) / tokens.std(dim=0)
+    mean = sum(part.double().sum(dim=0) for part in words.split(SAMPLES)) / len(words)
+    variance = sum((part.double() - mean).square().sum(dim=0) for part in words.split(SAMPLES)) / (len(words) - 1)
+    scale = variance.sqrt() * factor / tokens.std(dim=0)
     weight, bias = list(tensors.values())[-2:]
     weight.mul_(scale[:, None])
-    bias.copy_((bias - tokens.mean(dim=0)) * scale + words.float().mean(dim=0))
+    bias.copy_((bias - tokens.mean(dim=0)) * scale + mean * factor)
 
 
 __all__ = ["Float32Linear", "build_projection", "first_layer", "new_projection", "start_at_words"]
