@@ -316,8 +316,12 @@ def tell_timm(config: PretrainedConfig) -> None:
     Raises:
         ImportError: if timm is not installed.
     """
-    from timm.data import resolve_data_config
-
+    try:  # transformers asks for whatever the code of a checkpoint imports outside of such a block
+        from timm.data import resolve_data_config
+    except ImportError as error:
+        raise ImportError(
+            "The vision encoder is a model of timm, which is not installed; `pip install timm`."
+        ) from error
     if config.model_type == "timm_backbone":
         config.use_pretrained_backbone = False  # with which 4.57 would fetch other weights than those named here
     with torch.device("meta"):
