@@ -144,7 +144,7 @@ def load_backbone_config(
     try:
         # The file first: its place in the cache tells the commit, and a missing repository fails here.
         config_file = cached_file(source["name_or_path"], "config.json", **options)
-        fields = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        fields = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
         own_code = brings_code(fields)
         config = None if own_code else AutoConfig.from_pretrained(source["name_or_path"], **options)
     except (OSError, ValueError) as error:

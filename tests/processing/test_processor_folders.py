@@ -266,7 +266,9 @@ def test_a_process_without_the_package(tmp_path, make_model, name):
 
 # ---- from backbones ----------------------------------------------------------------------------------------------
 
-CONFIG = SimpleNamespace(image_size=(4, 6), image_token_id=IMAGE_ID, num_image_tokens=IMAGE_TOKENS)
+CONFIG = SimpleNamespace(
+    image_size=(4, 6), image_token_id=IMAGE_ID, num_image_tokens=IMAGE_TOKENS, vision_config=SimpleNamespace()
+)
 
 
 @pytest.fixture

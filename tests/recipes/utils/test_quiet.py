@@ -14,7 +14,18 @@ from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.utils import quiet
 
 
-STAGE = ("--config", "tiny_stage1", "--max_steps", "1", "--num_samples", "4", "--use_cpu", "true")
+STAGE = (
+    "--config",
+    "tiny_stage1",
+    "--max_steps",
+    "1",
+    "--warmup_steps",
+    "1",
+    "--num_samples",
+    "4",
+    "--use_cpu",
+    "true",
+)
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 BAR = re.compile(r"^[\w ]*:? *\d+%\|.*\]$")  # of tqdm
 OURS = "This checkpoint holds no backbone weights"  # what a stage says at its end
