@@ -42,8 +42,9 @@ class Plans:
         name = str(dtype).removeprefix("torch.")
         self._options: dict[str, Any] = {
             "vision": folder / "vision", "qformer": folder / "vision", "language_model": folder / "language_model",
-            "dataset_name": "tiny", "max_steps": 1, "warmup_steps": 1, "max_txt_len": answer_tokens, "dtype": name, "bf16": True,
-            "gradient_checkpointing": False, "use_cpu": device().type != "cuda", "output_dir": folder / "planned",
+            "dataset_name": "tiny", "max_steps": 1, "warmup_steps": 1, "max_txt_len": answer_tokens,
+            "dtype": name, "bf16": True, "gradient_checkpointing": False, "use_cpu": device().type != "cuda",
+            "output_dir": folder / "planned",
         }  # fmt: skip
 
     def __enter__(self) -> "Plans":
