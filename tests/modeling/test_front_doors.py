@@ -47,7 +47,7 @@ NEW_TOKENS = 6
 def folder(tmp_path_factory, backbones) -> Path:
     """A published checkpoint: adapter, processor and code."""
     torch.manual_seed(0)
-    model = MiniGPT4ForConditionalGeneration.from_backbones(**backbones.parts())
+    model = MiniGPT4ForConditionalGeneration.from_backbones(**backbones.parts(), projector_init="linear")
     torch.nn.init.normal_(model.model.language_projection.weight, std=0.5)
     processor = MiniGPT4Processor.from_backbones(
         language_model=backbones.language_model, vision=backbones.vision, config=model.config

@@ -166,8 +166,12 @@ CASES = {
     "stage 2, bfloat16": (2, True, {"bf16": True}),
     "accumulation, cached features": (1, True, {"gradient_accumulation_steps": 2, "cache_features": "features"}),
     "adapter": (1, True, {"peft_config": LORA}),
-    "stage 1, BatchNorm": (1, "ResNet", {}),
-    "stage 1, BatchNorm, bfloat16, cached features": (1, "ResNet", {"bf16": True, "cache_features": "features"}),
+    "stage 1, BatchNorm": (1, "ResNet", {"attn_implementation": "eager"}),
+    "stage 1, BatchNorm, bfloat16, cached features": (
+        1,
+        "ResNet",
+        {"bf16": True, "cache_features": "features", "attn_implementation": "eager"},
+    ),
     "language model trains": (1, True, {"train_parts": "language_model"}),
     "Q-Former trains": (1, True, {"train_parts": "qformer"}),
 }
