@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from modeling_minigpt4.convert_minigpt4_to_hf import PRESETS
@@ -45,8 +46,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     options = ["--size", "tiny", "--only", "steps", "generation", "--rows", "2", "3", "--rounds", "2"]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which trainers in bfloat16 change
         patch.setattr(gpu_plans.subprocess, "Popen", Planned)
         report = gpu.run(gpu.parse([*options, "--new_tokens", "3", "--output", str(path)]))
+    AcceleratorState._reset_state(reset_partial_state=True)
     return SimpleNamespace(report=report, written=json.loads(path.read_text()), printed=gpu.format_report(report))
 
 
