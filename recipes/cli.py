@@ -30,6 +30,10 @@ COMMANDS = {
     "demo": ("recipes_minigpt4.tiny.demo", "run both stages in miniature on the CPU and write a report"),
     "convert": ("recipes_minigpt4.hub.convert", "turn the original's files into a folder that from_pretrained loads"),
     "push": ("recipes_minigpt4.hub.push", "publish a saved model on the Hub, in one commit"),
+    "evaluate": (
+        "recipes_minigpt4.evaluation.evaluate",
+        "ask models about pictures and compute the numbers of the paper's evaluation",
+    ),
     "ablate": (
         "recipes_minigpt4.evaluation.ablate",
         "run the paper's variants in miniature and compare them with the paper",
@@ -46,6 +50,7 @@ OPTIONS = {
     "demo": "recipes_minigpt4.tiny.options",
     "convert": "recipes_minigpt4.hub.options",
     "push": "recipes_minigpt4.hub.options",
+    "evaluate": "recipes_minigpt4.evaluation.options",
     "ablate": "recipes_minigpt4.evaluation.options",
     "benchmark": "recipes_minigpt4.benchmark.options",
 }
@@ -53,12 +58,13 @@ OPTIONS = {
 GO_ON = {
     "stage1": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
     "stage2": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
+    "evaluate": "the same command goes on where it was",
     "ablate": "the same command goes on where it was",
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 PATHS = {  # options of the stages that take files or folders, among other things
-    "accelerate_config", "cache_features", "config", "dataset_name", "image_folder", "model_name_or_path",
+    "accelerate_config", "cache_features", "config", "data", "dataset_name", "image_folder", "model_name_or_path",
     "output_dir", "panel_images", "resume_from_checkpoint",
 }  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")

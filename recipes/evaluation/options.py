@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from recipes_minigpt4.evaluation import evaluate_options
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.ranges import SEED, Range, in_range
 
@@ -12,7 +13,9 @@ ABOUT = "Run the paper's variants in miniature, and compare them. Each is a few 
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
-    """The parser of `minigpt4 ablate`."""
+    """The parser of `minigpt4 evaluate` or `minigpt4 ablate`."""
+    if command == "evaluate":
+        return evaluate_options.build_parser()
     parser = CommandParser(prog=f"minigpt4 {command}", description=ABOUT)
     parser.add_argument("--output_dir", type=Path, default=Path("ablation-output"), help="default: %(default)s")
     parser.add_argument(

@@ -1,0 +1,236 @@
+"""Judge models: ask them about pictures, keep what they say, and compute numbers from it.
+
+    minigpt4 evaluate --models ours=runs/stage2 stage1=runs/stage1 --suites failures --data PICTURES
+    minigpt4 evaluate --config tiny_evaluate
+
+The output folder gets
+
+    LABEL/SUITE/replies.jsonl   what each model said, one line per question; grows, and is never rewritten
+    results.json                the numbers, with intervals and paired differences
+    table.md                    the same to paste
+    report.html                 the same beside the paper, with the worst and the best replies and their pictures
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from recipes_minigpt4.evaluation.evaluate_options import parse
+from recipes_minigpt4.evaluation.evaluation_report import write_reports
+from recipes_minigpt4.evaluation.judging import agreement
+from recipes_minigpt4.evaluation.numbers import Answered, check_alike, suite_numbers
+from recipes_minigpt4.evaluation.opening import open_judges, open_questions
+from recipes_minigpt4.evaluation.questions import Question
+from recipes_minigpt4.evaluation.replies import Reply, ReplyStore, read_replies, reply_to
+from recipes_minigpt4.evaluation.speakers import SpeakerOptions, open_speaker
+from recipes_minigpt4.evaluation.suite import Suite, Verdict
+from recipes_minigpt4.evaluation.suites import SUITES
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.files import prepare_folder
+from recipes_minigpt4.utils.progress import phase
+from recipes_minigpt4.utils.runs import quiet
+
+
+Replies = dict[str, list[Reply]]  # label of a model → what it said in a suite
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    """
+    Run the command.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        RecipeError: for options, models, data and judges that are not as they have to be.
+    """
+    args = parse(arguments)
+    folder = prepare_folder(args.output_dir, parts=())
+    with quiet():
+        told = stored_replies(args, folder) if args.from_replies else collect_replies(args, folder)
+        for suite, replies in told.items():
+            check_alike(suite, replies)
+        results = compute(args, folder, told)
+    write_reports(folder, results, told)
+    return results
+
+
+# ---- replies --------------------------------------------------------------------------------------------------------
+
+
+def stored_replies(args: argparse.Namespace, folder: Path) -> dict[str, Replies]:
+    """
+    Suite → label → the replies that an earlier run left.
+
+    Raises:
+        RecipeError: if there are none.
+    """
+    wanted = [text.partition("=")[0] for text in args.models]
+    found: dict[str, Replies] = {}
+    for path in sorted(folder.glob("*/*/replies.jsonl")):
+        label, suite = path.parent.parent.name, path.parent.name
+        if suite in (args.suites or SUITES) and (not wanted or label in wanted):
+            found.setdefault(suite, {})[label] = read_replies(path.parent)
+    if not found:
+        raise RecipeError(f"{folder} holds no replies of these models and suites; leave --from_replies out.")
+    return {
+        suite: {label: found[suite][label] for label in wanted or found[suite]} for suite in SUITES if suite in found
+    }
+
+
+def collect_replies(args: argparse.Namespace, folder: Path) -> dict[str, Replies]:
+    """Suite → label → the replies of all models, of which those that are missing are asked for now."""
+    models = labelled(args.models)
+    if not args.suites:
+        raise RecipeError(f"No suite; name some of {', '.join(SUITES)} with --suites.")
+    asked = {name: open_questions(SUITES[name](), args) for name in args.suites}
+    told: dict[str, Replies] = {name: {} for name in asked}
+    for label, model in models.items():
+        options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
+        speaker = open_speaker(model, options)
+        for name, questions in asked.items():
+            store = ReplyStore(folder / label / name)
+            try:
+                ask(speaker, questions, store, f"{label}: {name}", args.batch_size)
+                told[name][label] = [answer_in(store, question, speaker.revision) for question in questions]
+            finally:
+                store.close()
+            refuse_bad(told[name][label], args.max_bad_share)
+    return told
+
+
+def labelled(texts: Sequence[str]) -> dict[str, str]:
+    """
+    Label → model.
+
+    Raises:
+        RecipeError: for a model without a label, or a label that is there twice or is no name of a folder.
+    """
+    models: dict[str, str] = {}
+    for text in texts:
+        label, equals, model = text.partition("=")
+        if not equals or not model or not label.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise RecipeError(f"--models {text} has no label; write ours={text} or the like, in letters and digits.")
+        if label in models:
+            raise RecipeError(f"--models names {label} twice; give each model a label of its own.")
+        models[label] = model
+    if not models:
+        raise RecipeError("No model; name some with --models LABEL=FOLDER.")
+    return models
+
+
+def ask(speaker: Any, questions: Sequence[Question], store: ReplyStore, title: str, batch_size: int) -> None:
+    """Ask what the store does not know yet; every reply is written down as soon as it is there."""
+    left = {question.key: question for question in questions if store.get(question, speaker.revision) is None}
+    with phase(f"{title:<32}", len(left)) as line:
+        done = 0
+        for batch in batches(list(left.values()), batch_size):
+            pictures, readable = [], []
+            for question in batch:
+                try:
+                    pictures.append(question.picture.open())
+                    readable.append(question)
+                except ValueError as error:
+                    store.append(reply_to(question, speaker.revision, None, one_line(error)))
+            for question, said in zip(readable, speaker.answer(readable, pictures) if readable else (), strict=True):
+                store.append(reply_to(question, speaker.revision, said))
+            done += len(batch)
+            line.reach(done)
+
+
+def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+    """Questions of the same sampling, `size` at a time."""
+    groups: dict[Any, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.sampling, []).append(question)
+    for group in groups.values():
+        rest = iter(group)
+        while batch := list(islice(rest, size)):
+            yield batch
+
+
+def answer_in(store: ReplyStore, question: Question, revision: str) -> Reply:
+    """The reply to a question, with what the data say now, which may have become more."""
+    reply = store.get(question, revision)
+    assert reply is not None  # it was asked
+    return replace(reply, facts=question.facts, picture=question.picture.name)
+
+
+def refuse_bad(replies: Sequence[Reply], max_bad_share: float) -> None:
+    """
+    Stop where too many pictures cannot be read.
+
+    Raises:
+        RecipeError: that names the first.
+    """
+    errors = [reply for reply in replies if reply.error]
+    if len(errors) > max_bad_share * len(replies):
+        raise RecipeError(
+            f"{len(errors)} of {len(replies)} pictures cannot be read, {errors[0].picture} among them "
+            f"({errors[0].error}); replace them, or leave them out with a --max_bad_share above {max_bad_share}. All "
+            "other replies are kept."
+        )
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies]) -> dict[str, Any]:
+    """The numbers of all suites, and how far judges agree."""
+    judges = open_judges(args, folder)
+    results: dict[str, Any] = {"suites": {}, "skipped": {}}
+    for name, replies in told.items():
+        suite = SUITES[name]()
+        verdicts = judge_replies(suite, replies, judges)
+        if suite.needs_judge and not judges:
+            results["skipped"][name] = "it needs a judge: name one with --judge"
+            continue
+        first = next(iter(verdicts), None)
+        answered = {
+            label: Answered(said, verdicts[first][label] if first else [None] * len(said))
+            for label, said in replies.items()
+        }
+        numbers = suite_numbers(suite, answered, args.resamples)
+        numbers["judges"] = judges_told(suite, replies, verdicts)
+        results["suites"][name] = numbers
+    return results
+
+
+def judge_replies(suite: Suite, replies: Replies, judges: Sequence[Any]) -> dict[str, dict[str, list[Verdict | None]]]:
+    """Judge → label → a verdict per reply; None for one that needs none."""
+    told: dict[str, dict[str, list[Verdict | None]]] = {}
+    cases = [(label, suite.case(reply)) for label, said in replies.items() for reply in said]
+    wanted = [case for _, case in cases if case is not None]
+    for judge in judges if wanted else ():
+        answers = iter(judge.verdicts(suite, wanted))
+        of_judge: dict[str, list[Verdict | None]] = {label: [] for label in replies}
+        for label, case in cases:
+            of_judge[label].append(next(answers) if case is not None else None)
+        told[judge.name] = of_judge
+    return told
+
+
+def judges_told(
+    suite: Suite, replies: Replies, verdicts: Mapping[str, Mapping[str, Sequence[Verdict | None]]]
+) -> dict[str, Any]:
+    """What could not be read of every judge, and the agreement of each two, the suite's own rules or truth included."""
+    flat: dict[str, list[Verdict | None]] = {
+        name: [verdict for label in replies for verdict in of_judge[label]] for name, of_judge in verdicts.items()
+    }
+    own = [suite.own_verdict(reply) for said in replies.values() for reply in said]
+    if flat and any(verdict is not None for verdict in own):
+        flat["the suite itself"] = own
+    names = list(flat)
+    return {
+        "unread": {
+            name: sum(answer is None for verdict in flat[name] for answer in verdict or ()) for name in verdicts
+        },
+        "agreement": [
+            {"one": one, "other": other, **agreement(flat[one], flat[other])}
+            for place, one in enumerate(names)
+            for other in names[place + 1 :]
+        ],
+    }

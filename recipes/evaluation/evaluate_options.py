@@ -1,0 +1,121 @@
+"""What `minigpt4 evaluate` takes, from a YAML file and the command line. Importing this file is cheap."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes_minigpt4.configs import shipped_configs
+from recipes_minigpt4.llm.options import add_client_options
+from recipes_minigpt4.utils.command_line import CommandParser, one_spelling
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE, in_range
+
+
+SUITE_NAMES = ("coverage", "failures", "abilities", "chair", "aokvqa", "gqa", "pope", "captions")
+ABOUT = """Ask models about pictures, keep what they say, and compute the numbers of the paper's evaluation and of
+others from it. A run that was stopped goes on where it was, and asks nothing twice."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `minigpt4 evaluate`."""
+    parser = CommandParser(prog="minigpt4 evaluate", description=ABOUT)
+    add = parser.add_argument
+    add("--config", metavar="YAML", help="a file with these options, or the name of one that ships with the recipes")
+    add(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="LABEL=MODEL",
+        help="folders, repositories (with @REVISION), or openai:URL#MODEL; a label is what tables call a model",
+    )
+    add("--suites", nargs="+", default=[], choices=SUITE_NAMES, metavar="SUITE", help=", ".join(SUITE_NAMES))
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="[SUITE=]PLACE[,PLACE]",
+        help="data of a suite, or of all: a file, several COCO files about the same pictures, a folder, a dataset of "
+        "the Hub, or `tiny`, the embedded world",
+    )
+    add("--images", type=Path, metavar="DIR", help="folder of the pictures that files name; default: beside the file")
+    add("--split", default="validation", help="of a dataset; default: %(default)s")
+    add("--num_samples", type=in_range(COUNT), metavar="N", help="rows of each suite, a seeded sample; default: all")
+    add("--seed", type=in_range(SEED), default=0, help="of the sample; default: %(default)s")
+    add("--max_bad_share", type=in_range(SHARE, float), default=0.01, metavar="SHARE",
+        help="pictures that may be unreadable before the run stops; they are left out for all models; default: %(default)s")  # fmt: skip
+    add("--output_dir", type=Path, default=Path("evaluation-output"), metavar="DIR", help="default: %(default)s")
+    add(
+        "--from_replies",
+        action="store_true",
+        help="compute the numbers from the replies in --output_dir again, without models and data",
+    )
+    add("--resamples", type=in_range(COUNT), default=2000, metavar="N", help="of the bootstrap; default: %(default)s")
+    models = parser.add_argument_group("models")
+    models.add_argument("--batch_size", type=in_range(COUNT), default=8, help="default: %(default)s")
+    models.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    models.add_argument("--dtype", default="auto", help="of the weights; default: that in which they are stored")
+    models.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    judges = parser.add_argument_group("judges")
+    judges.add_argument(
+        "--judge",
+        nargs="+",
+        default=[],
+        metavar="JUDGE",
+        help="who says yes or no: local:MODEL, openai:MODEL, human (writes a page), human:DECISIONS.jsonl; the numbers "
+        "are those of the first, and its agreement with the others is told",
+    )
+    judges.add_argument(
+        "--judge_repeats",
+        type=in_range(COUNT),
+        default=1,
+        metavar="N",
+        help="times each is asked; default: %(default)s",
+    )
+    judges.add_argument("--judge_temperature", type=in_range(NOT_NEGATIVE, float), default=0.0, help="default: 0")
+    add_client_options(judges, "judge_")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """
+    Read the command line, and the file that it names with --config; the command line wins.
+
+    Raises:
+        RecipeError: for options that are not understood.
+    """
+    parser = build_parser()
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(one_spelling(arguments))[0].config
+    return parser.parse_args([*(_options_of(config, parser) if config else ()), *arguments])
+
+
+def _options_of(config: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The fields of a YAML file as a command line has them."""
+    path = shipped_configs().get(config, Path(config).expanduser())
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"--config {config} cannot be read ({one_line(error)}); name a YAML file.") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"--config {config} holds no fields; write `suites: [failures]` and the like into it.")
+    known = {action.dest: action for action in parser._actions}
+    options: list[str] = []
+    for name, value in fields.items():
+        if name not in known or name in ("config", "help"):
+            raise RecipeError(f"--config {config} has the field {name!r}, which is no option of `minigpt4 evaluate`.")
+        if known[name].nargs == 0:
+            options += [f"--{name}"] if value else []
+        elif value is not None:
+            options += [f"--{name}", *_texts(value)]
+    return options
+
+
+def _texts(value: Any) -> list[str]:
+    """A field as arguments: a list is several, and a mapping has a label before each."""
+    if isinstance(value, dict):
+        return [f"{label}={','.join(_texts(place))}" for label, place in value.items()]
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,97 @@
+"""Judges: a language model, or people, who say whether replies are as they should be; and how far judges agree."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from recipes_minigpt4.evaluation.suite import Case, Suite, Verdict
+from recipes_minigpt4.llm.exchange import Answer, Client, Request
+
+
+MAX_TOKENS = 256  # of an answer, which is a few words
+
+
+class Judge(Protocol):
+    """Whoever says yes or no to a case's questions."""
+
+    name: str
+
+    def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
+        """A verdict for each case; None in it for what was not answered or cannot be read."""
+
+
+class ModelJudge:
+    """
+    A language model that reads a reply and sees no picture.
+
+    Args:
+        client: who is asked; it keeps every raw answer.
+        repeats: how often each case is asked; the answer of the majority counts, and a tie is None.
+        temperature: of its answers. Repeats are all the same at 0 for most models.
+    """
+
+    def __init__(self, client: Client, repeats: int = 1, temperature: float = 0.0) -> None:
+        self.client, self.repeats, self.temperature = client, repeats, temperature
+        self.name = client.name
+        self.agreement: float | None = None  # of repeats: the mean share of pairs that say the same
+
+    def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
+        requests = [
+            Request(
+                ({"role": "user", "content": case.request},),
+                temperature=self.temperature,
+                max_tokens=MAX_TOKENS,
+                seed=repeat,
+            )
+            for case in cases
+            for repeat in range(self.repeats)
+        ]
+        told: dict[int, Verdict] = {}
+        for place, answer in self.client.ask(requests):
+            case = cases[place // self.repeats]
+            unread: Verdict = (None,) * len(case.questions)
+            told[place] = suite.read_verdict(case.reply, answer.text) if isinstance(answer, Answer) else unread
+        rounds = [
+            [told[place * self.repeats + repeat] for repeat in range(self.repeats)] for place in range(len(cases))
+        ]
+        self.agreement = _agreement_of_rounds(rounds) if self.repeats > 1 else None
+        return [tuple(_majority(said) for said in zip(*of_case, strict=True)) for of_case in rounds]
+
+
+def _majority(said: Sequence[bool | None]) -> bool | None:
+    counts = Counter(answer for answer in said if answer is not None)
+    return None if counts[True] == counts[False] else counts[True] > counts[False]
+
+
+def _agreement_of_rounds(rounds: Sequence[Sequence[Verdict]]) -> float | None:
+    """Share of pairs of rounds that say the same about the same question, 0 to 1, of those that could be read."""
+    same = all_ = 0
+    for of_case in rounds:
+        for said in zip(*of_case, strict=True):
+            counts = Counter(answer for answer in said if answer is not None)
+            read = counts.total()
+            all_ += read * (read - 1) // 2
+            same += sum(count * (count - 1) // 2 for count in counts.values())
+    return same / all_ if all_ else None
+
+
+def agreement(ones: Sequence[Verdict | None], others: Sequence[Verdict | None]) -> dict[str, Any]:
+    """
+    How far two judges agree about the same cases.
+
+    Returns:
+        `answers`, how many questions both answered; `same`, the share of them that both answer alike; `kappa`,
+        Cohen's κ, 1 for full agreement and 0 for that of chance; None where nothing can be said.
+    """
+    pairs = [
+        (one, other)
+        for verdict, counterpart in zip(ones, others, strict=True)
+        for one, other in zip(verdict or (), counterpart or (), strict=False)
+        if one is not None and other is not None
+    ]
+    if not pairs:
+        return {"answers": 0, "same": None, "kappa": None}
+    same = sum(one == other for one, other in pairs) / len(pairs)
+    yes = [sum(said) / len(pairs) for said in zip(*pairs, strict=True)]
+    chance = yes[0] * yes[1] + (1 - yes[0]) * (1 - yes[1])
+    return {"answers": len(pairs), "same": same, "kappa": (same - chance) / (1 - chance) if chance < 1 else None}

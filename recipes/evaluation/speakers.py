@@ -1,0 +1,249 @@
+"""Models that answer questions about pictures: any chat model of transformers, BLIP-2 and InstructBLIP, or a server.
+
+`open_speaker` finds out which of them a folder, repository or address is.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import PIL.Image
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
+from recipes_minigpt4.evaluation.questions import Question, Sampling
+from recipes_minigpt4.evaluation.replies import Said
+from recipes_minigpt4.utils.errors import RecipeError, one_line
+
+
+BLIP2 = {"blip-2": "Question: {} Answer:", "instructblip": "{}"}  # model type → the words around a prompt
+WHOLE_DIGEST = 1 << 26  # bytes; of larger files of weights, size and both ends are digested
+END_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SpeakerOptions:
+    """
+    How models are loaded and asked.
+
+    Args:
+        device: `cpu`, `cuda`, …; None for a GPU if there is one.
+        dtype: that of the weights; `auto` for the one that is stored.
+        batch_size: questions at once. Greedy replies do not depend on it.
+        trust_remote_code: run code that comes with a model.
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    batch_size: int = 8
+    trust_remote_code: bool = False
+
+
+class Speaker(Protocol):
+    """Whoever answers."""
+
+    revision: str  # tells its weights and its way of asking from others
+
+    def answer(self, questions: Sequence[Question], pictures: Sequence[PIL.Image.Image]) -> list[Said]:
+        """The answers, in order, to questions about pictures that are open; all have the same sampling."""
+
+
+# ---- models of transformers -----------------------------------------------------------------------------------------
+
+
+class ChatSpeaker:
+    """
+    A model behind `AutoModelForImageTextToText` whose processor has a chat template.
+
+    Args:
+        name: folder or repository; `owner/name@revision` for one of its revisions.
+        options: see `SpeakerOptions`.
+
+    Raises:
+        RecipeError: if it cannot be loaded, or has no chat template.
+    """
+
+    def __init__(self, name: str, options: SpeakerOptions) -> None:
+        self.name, self.options = name, options
+        place, revision = _place(name)
+        trusted = {"trust_remote_code": options.trust_remote_code, "revision": revision}
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(place, **trusted)
+            self.model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=options.dtype, **trusted)
+        except Exception as error:  # transformers and the Hub say in many ways that something is not there
+            raise RecipeError(f"The model {name} cannot be loaded ({one_line(error)}).") from error
+        self.check_template()
+        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = self.model.to(self.device).eval()
+        self.processor.tokenizer.padding_side = "left"
+        self.revision = revision_of(name, self.model.config)
+
+    def check_template(self) -> None:
+        if not getattr(self.processor, "chat_template", None):
+            raise RecipeError(
+                f"The processor of {self.name} has no chat template, so nobody knows how to ask it; save one as "
+                "chat_template.jinja in its folder."
+            )
+
+    def written(self, question: Question) -> str:
+        """The prompt as text, in which the processor finds the place of the picture."""
+        content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
+        chat = [{"role": "user", "content": content}]
+        text: str = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return text
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question], pictures: Sequence[PIL.Image.Image]) -> list[Said]:
+        texts = [self.written(question) for question in questions]
+        told = self._replies(questions, texts, pictures)
+        return [
+            Said(text, finished, self._likelihoods(question.choices, written, picture))
+            for (text, finished), question, written, picture in zip(told, questions, texts, pictures, strict=True)
+        ]
+
+    def _replies(
+        self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
+    ) -> list[tuple[str, bool]]:
+        """Text, and whether it ended by itself."""
+        sampling = questions[0].sampling
+        if sampling.temperature and len(questions) > 1:  # so that nobody's draws depend on the others in a batch
+            alone = zip(questions, texts, pictures, strict=True)
+            return [self._replies([question], [text], [picture])[0] for question, text, picture in alone]
+        if sampling.temperature:
+            torch.manual_seed(int(questions[0].key[:8], 16))
+        inputs = self._inputs(texts, pictures)
+        ids = self.model.generate(**inputs, **generation_options(sampling))
+        prompt = inputs["input_ids"]
+        if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
+            ids = ids[:, prompt.shape[1] :]  # some give the prompt back
+        replies = self.processor.post_process_image_text_to_text(ids, skip_special_tokens=True)
+        ends = self._ends()
+        finished = [bool(len(row) < sampling.max_new_tokens or ends & set(row.tolist())) for row in ids]
+        return [(reply.strip(), done) for reply, done in zip(replies, finished, strict=True)]
+
+    def _ends(self) -> set[int]:
+        """The tokens that end a reply, and those that fill up one that has ended."""
+        ends = self.model.generation_config.eos_token_id
+        return {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id} - {None}
+
+    def _likelihoods(self, choices: Sequence[str], text: str, picture: PIL.Image.Image) -> tuple[float, ...]:
+        """Log-likelihood per token of each choice behind a prompt: of what follows the tokens that all begin with."""
+        if not choices:
+            return ()
+        (prompt,) = self._inputs([text], [picture])["input_ids"].tolist()
+        scores = []
+        for choice in choices:
+            inputs = self._inputs([_joined(text, choice)], [picture])
+            ids = inputs["input_ids"]
+            start = _common(prompt, ids[0].tolist())
+            logits = self.model(**inputs).logits[0, -ids.shape[1] :][start - 1 : -1].float()
+            told = logits.log_softmax(-1).gather(-1, ids[0, start:, None])
+            scores.append(float(told.mean()))
+        return tuple(scores)
+
+    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+        # As in `apply_chat_template`: a template that writes the first token itself gets no second one.
+        first = getattr(self.processor.tokenizer, "bos_token", None)
+        written = bool(first) and all(text.startswith(first) for text in texts)
+        inputs = self.processor(
+            text=list(texts),
+            images=[[picture] for picture in pictures],
+            padding=True,
+            add_special_tokens=not written,
+            return_tensors="pt",
+        )
+        return inputs.to(self.device, self.model.dtype)
+
+
+class BlipSpeaker(ChatSpeaker):
+    """
+    BLIP-2 and InstructBLIP, which have no chat template: BLIP-2 is asked in the words of its paper.
+
+    A BLIP-2 that was fine-tuned on chats tells the words around a prompt as `prompt_template` in its configuration.
+    """
+
+    def check_template(self) -> None:
+        """There is none."""
+
+    def written(self, question: Question) -> str:
+        template = getattr(self.model.config, "prompt_template", None) or BLIP2[self.model.config.model_type]
+        return str(template).format(question.prompt)
+
+    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+        inputs = self.processor(text=list(texts), images=list(pictures), padding=True, return_tensors="pt")
+        return inputs.to(self.device, self.model.dtype)
+
+
+def generation_options(sampling: Sampling) -> dict[str, Any]:
+    """What `generate` is told, whatever the model's own generation configuration says."""
+    options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "num_beams": sampling.num_beams}
+    if sampling.temperature:
+        return {**options, "do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
+    return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def _joined(text: str, choice: str) -> str:
+    return text + choice if text[-1:].isspace() else f"{text} {choice}"
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    length = min(len(one), len(other) - 1)
+    return next((place for place in range(length) if one[place] != other[place]), length)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
+    """
+    Load the model of a name.
+
+    Args:
+        name: a folder, a repository, or `openai:URL#MODEL`.
+        options: see `SpeakerOptions`.
+
+    Raises:
+        RecipeError: if that fails.
+    """
+    place, revision = _place(name)
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # see above
+        raise RecipeError(
+            f"There is no model at {name} ({one_line(error)}); name a folder, a repository, or openai:URL#MODEL."
+        ) from error
+    return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker)(name, options)
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    """Folder or repository, and the revision that a repository is wanted in."""
+    if Path(name).expanduser().exists():
+        return str(Path(name).expanduser()), None
+    place, _, revision = name.partition("@")
+    return place, revision or None
+
+
+def revision_of(name: str, config: Any) -> str:
+    """What tells a model's weights from others: the commit of a repository, a digest of a folder's files."""
+    place, revision = _place(name)
+    if not Path(place).is_dir():
+        return str(getattr(config, "_commit_hash", None) or revision or name)
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*/adapter_*")
+    for path in sorted({path for pattern in patterns for path in Path(place).glob(pattern)}):
+        if path.name == "trainer_state.json":
+            continue
+        digest.update(json.dumps([str(path.relative_to(place)), path.stat().st_size]).encode())
+        with path.open("rb") as file:
+            if path.stat().st_size <= WHOLE_DIGEST:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(END_BYTES))
+                file.seek(-END_BYTES, 2)
+                digest.update(file.read())
+    return digest.hexdigest()[:32]
