@@ -74,7 +74,8 @@ def open_rows(places: Places) -> list[dict[str, Any]]:
         file_type(files[0])
         rows = open_table(files[0])
     elif files[0].is_dir() and (pictures := _pictures_of(files[0])):
-        rows = [{"image": str(path), "kind": path.parent.name} for path in pictures]
+        folder = files[0]
+        rows = [{"image": str(path.relative_to(folder)), "kind": path.parent.name} for path in pictures]
     else:
         rows = _dataset_rows(places)
     if not rows:
@@ -145,10 +146,13 @@ def _dataset_rows(places: Places) -> Sequence[dict[str, Any]]:
     """The rows of a folder with metadata or of a dataset of the Hub, with pictures as they are stored."""
     (name,) = places.names
     refuse_address(name)
-    with writable_cache():
-        data: Any = open_dataset(
-            name, Path(name).expanduser(), places.config, places.split, places.revision, streaming=False
-        )
+    try:
+        with writable_cache():
+            data: Any = open_dataset(
+                name, Path(name).expanduser(), places.config, places.split, places.revision, streaming=False
+            )
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("--dataset_name", "--data")) from error
     for column, kind in data.features.items():
         if isinstance(kind, Image):
             data = data.cast_column(column, Image(decode=False))
