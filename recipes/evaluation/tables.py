@@ -72,7 +72,7 @@ def open_rows(places: Places) -> list[dict[str, Any]]:
         rows = _listed(contents[0], files[0])
     elif files[0].is_file():
         file_type(files[0])
-        rows = open_table(files[0])
+        rows = _undecoded(open_table(files[0]))
     elif files[0].is_dir() and (pictures := _pictures_of(files[0])):
         folder = files[0]
         rows = [{"image": str(path.relative_to(folder)), "kind": path.parent.name} for path in pictures]
@@ -143,7 +143,7 @@ def _pictures_of(folder: Path) -> list[Path]:
 
 
 def _dataset_rows(places: Places) -> Sequence[dict[str, Any]]:
-    """The rows of a folder with metadata or of a dataset of the Hub, with pictures as they are stored."""
+    """The rows of a folder with metadata or of a dataset of the Hub."""
     (name,) = places.names
     refuse_address(name)
     try:
@@ -153,6 +153,11 @@ def _dataset_rows(places: Places) -> Sequence[dict[str, Any]]:
             )
     except RecipeError as error:
         raise RecipeError(str(error).replace("--dataset_name", "--data")) from error
+    return _undecoded(data)
+
+
+def _undecoded(data: Any) -> Sequence[dict[str, Any]]:
+    """The same rows, with pictures as they are stored: nobody has looked at them yet."""
     for column, kind in data.features.items():
         if isinstance(kind, Image):
             data = data.cast_column(column, Image(decode=False))
