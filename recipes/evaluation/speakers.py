@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
+from recipes_minigpt4.evaluation.api_speaker import ApiSpeaker
 from recipes_minigpt4.evaluation.questions import Question, Sampling
 from recipes_minigpt4.evaluation.replies import Said
 from recipes_minigpt4.utils.errors import RecipeError, one_line
@@ -146,17 +148,23 @@ class ChatSpeaker:
         return tuple(scores)
 
     def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+        """Tensors on the model's device."""
+        inputs = self._processed(texts, pictures)
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
+        return inputs.to(self.device, self.model.dtype)
+
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
         # As in `apply_chat_template`: a template that writes the first token itself gets no second one.
         first = getattr(self.processor.tokenizer, "bos_token", None)
         written = bool(first) and all(text.startswith(first) for text in texts)
-        inputs = self.processor(
+        return self.processor(
             text=list(texts),
             images=[[picture] for picture in pictures],
             padding=True,
             add_special_tokens=not written,
             return_tensors="pt",
         )
-        return inputs.to(self.device, self.model.dtype)
 
 
 class BlipSpeaker(ChatSpeaker):
@@ -170,12 +178,11 @@ class BlipSpeaker(ChatSpeaker):
         """There is none."""
 
     def written(self, question: Question) -> str:
-        template = getattr(self.model.config, "prompt_template", None) or BLIP2[self.model.config.model_type]
-        return str(template).format(question.prompt)
+        template = getattr(self.model.config, "prompt_template", None)
+        return str(BLIP2[self.model.config.model_type] if template is None else template).format(question.prompt)
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
-        inputs = self.processor(text=list(texts), images=list(pictures), padding=True, return_tensors="pt")
-        return inputs.to(self.device, self.model.dtype)
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+        return self.processor(text=list(texts), images=list(pictures), padding=True, return_tensors="pt")
 
 
 def generation_options(sampling: Sampling) -> dict[str, Any]:
@@ -210,6 +217,8 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
     Raises:
         RecipeError: if that fails.
     """
+    if name.startswith("openai:"):
+        return ApiSpeaker(name, options.batch_size)
     place, revision = _place(name)
     try:
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)
