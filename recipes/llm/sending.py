@@ -10,7 +10,7 @@ from recipes_minigpt4.llm.cache import AnswerCache, Reply, ask_what_is_new
 from recipes_minigpt4.llm.exchange import Answer, Failure, Request
 from recipes_minigpt4.llm.limits import Budget, Clock, Pace, StoppedError, most_tokens, random_pause
 from recipes_minigpt4.llm.options import ClientOptions
-from recipes_minigpt4.llm.workers import in_threads
+from recipes_minigpt4.llm.workers import Workers
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.redaction import redact
 from recipes_minigpt4.utils.text import duration
@@ -72,6 +72,7 @@ class SendingClient:
         self.cache = AnswerCache(options.cache, sender.name, options.flag("cache"))
         self.budget = Budget(options)
         self.pace = Pace(options.requests_per_minute, options.tokens_per_minute, self.clock)
+        self._workers = Workers(self._ask_one, self.options.concurrency)
         self._chance = random.Random(seed)
         self._counted: set[str] = set()  # requests whose earlier costs are in the budget
         self._failed_in_a_row = 0
@@ -91,7 +92,7 @@ class SendingClient:
         self._counted.update(keys)
 
     def _ask_new(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | Failure]]:
-        yield from in_threads(requests, self._ask_one, self.options.concurrency)
+        return self._workers.results(requests)
 
     def _ask_one(self, request: Request, stop: threading.Event) -> Answer | Failure:
         key = request.key(self.name)

@@ -86,6 +86,7 @@ def completion(asked: dict[str, Any], text: Any, finish: str = "stop", **message
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body leave together
     chat: ChatServer
 
     def log_message(self, *args: object) -> None:
