@@ -216,7 +216,7 @@ def judge_replies(suite: Suite, replies: Replies, judges: Sequence[Any]) -> dict
 def judges_told(
     suite: Suite, replies: Replies, verdicts: Mapping[str, Mapping[str, Sequence[Verdict | None]]]
 ) -> dict[str, Any]:
-    """What could not be read of every judge, and the agreement of each two, the suite's own rules or truth included."""
+    """What could not be read of every judge, and how far each two agree, the suite's own rules or truth included."""
     flat: dict[str, list[Verdict | None]] = {
         name: [verdict for label in replies for verdict in of_judge[label]] for name, of_judge in verdicts.items()
     }

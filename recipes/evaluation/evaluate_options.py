@@ -44,8 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="validation", help="of a dataset; default: %(default)s")
     add("--num_samples", type=in_range(COUNT), metavar="N", help="rows of each suite, a seeded sample; default: all")
     add("--seed", type=in_range(SEED), default=0, help="of the sample; default: %(default)s")
-    add("--max_bad_share", type=in_range(SHARE, float), default=0.01, metavar="SHARE",
-        help="pictures that may be unreadable before the run stops; they are left out for all models; default: %(default)s")  # fmt: skip
+    add(
+        "--max_bad_share",
+        type=in_range(SHARE, float),
+        default=0.01,
+        metavar="SHARE",
+        help="pictures that may be unreadable before the run stops; they are "
+        "left out for all models; default: %(default)s",
+    )
     add("--output_dir", type=Path, default=Path("evaluation-output"), metavar="DIR", help="default: %(default)s")
     add(
         "--from_replies",
@@ -72,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=in_range(COUNT),
         default=1,
         metavar="N",
-        help="times each is asked; default: %(default)s",
+        help="how often each is asked; default: 1",
     )
     judges.add_argument("--judge_temperature", type=in_range(NOT_NEGATIVE, float), default=0.0, help="default: 0")
     add_client_options(judges, "judge_")

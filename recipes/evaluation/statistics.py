@@ -1,7 +1,7 @@
 """Numbers that are ratios of sums over pictures, with bootstrap intervals, alone and between models.
 
-A share, a mean, CHAIR, precision, recall and F1 are all a sum over a sum. So a suite tells two numbers for every reply,
-and whatever is asked of a measure is computed here, in one way.
+A share, a mean, CHAIR, precision, recall and F1 are all a sum over a sum. So a suite tells two numbers for every
+reply, and whatever is asked of a measure is computed here, in one way.
 """
 
 from collections.abc import Mapping, Sequence

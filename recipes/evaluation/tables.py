@@ -98,8 +98,8 @@ def _listed(content: Any, path: Path) -> list[dict[str, Any]]:
         content = content.get("annotations", list(content.values()))
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise RecipeError(
-            f"{path} is neither COCO's, an object with `images` and `annotations`, nor a list of objects, nor an object "
-            "of them; name another file."
+            f"{path} is neither COCO's, an object with `images` and `annotations`, nor a list of objects, nor "
+            "an object of them; name another file."
         )
     return content
 
