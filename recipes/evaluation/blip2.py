@@ -68,13 +68,17 @@ class Blip2Arguments:
 
 @dataclass
 class Blip2TrainingArguments(TrainingArguments):
-    """transformers' settings with the numbers of MiniGPT-4's second stage."""
+    """transformers' settings with the numbers of MiniGPT-4's second stage; bfloat16 on GPUs that know it."""
 
     learning_rate: float = field(default=3e-5, metadata={"help": "That of the released stage 2."})
     weight_decay: float = field(default=0.05, metadata={"help": "That of the released stages."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "That of the released stages."})
     report_to: str = field(default="none", metadata={"help": "Where losses go."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows become tensors in the collator."})
+    bf16: bool = field(
+        default_factory=lambda: torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        metadata={"help": "Compute in bfloat16. Default: on GPUs that know it."},
+    )
 
 
 def main(arguments: Sequence[str]) -> Trainer:
