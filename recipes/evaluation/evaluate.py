@@ -20,7 +20,7 @@ from typing import Any
 
 from recipes_minigpt4.evaluation.evaluate_options import parse
 from recipes_minigpt4.evaluation.evaluation_report import write_reports
-from recipes_minigpt4.evaluation.judging import agreement
+from recipes_minigpt4.evaluation.judging import TruthJudge, agreement
 from recipes_minigpt4.evaluation.numbers import Answered, check_alike, suite_numbers
 from recipes_minigpt4.evaluation.opening import open_judges, open_questions
 from recipes_minigpt4.evaluation.questions import Question
@@ -86,7 +86,7 @@ def collect_replies(args: argparse.Namespace, folder: Path) -> dict[str, Replies
     models = labelled(args.models)
     if not args.suites:
         raise RecipeError(f"No suite; name some of {', '.join(SUITES)} with --suites.")
-    asked = {name: open_questions(SUITES[name](), args) for name in args.suites}
+    asked = {name: open_questions(SUITES[name].from_options(args), args) for name in args.suites}
     told: dict[str, Replies] = {name: {} for name in asked}
     for label, model in models.items():
         options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
@@ -183,7 +183,7 @@ def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies])
     judges = open_judges(args, folder)
     results: dict[str, Any] = {"suites": {}, "skipped": {}}
     for name, replies in told.items():
-        suite = SUITES[name]()
+        suite = SUITES[name].from_options(args)
         verdicts = judge_replies(suite, replies, judges)
         if suite.needs_judge and not judges:
             results["skipped"][name] = "it needs a judge: name one with --judge"
@@ -221,7 +221,7 @@ def judges_told(
         name: [verdict for label in replies for verdict in of_judge[label]] for name, of_judge in verdicts.items()
     }
     own = [suite.own_verdict(reply) for said in replies.values() for reply in said]
-    if flat and any(verdict is not None for verdict in own):
+    if flat and TruthJudge.name not in flat and any(verdict is not None for verdict in own):
         flat["the suite itself"] = own
     names = list(flat)
     return {

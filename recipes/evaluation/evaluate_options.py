@@ -39,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--images", type=Path, metavar="DIR", help="folder of the pictures that files name; default: beside the file")
     add("--split", default="validation", help="of a dataset; default: %(default)s")
+    add(
+        "--synonyms",
+        type=Path,
+        metavar="FILE",
+        help="words for the objects of the suite chair: per line a name and other words, separated by commas; "
+        "default: those of COCO's 80 categories",
+    )
     add("--num_samples", type=in_range(COUNT), metavar="N", help="rows of each suite, a seeded sample; default: all")
     add("--seed", type=in_range(SEED), default=0, help="of the sample; default: %(default)s")
     add(
@@ -67,8 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="JUDGE",
-        help="who says yes or no: local:MODEL, openai:MODEL, human (writes a page), human:DECISIONS.jsonl; the numbers "
-        "are those of the first, and its agreement with the others is told",
+        help="who says yes or no: local:MODEL, openai:MODEL, human (writes a page), human:DECISIONS.jsonl, words (a "
+        "rule for captions), truth (of the embedded world, or a suite's rules); the numbers are those of the first, "
+        "and its agreement with the others is told",
     )
     judges.add_argument(
         "--judge_repeats",
