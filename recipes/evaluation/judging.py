@@ -16,6 +16,9 @@ class Judge(Protocol):
 
     name: str
 
+    def knows(self, suite: Suite) -> bool:
+        """Whether it says anything about a suite."""
+
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         """A verdict for each case; None in it for what was not answered or cannot be read."""
 
@@ -34,6 +37,10 @@ class ModelJudge:
         self.client, self.repeats, self.temperature = client, repeats, temperature
         self.name = client.name
         self.agreement: float | None = None  # of repeats: the mean share of pairs that say the same
+
+    def knows(self, suite: Suite) -> bool:
+        """It can be asked about any."""
+        return True
 
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         requests = [
