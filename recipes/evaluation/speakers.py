@@ -81,7 +81,6 @@ class ChatSpeaker:
         self.check_template()
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = self.model.to(self.device).eval()
-        self.processor.tokenizer.padding_side = "left"
         self.revision = revision_of(name, self.model.config)
 
     def check_template(self) -> None:
@@ -102,10 +101,8 @@ class ChatSpeaker:
     def answer(self, questions: Sequence[Question], pictures: Sequence[PIL.Image.Image]) -> list[Said]:
         texts = [self.written(question) for question in questions]
         told = self._replies(questions, texts, pictures)
-        return [
-            Said(text, finished, self._likelihoods(question.choices, written, picture))
-            for (text, finished), question, written, picture in zip(told, questions, texts, pictures, strict=True)
-        ]
+        scores = self._likelihoods(questions, texts, pictures)
+        return [Said(text, finished, of_choices) for (text, finished), of_choices in zip(told, scores, strict=True)]
 
     def _replies(
         self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
@@ -132,38 +129,42 @@ class ChatSpeaker:
         ends = self.model.generation_config.eos_token_id
         return {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id} - {None}
 
-    def _likelihoods(self, choices: Sequence[str], text: str, picture: PIL.Image.Image) -> tuple[float, ...]:
-        """Log-likelihood per token of each choice behind a prompt: of what follows the tokens that all begin with."""
-        if not choices:
-            return ()
-        (prompt,) = self._inputs([text], [picture])["input_ids"].tolist()
-        scores = []
-        for choice in choices:
-            inputs = self._inputs([_joined(text, choice)], [picture])
-            ids = inputs["input_ids"]
-            start = _common(prompt, ids[0].tolist())
-            logits = self.model(**inputs).logits[0, -ids.shape[1] :][start - 1 : -1].float()
-            told = logits.log_softmax(-1).gather(-1, ids[0, start:, None])
-            scores.append(float(told.mean()))
-        return tuple(scores)
+    def _likelihoods(
+        self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
+    ) -> list[tuple[float, ...]]:
+        """Log-likelihood per token of each question's choices: of what follows the tokens that all begin with."""
+        pairs = [(place, choice) for place, question in enumerate(questions) for choice in question.choices]
+        scores: list[list[float]] = [[] for _ in questions]
+        for start in range(0, len(pairs), self.options.batch_size):
+            batch = pairs[start : start + self.options.batch_size]
+            seen = [pictures[place] for place, _ in batch]
+            # Pads behind: BLIP-2's processor would put those in front between picture and words.
+            prompts = self._inputs([texts[place] for place, _ in batch], seen, "right")
+            inputs = self._inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
+            logits = self.model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
+            for row, (place, _) in enumerate(batch):
+                prompt, ids = (side["input_ids"][row][side["attention_mask"][row] > 0] for side in (prompts, inputs))
+                first = _common(prompt.tolist(), ids.tolist())
+                told = logits[row, first - 1 : len(ids) - 1].float().log_softmax(-1)
+                scores[place].append(float(told.gather(-1, ids[first:, None]).mean()))
+        return [tuple(of_choices) for of_choices in scores]
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
         """Tensors on the model's device."""
-        inputs = self._processed(texts, pictures)
+        inputs = self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
         return inputs.to(self.device, self.model.dtype)
 
-    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
         # As in `apply_chat_template`: a template that writes the first token itself gets no second one.
         first = getattr(self.processor.tokenizer, "bos_token", None)
         written = bool(first) and all(text.startswith(first) for text in texts)
         return self.processor(
             text=list(texts),
             images=[[picture] for picture in pictures],
-            padding=True,
             add_special_tokens=not written,
-            return_tensors="pt",
+            **options,
         )
 
 
@@ -181,8 +182,8 @@ class BlipSpeaker(ChatSpeaker):
         template = getattr(self.model.config, "prompt_template", None)
         return str(BLIP2[self.model.config.model_type] if template is None else template).format(question.prompt)
 
-    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
-        return self.processor(text=list(texts), images=list(pictures), padding=True, return_tensors="pt")
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
+        return self.processor(text=list(texts), images=list(pictures), **options)
 
 
 def generation_options(sampling: Sampling) -> dict[str, Any]:
