@@ -45,7 +45,7 @@ class CheckpointingMixin:
     is_deepspeed_enabled: bool
     _total_train_tokens: int
     _write_card: Callable[..., None]
-    find_best: Callable[[], bool]
+    find_best: Callable[[], None]
     push_to_hub: Callable[..., Any]
 
     _final_folder: Path | None = None  # of the checkpoint that is being written
@@ -92,6 +92,7 @@ class CheckpointingMixin:
             )
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        self.find_best()
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -139,8 +140,6 @@ class CheckpointingMixin:
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        if not self.find_best():
-            return
         if self.is_fsdp_enabled:
             distributed.load(self.model, self.state.best_model_checkpoint)
             return

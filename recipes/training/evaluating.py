@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from recipes_minigpt4.data.bad_samples import SampleCounts
@@ -188,17 +188,17 @@ class EvaluationMixin:
             self.state.best_global_step = self.state.global_step  # 4.57 leaves it out where only the best is saved
         return is_best
 
-    def find_best(self) -> bool:
-        """Whether the best checkpoint is there; it may have moved with the output folder."""
-        told = self.state.best_model_checkpoint
-        if told is None:
-            return False
-        for folder in (Path(told), Path(self.args.output_dir, Path(told).name)):
-            if folder.is_dir():
-                self.state.best_model_checkpoint = str(folder)
-                return True
-        logger.warning(f"The best checkpoint, {told}, is gone, so the adapter is that of the last step.")
-        return False
+    def find_best(self) -> None:
+        """Find the best checkpoint of a resumed run, which may have moved with the output folder."""
+        step, told = self.state.best_global_step, self.state.best_model_checkpoint
+        if not step or (told is not None and Path(told).is_dir()):
+            return
+        here = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        self.state.best_model_checkpoint = str(here) if here.is_dir() else None
+        if self.state.best_model_checkpoint is None:
+            self.state.best_metric = self.state.best_global_step = None
+            if self.args.load_best_model_at_end:
+                logger.warning(f"The best checkpoint, {here}, is gone; the best of those to come is saved.")
 
     def evaluated(self) -> dict[str, float]:
         """The last evaluation of the model as it is: of the best checkpoint, where that is loaded in the end."""
@@ -208,12 +208,25 @@ class EvaluationMixin:
         return entries[-1] if entries else {}
 
 
-class LastStepCallback(TrainerCallback):
-    """Evaluates the last step of a run as well, whatever `eval_steps` are: it is what is saved in the end."""
+class EvaluationCallback(TrainerCallback):
+    """
+    Evaluates the last step of a run as well, whatever `eval_steps` are, for it is what is saved in the end.
+
+    Args:
+        trainer: the trainer, whose best checkpoint is looked for when a run goes on.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.find_best()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
-        if strategy == "steps" and state.global_step >= state.max_steps:
+        if strategy == "steps" and self.trainer.eval_dataset is not None and state.global_step >= state.max_steps:
             control.should_evaluate = True

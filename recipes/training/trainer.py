@@ -24,7 +24,7 @@ from recipes_minigpt4.training.arguments import StageArguments
 from recipes_minigpt4.training.cached_features import train_from_features
 from recipes_minigpt4.training.callbacks import ImagesProgressCallback, LinesCallback, PanelCallback, undisturbed
 from recipes_minigpt4.training.checkpointing import CheckpointingMixin
-from recipes_minigpt4.training.evaluating import EvaluationMixin, LastStepCallback
+from recipes_minigpt4.training.evaluating import EvaluationCallback, EvaluationMixin
 from recipes_minigpt4.training.last_layer import LastLayer
 from recipes_minigpt4.training.loss import is_causal_decoder, score_batch
 from recipes_minigpt4.training.non_finite import STOP, FiniteSteps, FiniteStepsCallback
@@ -127,8 +127,7 @@ class MiniGPT4Trainer(CheckpointingMixin, EvaluationMixin, PublishingMixin, Samp
         self.check_sampling()
         self.evaluation_left_out = []
         self.add_callback(FiniteStepsCallback(self))
-        if self.eval_dataset is not None:
-            self.add_callback(LastStepCallback)
+        self.add_callback(EvaluationCallback(self))
         self.process_state = ProcessState(self)
         self._tokens = 0  # since the last log, of this process
         self._answers: torch.Tensor | None = None  # correct ones, entropy, number and loss since the last log
