@@ -3,15 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.llm.options import add_client_options
-from recipes_minigpt4.utils.command_line import CommandParser, one_spelling
-from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.yaml_options import parse_with_config
 
 
 SUITE_NAMES = ("coverage", "failures", "abilities", "chair", "aokvqa", "gqa", "pope", "captions")
@@ -51,8 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--num_samples", type=in_range(COUNT), metavar="N", help="rows of each suite, a seeded sample; default: all")
     add("--seed", type=in_range(SEED), default=0, help="of the sample; default: %(default)s")
-    add("--max_bad_share", type=in_range(SHARE, float), default=0.01, metavar="SHARE",
-        help="pictures that may be unreadable before the run stops; they are left out for all models; default: %(default)s")  # fmt: skip
+    add(
+        "--max_bad_share",
+        type=in_range(SHARE, float),
+        default=0.01,
+        metavar="SHARE",
+        help="pictures that may be unreadable before the run stops; they are "
+        "left out for all models; default: %(default)s",
+    )
     add("--output_dir", type=Path, default=Path("evaluation-output"), metavar="DIR", help="default: %(default)s")
     add(
         "--from_replies",
@@ -80,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=in_range(COUNT),
         default=1,
         metavar="N",
-        help="times each is asked; default: %(default)s",
+        help="how often each is asked; default: 1",
     )
     judges.add_argument("--judge_temperature", type=in_range(NOT_NEGATIVE, float), default=0.0, help="default: 0")
     add_client_options(judges, "judge_")
@@ -94,36 +97,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         RecipeError: for options that are not understood.
     """
-    parser = build_parser()
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    config = first.parse_known_args(one_spelling(arguments))[0].config
-    return parser.parse_args([*(_options_of(config, parser) if config else ()), *arguments])
-
-
-def _options_of(config: str, parser: argparse.ArgumentParser) -> list[str]:
-    """The fields of a YAML file as a command line has them."""
-    path = shipped_configs().get(config, Path(config).expanduser())
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"--config {config} cannot be read ({one_line(error)}); name a YAML file.") from error
-    if not isinstance(fields, dict):
-        raise RecipeError(f"--config {config} holds no fields; write `suites: [failures]` and the like into it.")
-    known = {action.dest: action for action in parser._actions}
-    options: list[str] = []
-    for name, value in fields.items():
-        if name not in known or name in ("config", "help"):
-            raise RecipeError(f"--config {config} has the field {name!r}, which is no option of `minigpt4 evaluate`.")
-        if known[name].nargs == 0:
-            options += [f"--{name}"] if value else []
-        elif value is not None:
-            options += [f"--{name}", *_texts(value)]
-    return options
-
-
-def _texts(value: Any) -> list[str]:
-    """A field as arguments: a list is several, and a mapping has a label before each."""
-    if isinstance(value, dict):
-        return [f"{label}={','.join(_texts(place))}" for label, place in value.items()]
-    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    return parse_with_config(build_parser(), arguments, shipped_configs())

@@ -18,6 +18,9 @@ class Judge(Protocol):
 
     name: str
 
+    def knows(self, suite: Suite) -> bool:
+        """Whether it says anything about a suite."""
+
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         """A verdict for each case; None in it for what was not answered or cannot be read."""
 
@@ -36,6 +39,10 @@ class ModelJudge:
         self.client, self.repeats, self.temperature = client, repeats, temperature
         self.name = client.name
         self.agreement: float | None = None  # of repeats: the mean share of pairs that say the same
+
+    def knows(self, suite: Suite) -> bool:
+        """It can be asked about any."""
+        return True
 
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         requests = [
@@ -69,6 +76,10 @@ class WordsJudge:
 
     name = "words"
 
+    def knows(self, suite: Suite) -> bool:
+        """Captions alone."""
+        return suite.name == "coverage"
+
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         return [
             tuple(content_share(caption, case.reply.text) >= MOST for caption in captions[: len(case.questions)])
@@ -82,6 +93,10 @@ class TruthJudge:
     """What a suite itself knows to be so: the truth about the embedded world, or its own rules."""
 
     name = "truth"
+
+    def knows(self, suite: Suite) -> bool:
+        """What suites know themselves."""
+        return type(suite).own_verdict is not Suite.own_verdict
 
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         return [suite.own_verdict(case.reply) or (None,) * len(case.questions) for case in cases]

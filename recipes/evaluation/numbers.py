@@ -1,7 +1,7 @@
 """From replies and verdicts to the numbers of every model in every suite."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from recipes_minigpt4.evaluation.replies import Reply

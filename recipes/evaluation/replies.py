@@ -118,5 +118,6 @@ def _as_reply(line: Mapping[str, Any]) -> Reply:
         return Reply(**line)
     except TypeError as error:
         raise RecipeError(
-            f"A line of {FILE} is no reply ({', '.join(list(line)[:4])}, …); name a folder that `minigpt4 evaluate` wrote."
+            f"A line of {FILE} is no reply ({', '.join(list(line)[:4])}, …); name a folder that `minigpt4 evaluate` "
+            "wrote."
         ) from error

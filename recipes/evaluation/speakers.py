@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
+from recipes_minigpt4.evaluation.api_speaker import ApiSpeaker
 from recipes_minigpt4.evaluation.questions import Question, Sampling
 from recipes_minigpt4.evaluation.replies import Said
 from recipes_minigpt4.utils.errors import RecipeError, one_line
@@ -79,7 +81,6 @@ class ChatSpeaker:
         self.check_template()
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = self.model.to(self.device).eval()
-        self.processor.tokenizer.padding_side = "left"
         self.revision = revision_of(name, self.model.config)
 
     def check_template(self) -> None:
@@ -100,10 +101,8 @@ class ChatSpeaker:
     def answer(self, questions: Sequence[Question], pictures: Sequence[PIL.Image.Image]) -> list[Said]:
         texts = [self.written(question) for question in questions]
         told = self._replies(questions, texts, pictures)
-        return [
-            Said(text, finished, self._likelihoods(question.choices, written, picture))
-            for (text, finished), question, written, picture in zip(told, questions, texts, pictures, strict=True)
-        ]
+        scores = self._likelihoods(questions, texts, pictures)
+        return [Said(text, finished, of_choices) for (text, finished), of_choices in zip(told, scores, strict=True)]
 
     def _replies(
         self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
@@ -130,33 +129,43 @@ class ChatSpeaker:
         ends = self.model.generation_config.eos_token_id
         return {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id} - {None}
 
-    def _likelihoods(self, choices: Sequence[str], text: str, picture: PIL.Image.Image) -> tuple[float, ...]:
-        """Log-likelihood per token of each choice behind a prompt: of what follows the tokens that all begin with."""
-        if not choices:
-            return ()
-        (prompt,) = self._inputs([text], [picture])["input_ids"].tolist()
-        scores = []
-        for choice in choices:
-            inputs = self._inputs([_joined(text, choice)], [picture])
-            ids = inputs["input_ids"]
-            start = _common(prompt, ids[0].tolist())
-            logits = self.model(**inputs).logits[0, -ids.shape[1] :][start - 1 : -1].float()
-            told = logits.log_softmax(-1).gather(-1, ids[0, start:, None])
-            scores.append(float(told.mean()))
-        return tuple(scores)
+    def _likelihoods(
+        self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
+    ) -> list[tuple[float, ...]]:
+        """Log-likelihood per token of each question's choices: of what follows the tokens that all begin with."""
+        pairs = [(place, choice) for place, question in enumerate(questions) for choice in question.choices]
+        scores: list[list[float]] = [[] for _ in questions]
+        for start in range(0, len(pairs), self.options.batch_size):
+            batch = pairs[start : start + self.options.batch_size]
+            seen = [pictures[place] for place, _ in batch]
+            # Pads behind: BLIP-2's processor would put those in front between picture and words.
+            prompts = self._inputs([texts[place] for place, _ in batch], seen, "right")
+            inputs = self._inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
+            logits = self.model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
+            for row, (place, _) in enumerate(batch):
+                prompt, ids = (side["input_ids"][row][side["attention_mask"][row] > 0] for side in (prompts, inputs))
+                first = _common(prompt.tolist(), ids.tolist())
+                told = logits[row, first - 1 : len(ids) - 1].float().log_softmax(-1)
+                scores[place].append(float(told.gather(-1, ids[first:, None]).mean()))
+        return [tuple(of_choices) for of_choices in scores]
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
+        """Tensors on the model's device."""
+        inputs = self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
+        return inputs.to(self.device, self.model.dtype)
+
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
         # As in `apply_chat_template`: a template that writes the first token itself gets no second one.
         first = getattr(self.processor.tokenizer, "bos_token", None)
         written = bool(first) and all(text.startswith(first) for text in texts)
-        inputs = self.processor(
+        return self.processor(
             text=list(texts),
             images=[[picture] for picture in pictures],
-            padding=True,
             add_special_tokens=not written,
-            return_tensors="pt",
+            **options,
         )
-        return inputs.to(self.device, self.model.dtype)
 
 
 class BlipSpeaker(ChatSpeaker):
@@ -170,12 +179,11 @@ class BlipSpeaker(ChatSpeaker):
         """There is none."""
 
     def written(self, question: Question) -> str:
-        template = getattr(self.model.config, "prompt_template", None) or BLIP2[self.model.config.model_type]
-        return str(template).format(question.prompt)
+        template = getattr(self.model.config, "prompt_template", None)
+        return str(BLIP2[self.model.config.model_type] if template is None else template).format(question.prompt)
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
-        inputs = self.processor(text=list(texts), images=list(pictures), padding=True, return_tensors="pt")
-        return inputs.to(self.device, self.model.dtype)
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
+        return self.processor(text=list(texts), images=list(pictures), **options)
 
 
 def generation_options(sampling: Sampling) -> dict[str, Any]:
@@ -210,6 +218,8 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
     Raises:
         RecipeError: if that fails.
     """
+    if name.startswith("openai:"):
+        return ApiSpeaker(name, options.batch_size)
     place, revision = _place(name)
     try:
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)

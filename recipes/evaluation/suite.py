@@ -36,7 +36,7 @@ class Case:
 
 
 class Suite(ABC):
-    """One of the paper's, or everybody's, ways to measure a model. A suite is a file; `suites/__init__.py` lists them."""
+    """One of the paper's, or everybody's, ways to measure a model: a file, listed in `suites/__init__.py`."""
 
     name: ClassVar[str]
     title: ClassVar[str]  # a line for tables and help

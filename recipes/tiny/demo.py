@@ -11,6 +11,7 @@ The two stages are the recipes themselves, with `tiny_stage1` and `tiny_stage2`,
     adapter/      what one would publish: the projection, the processor, the model card
     describe.py   describes a picture with it
     scene.png     a picture to describe
+    untrained/    the adapter before stage 1, whose projection is new
     stage1/       the adapter after stage 1
     training.log  what both stages printed
 """
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
         RecipeError: for arguments that are not understood and an output folder that cannot be written.
     """
     args = parse(arguments)
-    folder = prepare_folder(args.output_dir, parts=("stage1", "adapter"))
+    folder = prepare_folder(args.output_dir, parts=("untrained", "stage1", "adapter"))
     started = time.perf_counter()
     is_tiny = args.language_model == TINY
     threads = THREADS if is_tiny else torch.get_num_threads()
@@ -125,7 +126,10 @@ def train_and_describe(
 
     model_args, _, training_args = stage1_pretrain.parse(stage1)
     with numbered_phase("untrained", len(images)) as line:
-        replies["untrained"] = describe(*load_model(model_args, training_args), images, reach=line.reach)
+        model, processor = load_model(model_args, training_args)
+        replies["untrained"] = describe(model, processor, images, reach=line.reach)
+    for part in (model, processor):
+        part.save_pretrained(folder / "untrained")
     with (folder / "training.log").open("w", encoding="utf-8") as log:
         with numbered_phase("train1", 1) as line, redirect_stdout(log):
             trainers["stage1"] = stage1_pretrain.main(stage1, callbacks=[StepsCallback(line)])

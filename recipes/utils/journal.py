@@ -4,15 +4,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from recipes_minigpt4.utils.errors import RecipeError, one_line
-
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a file cannot be locked this way
-    fcntl = None  # type: ignore[assignment]
 
 
 class Journal:
@@ -24,64 +20,67 @@ class Journal:
     Args:
         path: the file; it and its folder are made if they are missing.
 
+    Attributes:
+        lines: all that it holds.
+
     Raises:
         RecipeError: if another process writes into it, it cannot be written, or a whole line of it is no JSON.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, thread_local=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("ab")
+            self._lock.acquire()
+        except Timeout:
+            raise RecipeError(
+                f"Another process writes into {path}; wait until it has ended, or name another folder."
+            ) from None
         except OSError as error:
             raise RecipeError(f"{path} cannot be written ({error.strerror}); name another folder.") from error
         try:
-            self._lock()
+            path.touch()
             _cut_half_line(path)
             self.lines = list(read_journal(path))
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            self._lock.release()
+            raise RecipeError(f"{path} cannot be written ({error.strerror}); name another folder.") from error
         except BaseException:
-            self.close()
+            self._lock.release()
             raise
 
     def append(self, line: Mapping[str, Any]) -> None:
         """
-        Write a line, and hand it to the operating system at once.
+        Write a line whole or not at all, and hand it to the operating system at once.
 
         Raises:
-            RecipeError: if there is no room for it; what was written before stays whole.
+            RecipeError: if there is no room for it; what was written before stays.
         """
+        content, end = json.dumps(line, ensure_ascii=False).encode() + b"\n", self.path.stat().st_size
         try:
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
+            written = 0
+            while written < len(content):  # a disk that is nearly full takes a part, and then tells
+                written += self._file.write(content[written:])
         except OSError as error:
+            os.truncate(self.path, end)
             raise RecipeError(
-                f"{self.path} cannot be written ({error.strerror}); make room and run the command again, which goes on "
-                "where it was."
+                f"{self.path} cannot be written ({error.strerror}); make room and run the command again, which goes "
+                "on where it was."
             ) from error
         self.lines.append(dict(line))
 
     def close(self) -> None:
-        """Let others write. Closing twice does no harm."""
-        try:
-            self._file.close()
-        except OSError:
-            pass  # of a full disk, told already
+        """Let others write."""
+        self._file.close()
+        self._lock.release()
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RecipeError(
-                f"Another process writes into {self.path}; wait until it has ended, or name another folder."
-            ) from error
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:

@@ -32,9 +32,26 @@ _PICTURE = re.compile(
 _NAMES = re.compile(r"(?:TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
 
 
+_TOLD: set[str] = set()  # secrets that look like nothing
+
+
+def remember_secret(value: str) -> None:
+    """Leave a value out of all texts from now on, such as a key whose variable has a name of its own."""
+    if len(value) >= 8:  # shorter ones are words that people put where a key is asked for
+        _TOLD.add(value)
+
+
 def _of_this_process() -> list[str]:
-    """Secrets of the environment, such as the value of HF_TOKEN."""
-    return [value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= 12]
+    """Secrets of the environment, such as the value of HF_TOKEN, and those that were told."""
+    named = [value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= 12]
+    return [*named, *_TOLD]
+
+
+def hide_known_secrets(text: str) -> str:
+    """A text as it is, but for secrets whose very value is known: for what has to be kept to the letter."""
+    for value in _of_this_process():
+        text = text.replace(value, "…")
+    return text
 
 
 def redact(text: str) -> str:
@@ -45,9 +62,7 @@ def redact(text: str) -> str:
     Args:
         text: any text, such as an error's or the address of a dataset.
     """
-    for value in _of_this_process():
-        text = text.replace(value, "…")
-    text = _QUERY.sub(r"\1?…", _PICTURE.sub("…", text))
+    text = _QUERY.sub(r"\1?…", _PICTURE.sub("…", hide_known_secrets(text)))
     return _USER.sub("", _LIKELY.sub(_shortened, text))
 
 

@@ -1,0 +1,1 @@
+"""One client for whoever mends or judges: OpenAI-compatible servers, chat models of transformers, scripted answers."""
