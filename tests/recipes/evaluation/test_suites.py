@@ -137,11 +137,14 @@ def test_a_thing_that_is_there_twice_has_to_be_told_twice() -> None:
     assert told_things(text, things) == (True, False, False)
 
 
-def test_the_judge_of_words_says_nothing_without_captions() -> None:
+def test_rule_judges_know_what_they_have_a_rule_for() -> None:
+    assert [name for name in SUITES if WordsJudge().knows(SUITES[name]())] == ["coverage"]
+    assert [name for name in SUITES if TruthJudge().knows(SUITES[name]())] == ["coverage", "failures"]
     suite = SUITES["failures"]()
-    cases = [suite.case(reply) for reply in replies_to(ask(suite, {}), "A dog.", "Roses")]
-    assert WordsJudge().verdicts(suite, cases) == [(None,), (None,)]
-    assert TruthJudge().verdicts(suite, cases) == [(False,), (False,)]
+    cases = [suite.case(reply) for reply in replies_to(ask(suite, {}), "A dog.", "")]
+    assert TruthJudge().verdicts(suite, cases) == [(False,), (True,)]
+    (reply,) = replies_to(ask(Coverage(), {"caption": "a dog"})[:1], "A dog.")
+    assert TruthJudge().verdicts(Coverage(), [Coverage().case(reply)]) == [(None,)]  # nobody knows what is true
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
