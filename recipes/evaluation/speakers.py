@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import PIL.Image
 import torch
@@ -62,31 +62,49 @@ class ChatSpeaker:
     A model behind `AutoModelForImageTextToText` whose processor has a chat template.
 
     Args:
-        name: folder or repository; `owner/name@revision` for one of its revisions.
-        options: see `SpeakerOptions`.
-
-    Raises:
-        RecipeError: if it cannot be loaded, or has no chat template.
+        model: the model, in evaluation mode.
+        processor: its processor.
+        revision: what tells its weights from others.
+        batch_size: choices that are scored at once.
     """
 
-    def __init__(self, name: str, options: SpeakerOptions) -> None:
-        self.name, self.options = name, options
+    def __init__(self, model: Any, processor: Any, revision: str, batch_size: int = 8) -> None:
+        self.model, self.processor, self.revision, self.batch_size = model, processor, revision, batch_size
+
+    @classmethod
+    def load(cls, name: str, options: SpeakerOptions) -> Self:
+        """
+        Load one.
+
+        Args:
+            name: folder or repository; `owner/name@revision` for one of its revisions.
+            options: see `SpeakerOptions`.
+
+        Raises:
+            RecipeError: if it cannot be loaded, or has no chat template.
+        """
         place, revision = _place(name)
         trusted = {"trust_remote_code": options.trust_remote_code, "revision": revision}
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(place, **trusted)
-            self.model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=options.dtype, **trusted)
+            processor: Any = AutoProcessor.from_pretrained(place, **trusted)
+            model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=options.dtype, **trusted)
         except Exception as error:  # transformers and the Hub say in many ways that something is not there
             raise RecipeError(f"The model {name} cannot be loaded ({one_line(error)}).") from error
-        self.check_template()
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = self.model.to(self.device).eval()
-        self.revision = revision_of(name, self.model.config)
+        cls.check_template(name, processor)
+        model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        return cls(model, processor, revision_of(name, model.config), options.batch_size)
 
-    def check_template(self) -> None:
-        if not getattr(self.processor, "chat_template", None):
+    @classmethod
+    def check_template(cls, name: str, processor: Any) -> None:
+        """
+        See that it can be asked.
+
+        Raises:
+            RecipeError: if it cannot.
+        """
+        if not getattr(processor, "chat_template", None):
             raise RecipeError(
-                f"The processor of {self.name} has no chat template, so nobody knows how to ask it; save one as "
+                f"The processor of {name} has no chat template, so nobody knows how to ask it; save one as "
                 "chat_template.jinja in its folder."
             )
 
@@ -99,22 +117,39 @@ class ChatSpeaker:
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], pictures: Sequence[PIL.Image.Image]) -> list[Said]:
-        texts = [self.written(question) for question in questions]
-        told = self._replies(questions, texts, pictures)
+        texts, sampling = [self.written(question) for question in questions], questions[0].sampling
+        told: list[tuple[str, bool]] = []
+        # Where tokens are drawn, one at a time: nobody's draws depend on the others in a batch.
+        together = 1 if sampling.temperature else len(questions)
+        for start in range(0, len(questions), together):
+            torch.manual_seed(int(questions[start].key[:8], 16))
+            batch = slice(start, start + together)
+            told += self.complete(texts[batch], pictures[batch], sampling)
         scores = self._likelihoods(questions, texts, pictures)
         return [Said(text, finished, of_choices) for (text, finished), of_choices in zip(told, scores, strict=True)]
 
-    def _replies(
-        self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
+    @torch.inference_mode()
+    def complete(
+        self,
+        texts: Sequence[str],
+        pictures: Sequence[PIL.Image.Image],
+        sampling: Sampling,
+        vision_features: torch.Tensor | None = None,
     ) -> list[tuple[str, bool]]:
-        """Text, and whether it ended by itself."""
-        sampling = questions[0].sampling
-        if sampling.temperature and len(questions) > 1:  # so that nobody's draws depend on the others in a batch
-            alone = zip(questions, texts, pictures, strict=True)
-            return [self._replies([question], [text], [picture])[0] for question, text, picture in alone]
-        if sampling.temperature:
-            torch.manual_seed(int(questions[0].key[:8], 16))
+        """
+        What the model says behind prompts, and whether it ended by itself.
+
+        Args:
+            texts: the prompts, as a chat template writes them.
+            pictures: one for each.
+            sampling: how to answer; tokens are drawn from torch's own random numbers.
+            vision_features: `last_hidden_state` of `encode_images` for the pictures, for a model that takes it, so
+                that its vision side has nothing to do.
+        """
         inputs = self._inputs(texts, pictures)
+        if vision_features is not None:
+            inputs.pop("pixel_values")
+            inputs["vision_features"] = vision_features
         ids = self.model.generate(**inputs, **generation_options(sampling))
         prompt = inputs["input_ids"]
         if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
@@ -135,8 +170,8 @@ class ChatSpeaker:
         """Log-likelihood per token of each question's choices: of what follows the tokens that all begin with."""
         pairs = [(place, choice) for place, question in enumerate(questions) for choice in question.choices]
         scores: list[list[float]] = [[] for _ in questions]
-        for start in range(0, len(pairs), self.options.batch_size):
-            batch = pairs[start : start + self.options.batch_size]
+        for start in range(0, len(pairs), self.batch_size):
+            batch = pairs[start : start + self.batch_size]
             seen = [pictures[place] for place, _ in batch]
             # Pads behind: BLIP-2's processor would put those in front between picture and words.
             prompts = self._inputs([texts[place] for place, _ in batch], seen, "right")
@@ -154,12 +189,12 @@ class ChatSpeaker:
         inputs = self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
-        return inputs.to(self.device, self.model.dtype)
+        return inputs.to(self.model.device, self.model.dtype)
 
     def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
         # As in `apply_chat_template`: a template that writes the first token itself gets no second one.
-        first = getattr(self.processor.tokenizer, "bos_token", None)
-        written = bool(first) and all(text.startswith(first) for text in texts)
+        first = self.processor.tokenizer.bos_token
+        written = bool(first) and all(text.startswith(str(first)) for text in texts)
         return self.processor(
             text=list(texts),
             images=[[picture] for picture in pictures],
@@ -175,7 +210,8 @@ class BlipSpeaker(ChatSpeaker):
     A BLIP-2 that was fine-tuned on chats tells the words around a prompt as `prompt_template` in its configuration.
     """
 
-    def check_template(self) -> None:
+    @classmethod
+    def check_template(cls, name: str, processor: Any) -> None:
         """There is none."""
 
     def written(self, question: Question) -> str:
@@ -227,7 +263,7 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
         raise RecipeError(
             f"There is no model at {name} ({one_line(error)}); name a folder, a repository, or openai:URL#MODEL."
         ) from error
-    return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker)(name, options)
+    return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker).load(name, options)
 
 
 def _place(name: str) -> tuple[str, str | None]:
