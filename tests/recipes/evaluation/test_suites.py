@@ -396,10 +396,10 @@ def test_every_suite_is_exact_on_the_embedded_world(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(evaluate, "open_speaker", lambda name, options: {"k": Knowing, "g": Guessing}[name]())
     names = [name for name in SUITES if name in ROWS]
     assert {*SUITES} - {*names} == {"abilities"}
-    results = evaluate.main(
-        ["--models", "knows=k", "guesses=g", "--suites", *names, "--data", "tiny", "--num_samples", "12",
-         "--judge", "truth", "words", "--resamples", "50", "--output_dir", str(tmp_path)]
-    )  # fmt: skip
+    options = ["--models", "knows=k", "guesses=g", "--judge", "truth", "words", "--resamples", "50"]
+    options += ["--output_dir", str(tmp_path)]
+    results = evaluate.main([*options, "--suites", *names, "--data", "tiny", "--num_samples", "12"])
+    assert evaluate.main([*options, "--from_replies"])["suites"] == results["suites"]
     told = {
         label: {
             suite: {name: number["value"] for name, number in numbers["models"][label].items()}
