@@ -191,10 +191,10 @@ def _picture(row: Mapping[str, Any], folder: Path, place: int) -> Picture | None
         value = lowered.get(column)
         if isinstance(value, Mapping):
             if value.get("bytes") is not None:
-                return Picture(str(value.get("path") or place), value["bytes"])
+                return Picture(_shown(folder / str(value.get("path") or place), folder), value["bytes"])
             value = value.get("path")
         if isinstance(value, Path) or (isinstance(value, str) and value):
-            return Picture(str(value), folder / value)
+            return Picture(_shown(folder / value, folder), folder / value)
         if value is not None and not isinstance(value, str):
             return Picture(str(place), value)
     for column in BESIDE:
@@ -202,6 +202,11 @@ def _picture(row: Mapping[str, Any], folder: Path, place: int) -> Picture | None
             path = _numbered(folder, row[column])
             return Picture(path.name, path)
     return None
+
+
+def _shown(path: Path, folder: Path) -> str:
+    """The name of a picture, which is written down and shown: nobody has to know where on a machine it lies."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 
 def _numbered(folder: Path, number: Any) -> Path:

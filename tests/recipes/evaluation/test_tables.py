@@ -128,6 +128,16 @@ def test_a_table_with_pictures_inside(folder: Path) -> None:
     assert questions[0].picture.digest == open_rows(Places([str(folder / "pictures")]))[0]["image"].digest
 
 
+def test_a_folder_with_metadata_and_names_without_the_machines_folders(folder: Path, write: Callable) -> None:
+    rows = [{"file_name": name, "question": "What?", "answer": name} for name in NAMES]
+    write("pictures/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    questions = ask("gqa", folder, str(folder / "pictures"), "--split", "train")
+    assert [question.picture.name for question in questions] == list(NAMES)
+    assert [question.facts["answer"] for question in questions] == list(NAMES)
+    with pytest.raises(RecipeError, match=r"with the split validation cannot be opened .*'train'"):
+        ask("gqa", folder, str(folder / "pictures"))
+
+
 def test_a_folder_of_kinds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, kind in enumerate(("meme", "poem")):
         (folder / "ours" / kind).mkdir(parents=True)
