@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_minigpt4.evaluation.evaluation_tables import (
+    Table,
     agreement_table,
     circumstances,
     differences_table,
@@ -22,6 +23,9 @@ from recipes_minigpt4.utils.html import render_page, render_table
 
 
 Told = Mapping[str, Mapping[str, Sequence[Reply]]]  # suite → label → replies
+STYLE = """body { max-width: 80rem; }
+@media (min-width: 40.01rem) { .wide table { font-size: .9rem; } .wide td { white-space: pre; } }
+"""
 LONGEST = 600  # characters of what is true about a picture
 
 
@@ -33,15 +37,18 @@ def render_html(folder: Path, results: Mapping[str, Any], told: Told) -> str:
 {_paper(results)}
 {_skipped(results)}
 {suites}"""
-    return render_page("Evaluation", body, "body { max-width: 80rem; }")
+    return render_page("Evaluation", body, STYLE)
 
 
 def _paragraphs(sentences: Sequence[str]) -> str:
     return "\n".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
 
 
-def _wide(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
-    return f'<div class="wide">\n{render_table(*table)}\n</div>'
+def _wide(table: Table) -> str:
+    """A table whose intervals stand below their numbers, where there is room for columns."""
+    header, rows = table
+    broken = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
+    return f'<div class="wide">\n{render_table(header, broken)}\n</div>'
 
 
 def _paper(results: Mapping[str, Any]) -> str:
@@ -60,7 +67,7 @@ def _skipped(results: Mapping[str, Any]) -> str:
 
 def _suite(folder: Path, name: str, numbers: Mapping[str, Any], replies: Mapping[str, Sequence[Reply]]) -> str:
     meanings = " ".join(
-        f"{measure['title'].capitalize()}: {measure['meaning']}"
+        f"{measure['title'][:1].upper()}{measure['title'][1:]}: {measure['meaning']}"
         for measure in numbers["measures"].values()
         if measure["meaning"]
     )
@@ -85,9 +92,9 @@ def _examples(folder: Path, numbers: Mapping[str, Any], replies: Mapping[str, Se
     by_key = {label: {reply.key: reply for reply in said} for label, said in replies.items()}
     chosen = numbers["examples"]
     parts = []
-    for title, examples in (("Lowest scores", chosen["worst"]), ("Highest scores", chosen["best"])):
+    for title, examples in (("Worst", chosen["worst"]), ("Best", chosen["best"])):
         if examples:
-            parts.append(f"<h3>{title} of {escape(chosen['label'])}</h3>")
+            parts.append(f"<h3>{title} replies of {escape(chosen['label'])}</h3>")
         for example in examples:
             said = {label: told[example["key"]] for label, told in by_key.items() if example["key"] in told}
             parts.append(_article(folder, example, numbers["measures"][example["measure"]], said))

@@ -129,7 +129,7 @@ def _paper_row(row: Mapping[str, Any], measure: Mapping[str, Any]) -> list[str]:
     told = "better, in words" if row["ours"] is None else pair((row["ours"], row["theirs"]))
     return [
         f"Table {row['table']}, {row['suite']}: {measure['title']}",
-        row["verdict"] + (f": {row['reason']}" if row["reason"] else ""),
+        row["verdict"],
         MODELS[row["other"]],
         told,
         pair(row["here"]),
@@ -146,6 +146,10 @@ def told_of_paper(results: Mapping[str, Any]) -> list[str]:
     }
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     sentences = [f"Beside the paper: of {len(rows)} comparisons {told}."] if rows else []
+    without = [name for name in MODELS if any(name in row["missing"] for row in rows)]
+    if without:
+        told = ", ".join(without)
+        sentences.append(f"Without numbers here: {told}. A model is known by its label, or by --paper_labels.")
     if missing := left_out(results["suites"]):
         sentences.append(missing)
     return sentences

@@ -17,7 +17,7 @@ MODELS = {  # name in the paper's comparisons → what it is
     "no_qformer": "without the Q-Former",
     "three_layers": "three projection layers",
     "qformer_tuned": "Q-Former tuned",
-    "vqa_lora": "Vicuna with LoRA, tuned on VQA data",
+    "vqa_lora": "LoRA, tuned on VQA",
 }
 ALSO = {"ours": OURS}  # other labels that are understood
 
@@ -129,27 +129,28 @@ def compare(suites: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -
         names: as `paper_labels` tells them.
 
     Returns:
-        Rows with the claim, the numbers `here`, their `difference` (ours minus theirs), the `verdict`, and its
-        `reason` where models cannot be compared.
+        Rows, those that can be compared first: the claim, the numbers `here`, their `difference` (ours minus theirs),
+        the `verdict`, and the `missing` models, as the paper calls them.
     """
-    return [
+    rows = [
         _compared(claim, suites[claim.suite], names)
         for claim in CLAIMS
         if claim.suite in suites and claim.measure in suites[claim.suite]["measures"]
     ]
+    return sorted(rows, key=lambda row: row["verdict"] == NOT_COMPARABLE)
 
 
 def _compared(claim: Claim, numbers: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     models = numbers["models"]
     labels = [names.get(name) for name in (OURS, claim.other)]
     here = [models[label][claim.measure]["value"] if label in models else None for label in labels]
-    row = {**claim._asdict(), "labels": labels, "here": here, "difference": None, "reason": None}
     missing = [name for name, value in zip((OURS, claim.other), here, strict=True) if value is None]
+    row = {**claim._asdict(), "labels": labels, "here": here, "difference": None, "missing": missing}
     if missing:
-        return {**row, "verdict": NOT_COMPARABLE, "reason": f"no {' and '.join(missing)}"}
+        return {**row, "verdict": NOT_COMPARABLE}
     row["difference"] = difference = difference_of(numbers, labels[0], labels[1], claim.measure)
     if numbers["pictures"] < FEWEST:
-        return {**row, "verdict": NOT_COMPARABLE, "reason": f"fewer than {FEWEST} pictures"}
+        return {**row, "verdict": NOT_COMPARABLE}
     low, high = difference["low"], difference["high"]
     if low <= 0 <= high:
         return {**row, "verdict": UNCLEAR}

@@ -72,7 +72,7 @@ def test_verdicts(numbers: dict[str, Any], verdict: str) -> None:
 
 def test_a_model_that_is_not_there_is_not_compared() -> None:
     (row,) = compare({"failures": numbers_of(0.1, 0.5, 0.3, 0.5)}, {"stage2": "stage2"})
-    assert (row["verdict"], row["reason"], row["here"]) == ("not comparable", "no stage1", [0.1, None])
+    assert (row["verdict"], row["missing"], row["here"]) == ("not comparable", ["stage1"], [0.1, None])
 
 
 def test_claims_are_about_measures_that_there_are() -> None:
@@ -128,7 +128,7 @@ def test_the_tables_of_a_report(folder: Path, capsys) -> None:
 def test_worst_and_best_replies_stand_with_their_pictures(folder: Path) -> None:
     run(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    worst, best = (page.index(f"<h3>{which} scores of stage2</h3>") for which in ("Lowest", "Highest"))
+    worst, best = (page.index(f"<h3>{which} replies of stage2</h3>") for which in ("Worst", "Best"))
     articles = re.findall(r"<article>.*?</article>", page, re.DOTALL)
     assert len(articles) == 6 and worst < page.index(articles[0]) < best < page.index(articles[3])
     assert "&lt;b&gt;A cut&lt;/b&gt; &amp;" in articles[0] and "stage2 · failures, detailed 100.0%" in articles[0]
