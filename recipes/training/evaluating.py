@@ -1,6 +1,6 @@
 """Evaluation while a run trains: loss and accuracy of all answer tokens of a split, by the same fast step.
 
-    minigpt4 stage1 --config tiny_stage1 --eval_dataset_name tiny --eval_strategy steps --eval_steps 50
+minigpt4 stage1 --config tiny_stage1 --eval_dataset_name tiny --eval_strategy steps --eval_steps 50
 """
 
 import time
@@ -77,7 +77,6 @@ class EvaluationMixin:
     _is_causal: bool
     leave_out: Callable[[float], None]
     is_world_process_zero: Callable[[], bool]
-    splits_sequences: bool
 
     evaluation_left_out: list[Mapping[str, str]]  # records of samples that are left out ahead
     _scores: Scores | None = None  # while it evaluates
@@ -176,10 +175,16 @@ class EvaluationMixin:
             scores.add(score_batch(model, inputs, is_causal))
         return None, None, None
 
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether several processes share the tokens of a row."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled)
+
     # ---- the best checkpoint ------------------------------------------------------------------------------------
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether the step is the best so far; one that leaves no checkpoint is not compared, for none could load it."""
+        """Whether the step is the best so far; one that leaves no checkpoint is not compared."""
         best_only = getattr(self.args.save_strategy, "value", self.args.save_strategy) == "best"
         if not (best_only or self.control.should_save):
             return False
