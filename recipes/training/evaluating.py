@@ -64,7 +64,7 @@ class EvaluationMixin:
     Loss, accuracy and entropy are those of all answer tokens of the split together, on all processes. Samples that
     cannot be used are left out and told once. Training goes on as if nothing had been: random numbers are as before,
     and images per second do not count the time. With `compute_metrics`, for `predict`, and for rows of unknown length
-    it is TRL's and transformers' own evaluation.
+    it is transformers' own evaluation, with the logits of all tokens where they are asked for.
     """
 
     # What the Trainer brings.
@@ -160,20 +160,28 @@ class EvaluationMixin:
         scores = self._scores
         if scores is not None and (counts := inputs.get(COUNTS)) is not None:
             scores.count(counts)
-        if scores is None or not prediction_loss_only or not inputs.keys() >= SCORED or self.splits_sequences:
+        if not inputs.keys() >= SCORED or self.splits_sequences:
             found: Any = super().prediction_step(  # type: ignore[misc]
                 model, inputs, prediction_loss_only, ignore_keys
             )
             return found  # type: ignore[no-any-return]
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        is_causal = self._is_causal
-        if "label_positions" not in inputs:  # a row ends in a picture, so that the last column has to stay
-            learned = inputs["labels"] != -100
-            learned[:, 0] = False
-            inputs["label_positions"], is_causal = learned.flatten().nonzero().squeeze(-1), False
         with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            scores.add(score_batch(model, inputs, is_causal))
-        return None, None, None
+            if scores is not None and prediction_loss_only:
+                scores.add(self._score(model, inputs))
+                return None, None, None
+            loss: torch.Tensor = self.compute_loss(model, dict(inputs))  # type: ignore[attr-defined]
+            if prediction_loss_only:
+                return loss, None, None
+            plain = {name: value for name, value in inputs.items() if name not in ("labels", "label_positions")}
+            return loss, model(**plain, use_cache=False).logits, inputs["labels"]
+
+    def _score(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        if "label_positions" in inputs:
+            return score_batch(model, inputs, self._is_causal)
+        learned = inputs["labels"] != -100  # of a row that ends in a picture, so that the last column has to stay
+        learned[:, 0] = False
+        return score_batch(model, {**inputs, "label_positions": learned.flatten().nonzero().squeeze(-1)}, False)
 
     @property
     def splits_sequences(self) -> bool:

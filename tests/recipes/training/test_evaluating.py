@@ -128,6 +128,15 @@ def test_a_step_of_evaluation_keeps_no_logits(train: Callable, monkeypatch: pyte
     assert not any(vision or logits is not None for _, vision, logits in seen)
 
 
+def test_metrics_of_ones_own_get_logits(train: Callable) -> None:
+    seen = []
+    trainer = train(max_steps=1)
+    trainer.compute_metrics = lambda found: seen.append((found.predictions.shape, found.label_ids.shape)) or {}
+    assert 0 < trainer.evaluate()["eval_loss"] < 20
+    ((logits, labels),) = seen
+    assert labels[0] == 16 and logits == (*labels, trainer.model.config.text_config.vocab_size)
+
+
 def test_logged_lines_and_the_card_tell_the_evaluation(train: Callable, tmp_path: Path, capsys) -> None:
     trainer = train(max_steps=4, eval_on_start=True, save_strategy="steps", save_steps=2)
     lines = capsys.readouterr().out.splitlines()
