@@ -1,6 +1,6 @@
 """Evaluation while a run trains: loss and accuracy of all answer tokens of a split, by the same fast step.
 
-    minigpt4 stage1 --config tiny_stage1 --eval_dataset_name tiny --eval_strategy steps --eval_steps 50
+minigpt4 stage1 --config tiny_stage1 --eval_dataset_name tiny --eval_strategy steps --eval_steps 50
 """
 
 import time
@@ -64,7 +64,7 @@ class EvaluationMixin:
     Loss, accuracy and entropy are those of all answer tokens of the split together, on all processes. Samples that
     cannot be used are left out and told once. Training goes on as if nothing had been: random numbers are as before,
     and images per second do not count the time. With `compute_metrics`, for `predict`, and for rows of unknown length
-    it is TRL's and transformers' own evaluation.
+    it is transformers' own evaluation, with the logits of all tokens where they are asked for.
     """
 
     # What the Trainer brings.
@@ -77,7 +77,6 @@ class EvaluationMixin:
     _is_causal: bool
     leave_out: Callable[[float], None]
     is_world_process_zero: Callable[[], bool]
-    splits_sequences: bool
 
     evaluation_left_out: list[Mapping[str, str]]  # records of samples that are left out ahead
     _scores: Scores | None = None  # while it evaluates
@@ -161,25 +160,39 @@ class EvaluationMixin:
         scores = self._scores
         if scores is not None and (counts := inputs.get(COUNTS)) is not None:
             scores.count(counts)
-        if scores is None or not prediction_loss_only or not inputs.keys() >= SCORED or self.splits_sequences:
+        if not inputs.keys() >= SCORED or self.splits_sequences:
             found: Any = super().prediction_step(  # type: ignore[misc]
                 model, inputs, prediction_loss_only, ignore_keys
             )
             return found  # type: ignore[no-any-return]
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        is_causal = self._is_causal
-        if "label_positions" not in inputs:  # a row ends in a picture, so that the last column has to stay
-            learned = inputs["labels"] != -100
-            learned[:, 0] = False
-            inputs["label_positions"], is_causal = learned.flatten().nonzero().squeeze(-1), False
         with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            scores.add(score_batch(model, inputs, is_causal))
-        return None, None, None
+            if scores is not None and prediction_loss_only:
+                scores.add(self._score(model, inputs))
+                return None, None, None
+            loss: torch.Tensor = self.compute_loss(model, dict(inputs))  # type: ignore[attr-defined]
+            if prediction_loss_only:
+                return loss, None, None
+            plain = {name: value for name, value in inputs.items() if name not in ("labels", "label_positions")}
+            return loss, model(**plain, use_cache=False).logits, inputs["labels"]
+
+    def _score(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        if "label_positions" in inputs:
+            return score_batch(model, inputs, self._is_causal)
+        learned = inputs["labels"] != -100  # of a row that ends in a picture, so that the last column has to stay
+        learned[:, 0] = False
+        return score_batch(model, {**inputs, "label_positions": learned.flatten().nonzero().squeeze(-1)}, False)
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether several processes share the tokens of a row."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled)
 
     # ---- the best checkpoint ------------------------------------------------------------------------------------
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether the step is the best so far; one that leaves no checkpoint is not compared, for none could load it."""
+        """Whether the step is the best so far; one that leaves no checkpoint is not compared."""
         best_only = getattr(self.args.save_strategy, "value", self.args.save_strategy) == "best"
         if not (best_only or self.control.should_save):
             return False
