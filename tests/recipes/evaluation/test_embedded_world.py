@@ -40,10 +40,8 @@ class Teller:
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
     monkeypatch.setattr(evaluate, "open_speaker", lambda name, options: Teller(int(name)))
     suites = ["coverage", "failures", "chair", "captions"]
-    return evaluate.main(
-        ["--config", "tiny_evaluate", "--models", "true=0", "false=1", "--suites", *suites]
-        + ["--num_samples", str(COUNT), "--output_dir", str(tmp_path / "out")]
-    )
+    models = ["--models", "true=0", "false=1", "--num_samples", str(COUNT), "--output_dir", str(tmp_path / "out")]
+    return evaluate.main(["--config", "tiny_evaluate", *models, "--suites", *suites])
 
 
 @pytest.mark.parametrize("label, expected", [("true", TRUE), ("false", FALSE)])

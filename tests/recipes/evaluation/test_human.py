@@ -3,12 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, find_browser
+from browser import Browser
 from stored_replies import store_replies
 
 from recipes_minigpt4.evaluation import evaluate
@@ -197,15 +197,6 @@ def test_files_that_are_none(folder: Path) -> None:
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if (path := find_browser()) is None:
-        pytest.skip("there is no Chromium")
-    opened = Browser(path, tmp_path_factory.mktemp("profile"), tmp_path_factory.mktemp("downloads"))
-    yield opened
-    opened.close()
 
 
 def test_a_person_judges_in_a_browser(tmp_path: Path, browser: Browser) -> None:
