@@ -13,7 +13,9 @@ _EMPTY = frozenset(  # words without content
         out over she some that the their them there they this to under up was were while which who with"""
     )
 )
-_ANSWER = re.compile(r"\banswer\b(?:\s+is)?\W{0,4}\b(yes|no)\b", re.IGNORECASE)
+_ANSWER = re.compile(r"\banswer\b(?:\s+is)?\W{0,4}\b(yes|no)\b")
+_BOTH = re.compile(r"\byes\W+(?:(?:and|or)\W+)?no\b|\bno\W+(?:and|or)\W+yes\b", re.IGNORECASE)
+_CONCLUDING = frozenset({"so", "therefore", "thus", "hence", "then", "is", "be", "verdict"})
 _CLOSING = "\"'”’)]* "
 
 
@@ -57,10 +59,16 @@ def content_share(wanted: str, text: str) -> float:
 
 def yes_or_no(text: str) -> bool | None:
     """
-    What a text answers to a question, by its first word, its last word, and what it calls its answer.
+    What a text answers to a question: its first word, its last one behind "so" or "is", and what it calls its answer.
 
     None if none of them is yes or no, or if they differ: a "no" somewhere in a sentence is no answer.
     """
+    text = _BOTH.sub(" ", text)
     words = words_of(text)
-    said = {*words[:1], *words[-1:], *map(str.lower, _ANSWER.findall(text))} & {"yes", "no"}
+    said = {*_ANSWER.findall(text.lower())}
+    if words[1:2] not in (["doubt"], ["wonder"], ["question"]):
+        said |= {*words[:1]}
+    if words[-2:-1] and words[-2] in _CONCLUDING:
+        said |= {words[-1]}
+    said &= {"yes", "no"}
     return said == {"yes"} if len(said) == 1 else None

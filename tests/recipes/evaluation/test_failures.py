@@ -173,10 +173,12 @@ def test_language_of_short_texts(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("Yes", True), ("no.", False), ("**Yes**, it does.", True), ("No, it does not say yes.", None),
+    [("Yes", True), ("no.", False), ("**Yes**, it does.", True), ("No, it does not say yes.", False),
      ("The answer is yes.", True), ("Answer: (no)", False), ("It repeats itself, so yes.", True),
      ("Yes and no.", None), ("yes or no", None), ("yes/no", None), ("", None), ("Maybe.", None),
-     ("There is no doubt about it.", None), ("No, on the whole yes", None), ("Nothing", None)],
+     ("There is no doubt about it.", None), ("No, or rather: the answer is yes", None), ("Nothing", None),
+     ("I cannot say yes or no.", None), ("I would not say yes", None),
+     ("No doubt it fails.", None), ("It is not finished; the verdict: no", False), ("Yes/No: yes", True)],
 )  # fmt: skip
 def test_yes_or_no(text: str, said: bool | None) -> None:
     assert yes_or_no(text) is said
