@@ -142,9 +142,19 @@ def test_a_file_speaks_of_its_own_suite_alone(folder: Path) -> None:
     run(folder, "--judge", "human")
     file = save(deck_of(folder, "failures"), folder / "anna.jsonl", lambda shown: "no")
     results = run(folder, "--judge", f"human:{file}")
-    assert results["skipped"] == {"coverage": "it needs a judge: name one with --judge"}
+    assert results["skipped"] == {"coverage": "human:anna.jsonl cannot judge it: name another one with --judge"}
     judges = results["suites"]["failures"]["judges"]
     assert judges["agreement"][0]["other"] == "the suite itself" and judges["agreement"][0]["same"] == 1.0
+
+
+def test_what_people_have_nothing_to_do_with_is_told(folder: Path) -> None:
+    run(folder, "--judge", "human")
+    file = save(deck_of(folder), folder / "anna.jsonl", truth)
+    store_replies(folder, SUITES["captions"](), SAID)
+    with pytest.raises(RecipeError, match=r"anna\.jsonl judges coverage, and the suites here are captions"):
+        run(folder, "--suites", "captions", "--judge", f"human:{file}")
+    with pytest.raises(RecipeError, match="--judge human has nothing to show: no reply of captions is judged"):
+        run(folder, "--suites", "captions", "--judge", "human")
 
 
 def change(path: Path, old: str, new: str) -> None:
