@@ -21,7 +21,8 @@ from typing import Any
 from recipes_minigpt4.evaluation.evaluate_options import parse
 from recipes_minigpt4.evaluation.evaluation_report import write_reports
 from recipes_minigpt4.evaluation.examples import choose_examples
-from recipes_minigpt4.evaluation.human import HUMAN, write_judge_page
+from recipes_minigpt4.evaluation.human import HUMAN, check_people, write_judge_page
+from recipes_minigpt4.evaluation.judging import Judge
 from recipes_minigpt4.evaluation.model_index import card_folders, write_results
 from recipes_minigpt4.evaluation.numbers import Answered, check_alike, suite_numbers
 from recipes_minigpt4.evaluation.opening import open_judges, open_questions, place_of
@@ -190,6 +191,7 @@ def refuse_bad(replies: Sequence[Reply], max_bad_share: float) -> None:
 def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies]) -> dict[str, Any]:
     """The numbers of all suites, and how far judges agree."""
     judges = open_judges(args, folder)
+    check_people(judges, [SUITES[name].from_options(args) for name in told])
     results: dict[str, Any] = {"suites": {}, "skipped": {}, "to_judge": {}}
     names = paper_labels(args.paper_labels, [label for replies in told.values() for label in replies])
     for name, replies in told.items():
@@ -198,7 +200,7 @@ def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies])
             results["to_judge"][name] = str(write_judge_page(folder, suite, cases, args.seed))
         verdicts = judge_replies(suite, replies, [judge for judge in judges if judge.knows(suite)])
         if suite.needs_judge and not verdicts:
-            results["skipped"][name] = unjudged(name, results["to_judge"].get(name))
+            results["skipped"][name] = unjudged(results["to_judge"].get(name), judges)
             continue
         first = next(iter(verdicts), None)
         answered = {
@@ -209,13 +211,17 @@ def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies])
         numbers["judges"] = judges_told(suite, replies, verdicts, judges)
         numbers["examples"] = choose_examples(suite, answered, focus_of(list(answered), names))
         results["suites"][name] = numbers
+    if HUMAN in args.judge and not results["to_judge"]:
+        raise RecipeError(f"--judge {HUMAN} has nothing to show: no reply of {', '.join(told)} is judged by people.")
     results["paper"] = compare(results["suites"], names)
     results["run"] = {**read_facts(folder), "judges": [judge.name for judge in judges]}
     return results
 
 
-def unjudged(suite: str, page: str | None) -> str:
+def unjudged(page: str | None, judges: Sequence[Judge]) -> str:
     """Why a suite that needs a judge has no numbers, and what to do."""
+    if page is None and judges:
+        return f"{' and '.join(judge.name for judge in judges)} cannot judge it: name another one with --judge"
     if page is None:
         return "it needs a judge: name one with --judge"
     return f"nobody has judged it yet: open {page}, and name the file that it saves with --judge {HUMAN}:FILE"

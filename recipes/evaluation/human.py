@@ -108,10 +108,14 @@ class PersonJudge:
         self.path, self.name = path, name
         self._decisions = read_decisions(path)
 
+    @property
+    def suites(self) -> set[str]:
+        """Names of the suites that the file has decisions on."""
+        return {str(shown.get("suite")) for shown in self._decisions.shown.values()}
+
     def knows(self, suite: Suite) -> bool:
-        """Whether the file has decisions on a suite, or lines that may have been such."""
-        suites = {shown.get("suite") for shown in self._decisions.shown.values()}
-        return suite.name in suites or not suites
+        """Whether the file has decisions on a suite, or nothing but lines that may have been such."""
+        return suite.name in self.suites or not self.suites
 
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         """
@@ -138,6 +142,21 @@ class PersonJudge:
             f"page that --judge {HUMAN} writes for these replies, or name the models and the folder that the file "
             "belongs to."
         )
+
+
+def check_people(judges: Sequence[object], suites: Sequence[Suite]) -> None:
+    """
+    See that every person has judged something of what is computed.
+
+    Raises:
+        RecipeError: if a file is about other suites alone.
+    """
+    for judge in judges:
+        if isinstance(judge, PersonJudge) and not any(judge.knows(suite) for suite in suites):
+            raise RecipeError(
+                f"{judge.path} judges {' and '.join(sorted(judge.suites))}, and the suites here are "
+                f"{', '.join(suite.name for suite in suites)}; name another file, or that suite with --suites."
+            )
 
 
 def open_people(specs: Sequence[str]) -> list[PersonJudge]:

@@ -67,6 +67,8 @@ def open_judges(args: argparse.Namespace, folder: Path) -> list[Judge]:
         RecipeError: if one cannot be had.
     """
     people = open_people([spec for spec in args.judge if spec.startswith(f"{HUMAN}:")])
+    if twice := [spec for spec in args.judge if args.judge.count(spec) > 1]:
+        raise RecipeError(f"--judge names {twice[0]} twice; --judge_repeats 2 asks a judge twice.")
     specs = [spec for spec in args.judge if spec != HUMAN]
     return [people.pop(0) if spec.startswith(f"{HUMAN}:") else _open_judge(spec, args, folder) for spec in specs]
 

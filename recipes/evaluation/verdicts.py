@@ -4,14 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes_minigpt4.evaluation.judging import Judge, ModelJudge, TruthJudge, agreement
-from recipes_minigpt4.evaluation.replies import Replies
+from recipes_minigpt4.evaluation.replies import Replies, Reply
 from recipes_minigpt4.evaluation.suite import Case, Suite, Verdict
 
 
 def cases_of(suite: Suite, replies: Replies) -> list[Case]:
     """What a judge is asked about the replies of all models."""
-    found = (suite.case(reply) for said in replies.values() for reply in said)
+    found = (_case(suite, reply) for said in replies.values() for reply in said)
     return [case for case in found if case is not None]
+
+
+def _case(suite: Suite, reply: Reply) -> Case | None:
+    """What a judge is asked about a reply; nothing where there is none, for its picture could not be read."""
+    return None if reply.error else suite.case(reply)
 
 
 def judge_replies(
@@ -19,7 +24,7 @@ def judge_replies(
 ) -> dict[str, dict[str, list[Verdict | None]]]:
     """Judge → label → a verdict per reply; None for one that needs none."""
     told: dict[str, dict[str, list[Verdict | None]]] = {}
-    cases = [(label, suite.case(reply)) for label, said in replies.items() for reply in said]
+    cases = [(label, _case(suite, reply)) for label, said in replies.items() for reply in said]
     wanted = [case for _, case in cases if case is not None]
     for judge in judges if wanted else ():
         answers = iter(judge.verdicts(suite, wanted))

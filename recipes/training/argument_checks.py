@@ -251,7 +251,7 @@ def check_evaluation(settings: Any, data: Any) -> None:
     """
     asked = [name for name in EVALUATION if _plain(getattr(settings, name)) not in (False, None, "no")]
     if _plain(settings.save_strategy) == "best":
-        asked.append("save_strategy")
+        asked.insert(0, "save_strategy")
     if settings.do_predict:
         raise RecipeError("--do_predict has no effect in a stage; leave it out.")
     given = [] if data is None else [name for name in data_arguments.EVALUATION if getattr(data, name)]

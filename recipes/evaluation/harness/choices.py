@@ -5,6 +5,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from processing_minigpt4.image_opening_minigpt4 import open_image
+
 
 _ALONE = re.compile(r"\W*([A-Za-z])\W*")
 _BRACKETS = re.compile(r"\(([A-Z])\)")
@@ -21,6 +23,11 @@ def question(doc: Mapping[str, Any]) -> str:
 def with_picture(doc: Mapping[str, Any]) -> str:
     """`question` as lm-evaluation-harness takes it, with the place of the picture."""
     return f"<image>{question(doc)}"
+
+
+def pictures(doc: Mapping[str, Any]) -> list[Any]:
+    """The picture of a row, which may stand there as a path."""
+    return [open_image(doc["image"], keep_transparency=True)]
 
 
 def right_letter(doc: Mapping[str, Any]) -> str:

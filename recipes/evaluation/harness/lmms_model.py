@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
@@ -76,7 +76,7 @@ class MiniGPT4(lmms):
                     self.cache_hook.add_partial("generate_until", asked, text)
         return replies
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """The mean loss of every reply that is asked for, the lower the likelier, and whether it is the likeliest."""
         found: list[tuple[float, bool]] = []
         for batch in self._batches(range(len(requests))):
@@ -87,7 +87,7 @@ class MiniGPT4(lmms):
                 chats.append(chat_about(visuals(doc) or [], text))
                 replies.append(wanted if isinstance(wanted, str) else wanted(doc))
             found += losses(self.model, self.processor, chats, replies)
-        return found
+        return [GenerationResult(text=pair) for pair in found]  # lmms-eval 0.7.3 makes text of a bare pair
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("The model minigpt4 of lmms-eval answers tasks of one round; choose such a task.")

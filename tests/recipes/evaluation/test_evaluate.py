@@ -237,11 +237,12 @@ def test_a_suite_that_needs_a_judge_says_so(run: Callable, parrots: dict, capsys
         ({"models": "one=1 one=2"}, "--models names one twice"),
         ({"data": "chair=x"}, "The suite failures has no data; name any pictures: .* with --data failures=PLACE"),
         ({"data": "nowhere.json"}, "nowhere.json"),
+        ({"more": ("--judge", "words", "words")}, "--judge names words twice; --judge_repeats 2 asks a judge twice"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(run: Callable, parrots: dict, changes: dict, reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
-        run(**changes)
+        run(*changes.pop("more", ()), **changes)
 
 
 def test_a_picture_that_cannot_be_read_stops_the_run_unless_few_are_allowed(

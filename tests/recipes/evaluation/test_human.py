@@ -142,9 +142,19 @@ def test_a_file_speaks_of_its_own_suite_alone(folder: Path) -> None:
     run(folder, "--judge", "human")
     file = save(deck_of(folder, "failures"), folder / "anna.jsonl", lambda shown: "no")
     results = run(folder, "--judge", f"human:{file}")
-    assert results["skipped"] == {"coverage": "it needs a judge: name one with --judge"}
+    assert results["skipped"] == {"coverage": "human:anna.jsonl cannot judge it: name another one with --judge"}
     judges = results["suites"]["failures"]["judges"]
     assert judges["agreement"][0]["other"] == "the suite itself" and judges["agreement"][0]["same"] == 1.0
+
+
+def test_what_people_have_nothing_to_do_with_is_told(folder: Path) -> None:
+    run(folder, "--judge", "human")
+    file = save(deck_of(folder), folder / "anna.jsonl", truth)
+    store_replies(folder, SUITES["captions"](), SAID)
+    with pytest.raises(RecipeError, match=r"anna\.jsonl judges coverage, and the suites here are captions"):
+        run(folder, "--suites", "captions", "--judge", f"human:{file}")
+    with pytest.raises(RecipeError, match="--judge human has nothing to show: no reply of captions is judged"):
+        run(folder, "--suites", "captions", "--judge", "human")
 
 
 def change(path: Path, old: str, new: str) -> None:
@@ -243,6 +253,20 @@ def test_a_person_judges_in_a_browser(tmp_path: Path, browser: Browser) -> None:
     numbers = run(tmp_path, "--judge", f"human:{file}")["suites"]["coverage"]
     assert numbers["models"]["ours"]["covered"]["value"] == pytest.approx(5 * 3 / 300)
     assert numbers["judges"]["unread"] == {"human:decisions-coverage.jsonl": 0}
+
+
+def test_another_person_begins_anew(folder: Path, browser: Browser) -> None:
+    run(folder, "--judge", "human")
+    browser.open(folder / "judge-coverage.html")
+    for key in "121":
+        browser.press(key)
+    count = "document.getElementById('count').textContent"
+    browser.click("#forget")
+    assert browser.evaluate(count) == "3 of 10 decided"  # one click is none
+    browser.click("#forget")
+    assert browser.evaluate(count) == "0 of 10 decided"
+    browser.open(folder / "judge-coverage.html")
+    assert browser.evaluate(count) == "0 of 10 decided"
 
 
 def test_texts_are_shown_as_they_are_at_any_width(folder: Path, browser: Browser) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,22 @@ def test_half_a_line_is_cut_off_and_asked_again(connect: Callable, said: list, t
     assert [row["text"] for row in rows] == ["A", "B", "C", "D"]
 
 
-def test_what_is_under_way_when_nobody_listens_any_more_is_kept(connect: Callable, said: list) -> None:
-    client = connect()
+def test_what_is_under_way_when_nobody_listens_any_more_is_kept(tmp_path: Path) -> None:
+    said, second_is_asked, go_on = [], threading.Event(), threading.Event()
+
+    def answer(request: Request) -> str:
+        said.append(request.messages[0]["content"])
+        if len(said) == 2:
+            second_is_asked.set()
+            go_on.wait(10)
+        return said[-1].upper()
+
+    client = stub_client(answer, ClientOptions(cache=tmp_path))
     asking = client.ask(requests("abcd"))
     next(asking)
+    assert second_is_asked.wait(10)
     asking.close()
+    threading.Timer(0.2, go_on.set).start()
     assert texts(client, "abcd") == ["A", "B", "C", "D"] and said == [*"abcd"]
 
 

@@ -186,7 +186,6 @@ TROUBLE: dict[str, tuple[dict[str, Any], str]] = {
     "500": ({"status": 500, "body": {"error": {"message": "oh"}}}, "500: oh"),
     "503 as plain text": ({"status": 503, "body": b"busy", "kind": "text/plain"}, "503: busy"),
     "closed": ({"close": True}, "the connection broke (Server disconnected without sending a response)"),
-    "hangs": ({"hang": True}, "no answer within 0.3 s"),
     "HTML": (
         {"body": b"<html>Log in</html>", "kind": "text/html"},
         "it answered, but not in JSON (text/html: <html>Log in</html>)",
@@ -205,12 +204,20 @@ TROUBLE: dict[str, tuple[dict[str, Any], str]] = {
 def test_trouble_is_tried_again_and_told_in_the_end(
     server: ChatServer, connect: Callable, clock: TestClock, plan: dict, reason: str
 ) -> None:
-    timeout = 0.3 if plan.get("hang") else 20
     server.next(times=2, **plan)
-    assert answers(connect(attempts=3, timeout=timeout), "a") == [Answer("A", 3, 1, attempts=3, finish_reason="stop")]
+    assert answers(connect(attempts=3), "a") == [Answer("A", 3, 1, attempts=3, finish_reason="stop")]
     server.next(times=2, **plan)
-    assert answers(connect(attempts=2, timeout=timeout), "a") == [Failure(reason, 2)]
+    assert answers(connect(attempts=2), "a") == [Failure(reason, 2)]
     assert 1 <= clock.pauses[0] <= 2 and 1 <= clock.pauses[1] <= 4 and len(clock.pauses) == 3
+
+
+def test_a_server_that_hangs_is_waited_for_as_long_as_allowed(
+    server: ChatServer, connect: Callable, tmp_path: Path
+) -> None:
+    server.next(times=2, hang=True)
+    client = connect(attempts=2, timeout=0.2, cache=tmp_path)
+    assert answers(client, "a") == [Failure("no answer within 0.2 s", 2)]
+    assert answers(connect(cache=tmp_path), "a")[0].text == "A"  # a failure is not kept
 
 
 FINAL: dict[str, tuple[dict[str, Any], str]] = {
@@ -332,10 +339,10 @@ PRICES = {"price_per_million_prompt_tokens": 0.0, "price_per_million_completion_
 def test_the_budget_is_never_exceeded(server: ChatServer, connect: Callable) -> None:
     client = connect(max_cost=10.5, concurrency=4, **PRICES)
     got = []
-    with pytest.raises(BudgetError, match=r"^--max_cost 10\.5 does not suffice: (8|9|10) is spent, .* cost 3; raise"):
+    with pytest.raises(BudgetError, match=r"^--max_cost 10\.5 does not suffice: 8 is spent, .* cost 3; raise"):
         got.extend(client.ask([ask(f"say {number}", max_tokens=3) for number in range(20)]))
     paid = sum(answer.cost for _, answer in got)
-    assert paid == 2 * len(server.seen) and 8 <= paid <= 10.5
+    assert paid == 2 * len(server.seen) == 8
 
 
 def test_the_budget_counts_what_an_earlier_start_paid(server: ChatServer, connect: Callable, tmp_path: Path) -> None:

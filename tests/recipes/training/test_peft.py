@@ -14,7 +14,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
@@ -137,26 +136,21 @@ def test_resuming_says_nothing_about_missing_tensors(stage: Callable, caplog: py
     assert not [record.message for record in caplog.records if "missing keys" in record.message]
 
 
-def test_best_checkpoint_brings_its_adapter_back(stage: Callable, pairs_file: Path, tmp_path: Path) -> None:
-    class Trainer(stage2_finetune.MiniGPT4Trainer):
-        def __init__(self, *args, **kwargs):
-            for name, value in evaluation.items():
-                setattr(kwargs["args"], name, value)
-            super().__init__(*args, eval_dataset=kwargs["train_dataset"], **kwargs)
+def test_best_checkpoint_brings_its_adapter_back(
+    stage: Callable, uneven_pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = stage2_finetune.MiniGPT4Trainer.evaluate
 
-        def evaluate(self, *args, **kwargs):
-            metrics = super().evaluate(*args, **kwargs)
-            metrics["eval_loss"] = float(self.state.global_step)  # the first is the best
-            return metrics
+    def first_is_best(trainer, *args, **kwargs):
+        return {**evaluate(trainer, *args, **kwargs), "eval_loss": float(trainer.state.global_step)}
 
-    evaluation = {  # of a trainer made in Python, as a stage has no data for it
-        "eval_strategy": IntervalStrategy.STEPS, "eval_steps": 1, "load_best_model_at_end": True,
-        "metric_for_best_model": "loss", "greater_is_better": False,
+    monkeypatch.setattr(stage2_finetune.MiniGPT4Trainer, "evaluate", first_is_best)
+    evaluation = {
+        "eval_dataset_name": uneven_pairs_file, "eval_strategy": "steps", "eval_steps": 1,
+        "load_best_model_at_end": True,
     }  # fmt: skip
     fields = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "peft_config": json.dumps(LORA)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage2_finetune, "MiniGPT4Trainer", Trainer)
-        stage2_finetune.main(stage(**fields))
+    stage2_finetune.main(stage(**fields, **evaluation))
     assert same_tensors(tmp_path / "run", tmp_path / "run" / "checkpoint-1")
     assert not same_tensors(tmp_path / "run", tmp_path / "run" / "checkpoint-3")
 
