@@ -86,16 +86,14 @@ class SendingClient:
         return self.sender.name
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | Failure]]:
-        return ask_what_is_new(self.cache, requests, self._ask_new, self._count)
+        self._workers.wait()
+        yield from ask_what_is_new(self.cache, requests, self._workers.results, self._count)
 
     def _count(self, keys: Sequence[str]) -> None:
         """What was paid for these requests in earlier starts belongs to the budget of this run."""
         for key in set(keys) - self._counted:
             self.budget.spend(self.cache.cost(key))
         self._counted.update(keys)
-
-    def _ask_new(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | Failure]]:
-        return self._workers.results(requests)
 
     def _ask_one(self, request: Request, stop: threading.Event) -> Answer | Failure:
         key = request.key(self.name)

@@ -27,6 +27,11 @@ class Workers(Generic[Job, Result]):
         self._work, self._number = work, threads
         self._left_alone: list[threading.Thread] = []  # whose results nobody waits for any more
 
+    def wait(self) -> None:
+        """Wait for what was under way when somebody stopped to iterate: it may be asked for again."""
+        _join(self._left_alone)
+        self._left_alone.clear()
+
     def results(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
         """
         The result of each job with its number.
@@ -34,8 +39,6 @@ class Workers(Generic[Job, Result]):
         The first error ends all and is raised. Whoever stops to iterate, by Ctrl-C too, does not wait for what is
         under way: it ends by itself, or with the process.
         """
-        _join(self._left_alone)  # what is under way may be asked for again
-        self._left_alone.clear()
         stop = threading.Event()
         todo = iter(enumerate(jobs))
         one_at_a_time = threading.Lock()
