@@ -16,7 +16,14 @@ from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processo
 from recipes_minigpt4.evaluation.harness import TASKS, main
 from recipes_minigpt4.evaluation.harness import scenes as rows
 from recipes_minigpt4.evaluation.harness.chats import chat_about, generation_options, losses, reply
-from recipes_minigpt4.evaluation.harness.choices import judge, question, read_choice, right_letter, with_picture
+from recipes_minigpt4.evaluation.harness.choices import (
+    judge,
+    pictures,
+    question,
+    read_choice,
+    right_letter,
+    with_picture,
+)
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE, VISION_BACKBONE, metrics
 from recipes_minigpt4.tiny.demo import INSTRUCTION, MAX_NEW_TOKENS
 from recipes_minigpt4.tiny.scenes import evaluation_scenes
@@ -118,6 +125,15 @@ def test_the_question_has_its_choices_with_letters() -> None:
         "What is on the plate?\n(A) dog\n(B) hot dog\n(C) cat\n(D) A\nAnswer with the letter of the right choice."
     )
     assert with_picture(DOC) == "<image>" + question(DOC) and right_letter(DOC) == "B"
+
+
+def test_a_picture_may_stand_there_as_a_path(tmp_path: Path) -> None:
+    ((image, _),) = evaluation_scenes(1, 0)
+    image.save(tmp_path / "0.png")
+    for given in (image, str(tmp_path / "0.png")):
+        assert [one.tobytes() for one in pictures({"image": given})] == [image.tobytes()]
+    with pytest.raises(ValueError, match=r"No image could be read from .*1\.png"):
+        pictures({"image": str(tmp_path / "1.png")})
 
 
 @pytest.mark.parametrize(
