@@ -102,7 +102,7 @@ def test_numbers_are_those_of_all_answer_tokens(command: str, train: Callable, u
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"dataloader_drop_last": True}, {"dataloader_num_workers": 1},
+    "fields", [{}, {"neftune_noise_alpha": 5}, {"dataloader_drop_last": True}, {"dataloader_num_workers": 1},
                {"train_sampling_strategy": "group_by_length"}, {"label_smoothing_factor": 0.2},
                {"bf16": True}],
     ids=lambda fields: next(iter(fields), "plain"),
