@@ -92,9 +92,7 @@ WATCHING = {
 EVALUATION = {
     "eval_strategy": Option("no", "When to evaluate: no, steps (and at the end) or epoch."),
     "eval_steps": Option(None, "Steps between two evaluations. Default: save_steps."),
-    "eval_suites": Option(
-        None, "Suites of `minigpt4 evaluate` on a few rows at every evaluation: failures, captions. They take time."
-    ),
+    "eval_suites": Option(None, "What a few held-out rows are asked then: failures, captions. Default: nothing."),
     "eval_suite_rows": Option(16, "How many of the held-out rows the suites ask about."),
     "eval_on_start": Option(False, "Evaluate before the first step as well."),
     "per_device_eval_batch_size": Option(8, "Rows of a batch of evaluation, on each GPU."),
@@ -149,6 +147,7 @@ RARE = (
     "hub_private_repo",
     "language",
     "eval_num_samples",
+    "shuffle_buffer",
     "eval_image_column",
     "eval_text_column",
     "eval_image_folder",
