@@ -1,0 +1,147 @@
+"""The model describes every picture; a short reply is continued once, and both are joined (paper, section 3.2)."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL.Image
+import torch
+
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from recipes_minigpt4.curation.store import Step, fingerprint
+from recipes_minigpt4.evaluation.questions import Sampling
+from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions, generation_options
+from recipes_minigpt4.utils.progress import phase
+
+
+ENOUGH_TOKENS = 80  # a reply of no more is continued
+
+
+class Draft(NamedTuple):
+    """
+    What the model said about a picture.
+
+    Args:
+        text: both replies, joined.
+        tokens: of the first reply, by the model's own tokenizer.
+        continued: whether it was asked to go on.
+    """
+
+    text: str
+    tokens: int
+    continued: bool
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The words of both turns."""
+
+    describe: str
+    continue_: str
+
+
+class Describer(ChatSpeaker):
+    """
+    A chat model that describes pictures in two turns, whose vision side sees each picture once.
+
+    Args:
+        name: folder or repository of the model.
+        options: see `SpeakerOptions`.
+        prompts: the words.
+        sampling: of each turn.
+
+    Raises:
+        RecipeError: if it cannot be loaded, or has no chat template.
+    """
+
+    def __init__(self, name: str, options: SpeakerOptions, prompts: Prompts, sampling: Sampling) -> None:
+        super().__init__(name, options)
+        self.prompts, self.sampling = prompts, sampling
+        self.made = fingerprint(
+            model=self.revision, prompts=asdict(prompts), sampling=asdict(sampling), enough=ENOUGH_TOKENS
+        )
+
+    @torch.inference_mode()
+    def describe(self, pictures: Sequence[PIL.Image.Image]) -> list[Draft]:
+        """Descriptions of pictures that are open, in order."""
+        seen = self._see(pictures)
+        asked = [[_said("user", self.prompts.describe, picture=True)] for _ in pictures]
+        first = self._turn(asked, seen, pictures)
+        short = [place for place, (_, tokens) in enumerate(first) if tokens <= ENOUGH_TOKENS]
+        longer = [
+            [*asked[place], _said("assistant", first[place][0]), _said("user", self.prompts.continue_)]
+            for place in short
+        ]
+        picked = None if seen is None else seen[short]
+        more = dict(zip(short, self._turn(longer, picked, [pictures[place] for place in short]), strict=True))
+        return [
+            Draft(f"{text} {more[place][0]}".strip() if place in more else text, tokens, place in more)
+            for place, (text, tokens) in enumerate(first)
+        ]
+
+    def _see(self, pictures: Sequence[PIL.Image.Image]) -> torch.Tensor | None:
+        """Features of the frozen vision side, which both turns use; None for a model that takes pictures alone."""
+        if not isinstance(self.model, MiniGPT4ForConditionalGeneration):
+            return None
+        pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+        features: torch.Tensor = self.model.model.encode_images(
+            pixels.to(self.device, self.model.dtype)
+        ).last_hidden_state
+        return features
+
+    def _turn(
+        self, chats: Sequence[Any], seen: torch.Tensor | None, pictures: Sequence[PIL.Image.Image]
+    ) -> list[tuple[str, int]]:
+        """A reply to each chat, and how many tokens it has."""
+        if not chats:
+            return []
+        texts = [
+            self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats
+        ]
+        inputs = self._inputs(texts, pictures)
+        if seen is not None:
+            inputs.pop("pixel_values")
+            inputs["vision_features"] = seen
+        ids = self.model.generate(**inputs, **generation_options(self.sampling))
+        prompt = inputs["input_ids"]
+        if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
+            ids = ids[:, prompt.shape[1] :]
+        replies = self.processor.post_process_image_text_to_text(ids, skip_special_tokens=True)
+        tokenizer = self.processor.tokenizer
+        return [
+            (text.strip(), len(tokenizer(text.strip(), add_special_tokens=False)["input_ids"])) for text in replies
+        ]
+
+
+def _said(role: str, text: str, picture: bool = False) -> dict[str, Any]:
+    parts = [{"type": "image"}] if picture else []
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def describe_all(folder: Path, rows: Sequence[Mapping[str, Any]], describer: Describer, batch_size: int) -> str:
+    """Describe the pictures that were not described in this way yet; returns the fingerprint of it."""
+    made = describer.made
+    with Step(folder, "drafts") as step:
+        left = [row for row in rows if step.get(row["picture"], made) is None]
+        if (old := step.made_otherwise(made)) and left:
+            print(
+                f"{old} pictures were described before, by another model or with other words; they are described anew, "
+                "and the old descriptions are kept.",
+                flush=True,
+            )
+        with phase("Describe", len(left)) as line:
+            for done, batch in _batches(left, batch_size):
+                pictures = [PIL.Image.open(folder / row["file"]).convert("RGB") for row in batch]
+                for row, draft in zip(batch, describer.describe(pictures), strict=True):
+                    step.put(row["picture"], made, **draft._asdict())
+                line.reach(done)
+    return made
+
+
+def _batches(rows: Sequence[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
+    rest, done = iter(rows), 0
+    while batch := list(islice(rest, size)):
+        done += len(batch)
+        yield done, batch
