@@ -344,7 +344,8 @@ class MiniGPT4GenerationMixin(GenerationMixin):
         Write replies; see [`~transformers.GenerationMixin.generate`].
 
         Each row ends at EOS or at the separator of the chat template (`generation_config.separator`, `###` for the
-        original), which is kept; the processor's post-processing takes it off. Where no text has a place for a
+        original), which is kept; the processor's post-processing takes it off. `max_length`, if it is passed, holds
+        even where the checkpoint's generation config has `max_new_tokens`. Where no text has a place for a
         picture, or there is no text at all, one picture per row goes in front, behind BOS: the format of stage 1.
 
         `generation_config.penalize_prompt = False` lets `repetition_penalty` count words of the reply alone, as in the
@@ -358,8 +359,10 @@ class MiniGPT4GenerationMixin(GenerationMixin):
             input_ids, kwargs = self._make_places(input_ids, pictures, kwargs)
         if input_ids is not None and input_ids.ndim == 2:
             check_length(input_ids.shape[1], self.config.text_config, room=1)
-        found = super().generate(input_ids, *args, **kwargs)
         config = kwargs.get("generation_config", args[0] if args else None)
+        if config is None and kwargs.get("max_length") is not None:
+            kwargs.setdefault("max_new_tokens", None)  # the caller's limit, and not the one that the checkpoint brings
+        found = super().generate(input_ids, *args, **kwargs)
         if config is None or self.config.image_token_id not in _flat(config.suppress_tokens):
             return found
         return self._close_replies(found, config, 0 if input_ids is None else input_ids.shape[1])

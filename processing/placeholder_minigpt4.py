@@ -1,7 +1,9 @@
-"""The image placeholder where a tokenizer is asked for it, although it is no word of its vocabulary."""
+"""What a processor's tokenizer knows beside its vocabulary: the image placeholder, and where replies end."""
 
 import itertools
 from typing import Any
+
+from .chat_templates_minigpt4 import SEPARATOR
 
 
 class PlaceholderMixin:
@@ -9,7 +11,7 @@ class PlaceholderMixin:
     Lets the tokenizer of a processor answer for the placeholder, which collators and harnesses look up there.
 
     Only look-ups of that one object know a word more: its vocabulary, what it makes of texts and what it saves stay as
-    they are.
+    they are. Without special tokens, its texts end where the processor's do: before the template's separator.
     """
 
     # What the class that this is mixed into brings.
@@ -17,6 +19,7 @@ class PlaceholderMixin:
     image_token: str
     image_token_id: int
     decode: Any
+    separator: Any
 
     def _teach_tokenizer(self) -> None:
         tokenizer = self.tokenizer
@@ -53,13 +56,20 @@ class PlaceholderMixin:
         return tokens
 
     def _decode_with_pictures(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """`decode` of the tokenizer; ids with placeholders are decoded as the processor does."""
+        """`decode` of the tokenizer; placeholders, and a separator at the end, are as the processor has them."""
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, (list, tuple)) and ids and isinstance(ids[0], (list, tuple)):
             return [self._decode_with_pictures(row, *args, **kwargs) for row in ids]
         if ids == self.image_token_id or (isinstance(ids, (list, tuple)) and self.image_token_id in ids):
             return self.decode(ids, *args, **kwargs)
-        return type(self.tokenizer).decode(self.tokenizer, token_ids, *args, **kwargs)
+        text = type(self.tokenizer).decode(self.tokenizer, token_ids, *args, **kwargs)
+        skips = args[0] if args else kwargs.get("skip_special_tokens", False)
+        return self._without_separator(text) if skips else text
+
+    def _without_separator(self, text: str) -> str:
+        """A text without the separator at its very end, where the chat template ends replies with one."""
+        ends = text.rstrip().endswith(SEPARATOR) and self.separator is not None
+        return text.rstrip().rstrip(SEPARATOR) if ends else text  # "####" begins with one, where a reply is over
 
 
 __all__ = ["PlaceholderMixin"]

@@ -12,7 +12,6 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 
 from .batch_minigpt4 import MiniGPT4Batch
 from .chat_templates_minigpt4 import (
-    SEPARATOR,
     available_chat_templates,
     knows_parts,
     load_chat_template,
@@ -434,8 +433,7 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
         if isinstance(ids, (list, tuple)) and ids and not isinstance(ids[0], int):
             return self.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
         text = self._decode_row([ids] if isinstance(ids, int) else list(ids), skip_special_tokens, kwargs)
-        ends = skip_special_tokens and text.rstrip().endswith(SEPARATOR) and self.separator is not None
-        return text.rstrip().rstrip(SEPARATOR) if ends else text  # "####" begins with one, where a reply is over
+        return self._without_separator(text) if skip_special_tokens else text
 
     def _decode_row(self, ids: list[int], skip_special_tokens: bool, kwargs: dict[str, Any]) -> str:
         placeholder = "" if skip_special_tokens else self.image_token

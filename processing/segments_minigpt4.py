@@ -226,14 +226,14 @@ def decode_ids(
     options: dict[str, Any],
 ) -> str:
     """Text of ids: what stands between pictures decoded apart, as it was tokenized, and each picture `placeholder`."""
-    texts, start = [], 0
+    texts, start, own = [], 0, type(tokenizer).decode  # its object cuts a separator off every piece
     while start < len(ids):
         end = start
         is_image = ids[start] == image_token_id
         while end < len(ids) and (ids[end] == image_token_id) is is_image:
             end += 1
         pictures = -(-(end - start) // num_image_tokens)
-        texts.append(placeholder * pictures if is_image else tokenizer.decode(ids[start:end], **options))
+        texts.append(placeholder * pictures if is_image else own(tokenizer, ids[start:end], **options))
         start = end
     return "".join(texts)
 

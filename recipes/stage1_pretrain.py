@@ -24,6 +24,7 @@ if __name__ == "__main__":  # under `accelerate launch -m`: the command, before 
 from transformers import TrainerCallback
 
 from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.evaluation_split import load_evaluation_pairs
 from recipes_minigpt4.data.formatting import stage1_rows
 from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.training.argument_checks import check_length, check_start
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
 
     # Data, which are looked at before a model is loaded
     pairs = load_pairs(data_args, stage=1, seed=training_args.seed)
+    held_out = load_evaluation_pairs(data_args, 1, pairs)
     check_length(training_args, pairs)
 
     # Model: frozen backbones and a new projection
@@ -54,12 +56,14 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
 
     # Rows: pairs as prompt–completion rows
     rows = stage1_rows(pairs, processor, data_args, grouping=training_args.grouping)
+    held_out_rows = None if held_out is None else stage1_rows(held_out, processor, data_args)
 
     # Training
     trainer = MiniGPT4Trainer(
         model=model,
         args=training_args,
         train_dataset=rows,
+        eval_dataset=held_out_rows,
         processing_class=processor,
         callbacks=list(callbacks),
         dataset_name=data_args.dataset_name,

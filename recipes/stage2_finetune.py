@@ -26,6 +26,7 @@ if __name__ == "__main__":  # under `accelerate launch -m`: the command, before 
 from transformers import TrainerCallback
 
 from recipes_minigpt4.data.arguments import DataArguments
+from recipes_minigpt4.data.evaluation_split import load_evaluation_pairs
 from recipes_minigpt4.data.formatting import stage2_rows
 from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.training.argument_checks import check_length, check_start
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
 
     # Data, which are looked at before a model is loaded
     pairs = load_pairs(data_args, stage=2, seed=training_args.seed)
+    held_out = load_evaluation_pairs(data_args, 2, pairs)
     check_length(training_args, pairs)
 
     # Model: the adapter of stage 1 and its frozen backbones
@@ -66,12 +68,14 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
 
     # Rows: pairs as prompt–completion rows, each with one of the four instructions
     rows = stage2_rows(pairs, processor, data_args, seed=training_args.seed, grouping=training_args.grouping)
+    held_out_rows = None if held_out is None else stage2_rows(held_out, processor, data_args, training_args.seed)
 
     # Training
     trainer = MiniGPT4Trainer(
         model=model,
         args=training_args,
         train_dataset=rows,
+        eval_dataset=held_out_rows,
         processing_class=processor,
         callbacks=list(callbacks),
         dataset_name=data_args.dataset_name,

@@ -95,6 +95,8 @@ def test_wheel_holds_three_packages_and_their_data(wheel: Path) -> None:
         "recipes_minigpt4/accelerate/fsdp2.yaml",
         "recipes_minigpt4/configs/tiny_stage1.yaml",
         "recipes_minigpt4/configs/ablations/baseline.yaml",
+        "recipes_minigpt4/evaluation/harness/lm_eval_tasks/minigpt4_scenes.yaml",
+        "recipes_minigpt4/evaluation/harness/lmms_eval_tasks/minigpt4_scenes.yaml",
         "recipes_minigpt4/hub/card_template.md",
         "recipes_minigpt4/tiny/backbones/llama/model.safetensors",
         "recipes_minigpt4/tiny/backbones/blip2/model.safetensors",
@@ -110,6 +112,17 @@ def test_cards_of_the_recipes_are_found_by_the_model(site: Path, tmp_path: Path)
     print(entry_points(group=CARDS)["recipes"].load().__name__)
     """
     assert run(script, tmp_path, site, without=("trl", "datasets", "peft")) == "render_card\n"
+
+
+def test_lmms_eval_is_told_of_a_file_that_the_wheel_has(wheel: Path, site: Path, tmp_path: Path) -> None:
+    script = """
+    from importlib.metadata import entry_points
+    (model,) = entry_points(group="lmms_eval.models")
+    print(model.name, model.value)
+    """
+    name, value = run(script, tmp_path, site).split()
+    file = value.replace(".", "/").replace(":manifest", ".py")
+    assert name == "minigpt4" and "def manifest()" in zipfile.ZipFile(wheel).read(file).decode()
 
 
 def test_core_imports_without_any_extra(site: Path, tmp_path: Path) -> None:

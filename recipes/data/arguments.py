@@ -1,7 +1,7 @@
 """What to train on: the arguments that both stages share."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from recipes_minigpt4.utils.errors import RecipeError
@@ -66,6 +66,28 @@ class DataArguments:
         metadata={"help": "Share of samples, 0 to 1, that may be damaged before the run stops. They are skipped."},
     )
 
+    # What is evaluated on while training
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset to evaluate on, of any kind that dataset_name takes. Default: that of dataset_name."},
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, slices allowed. Default: validation."}
+    )
+    eval_num_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on only so many samples, the first ones. Default: all."}
+    )
+    eval_image_column: str | None = field(
+        default=None, metadata={"help": "Column with pictures to evaluate on. Default: as in training."}
+    )
+    eval_text_column: str | None = field(
+        default=None, metadata={"help": "Column with text to evaluate on. Default: as in training."}
+    )
+    eval_image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder that relative paths of pictures to evaluate on start from. Default: image_folder."},
+    )
+
     # What becomes of a row
     max_txt_len: int | None = field(
         default=None,
@@ -94,6 +116,14 @@ class DataArguments:
         if self.dataset_weights is not None:
             self.dataset_weights = _numbers("dataset_weights", self.dataset_weights)
         check_ranges(self)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there are data to evaluate on."""
+        return bool(self.eval_dataset_name or self.eval_split)
+
+
+EVALUATION = tuple(one.name for one in fields(DataArguments) if one.name.startswith("eval_"))
 
 
 def _columns(option: str, value: Any, names: list[str] | None) -> list[str] | None:

@@ -27,6 +27,7 @@ from recipes_minigpt4.data.files import (
     refuse_address,
     writable_cache,
 )
+from recipes_minigpt4.data.splits import take_slice
 from recipes_minigpt4.data.streaming import shuffle_blocks, shuffle_shards
 from recipes_minigpt4.data.webdataset import stream_tars, tars_named
 from recipes_minigpt4.utils.embedded_world import TINY, stage_examples
@@ -44,6 +45,7 @@ CHAT = Features(
 )
 MIXED = Features({**ASKED, **CHAT})
 SHARDS = 64  # of data that lie on disk, when they are streamed
+TINY_HELD_OUT = 240  # samples of the embedded world's split `validation`
 
 
 def features_of(columns: Columns) -> Features:
@@ -111,7 +113,7 @@ def open_source(
         A dataset with the columns `image` and `text`, or a stream with those of `PAIR`; in stage 2 see `load_pairs`.
     """
     if name == TINY:
-        return _tiny_pairs(stage, args.num_samples)
+        return _tiny_pairs(stage, args.num_samples, args.dataset_split)
     named = (column_of(args.image_column, place), column_of(args.text_column, place))
     if (pattern := tars_named(name)) is not None:
 
@@ -130,9 +132,9 @@ def _open_rows(
     """Open a table, a folder, or a dataset of the Hub."""
     dataset: Dataset | IterableDataset
     if os.path.isfile(path):
-        dataset, folder = open_table(path), path.parent
+        dataset, folder = take_slice(open_table(path), args.dataset_split), path.parent
     elif (path / "filter_cap.json").is_file():
-        dataset, folder = _open_curated(path, args.max_bad_share), path
+        dataset, folder = take_slice(_open_curated(path, args.max_bad_share), args.dataset_split), path
     elif pictures := captioned_pictures(path, args.dataset_split):
         dataset, folder = Dataset.from_dict(pictures), path
     else:
@@ -227,10 +229,13 @@ def _stored(image: Any, folder: str | None) -> dict[str, Any] | None:
     return {"bytes": None, "path": image if folder is None or "://" in image else str(Path(folder, image))}
 
 
-def _tiny_pairs(stage: int, count: int | None) -> Dataset:
-    """Draw the training pairs of the embedded world, by default as many as its own stage has."""
+def _tiny_pairs(stage: int, count: int | None, split: str) -> Dataset:
+    """Draw pairs of the embedded world: by default as many as its own stage trains on, or `TINY_HELD_OUT`."""
     examples = stage_examples(stage)
-    pairs = examples() if count is None else examples(count)
+    if split == "validation":
+        pairs = examples(count or TINY_HELD_OUT, reserved=True)
+    else:
+        pairs = examples() if count is None else examples(count)
     columns = {"image": [pair["image"] for pair in pairs], "text": [pair["caption"] for pair in pairs]}
     return Dataset.from_dict(columns, features=Features({"image": Image(), "text": Value("string")}))
 

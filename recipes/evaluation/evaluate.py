@@ -20,13 +20,15 @@ from typing import Any
 
 from recipes_minigpt4.evaluation.evaluate_options import parse
 from recipes_minigpt4.evaluation.evaluation_report import write_reports
-from recipes_minigpt4.evaluation.judging import agreement
+from recipes_minigpt4.evaluation.human import HUMAN, write_judge_page
+from recipes_minigpt4.evaluation.judging import Judge, TruthJudge, agreement
 from recipes_minigpt4.evaluation.numbers import Answered, check_alike, suite_numbers
 from recipes_minigpt4.evaluation.opening import open_judges, open_questions
+from recipes_minigpt4.evaluation.pictures import keep_pictures
 from recipes_minigpt4.evaluation.questions import Question
 from recipes_minigpt4.evaluation.replies import Reply, ReplyStore, read_replies, reply_to
 from recipes_minigpt4.evaluation.speakers import SpeakerOptions, open_speaker
-from recipes_minigpt4.evaluation.suite import Suite, Verdict
+from recipes_minigpt4.evaluation.suite import Case, Suite, Verdict
 from recipes_minigpt4.evaluation.suites import SUITES
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.files import prepare_folder
@@ -86,7 +88,7 @@ def collect_replies(args: argparse.Namespace, folder: Path) -> dict[str, Replies
     models = labelled(args.models)
     if not args.suites:
         raise RecipeError(f"No suite; name some of {', '.join(SUITES)} with --suites.")
-    asked = {name: open_questions(SUITES[name](), args) for name in args.suites}
+    asked = {name: open_questions(SUITES[name].from_options(args), args) for name in args.suites}
     told: dict[str, Replies] = {name: {} for name in asked}
     for label, model in models.items():
         options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
@@ -99,6 +101,7 @@ def collect_replies(args: argparse.Namespace, folder: Path) -> dict[str, Replies
             finally:
                 store.close()
             refuse_bad(told[name][label], args.max_bad_share)
+    keep_pictures(folder, [question for questions in asked.values() for question in questions])
     return told
 
 
@@ -181,12 +184,14 @@ def refuse_bad(replies: Sequence[Reply], max_bad_share: float) -> None:
 def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies]) -> dict[str, Any]:
     """The numbers of all suites, and how far judges agree."""
     judges = open_judges(args, folder)
-    results: dict[str, Any] = {"suites": {}, "skipped": {}}
+    results: dict[str, Any] = {"suites": {}, "skipped": {}, "to_judge": {}}
     for name, replies in told.items():
-        suite = SUITES[name]()
-        verdicts = judge_replies(suite, replies, judges)
-        if suite.needs_judge and not judges:
-            results["skipped"][name] = "it needs a judge: name one with --judge"
+        suite = SUITES[name].from_options(args)
+        if HUMAN in args.judge and (cases := cases_of(suite, replies)):
+            results["to_judge"][name] = str(write_judge_page(folder, suite, cases, args.seed))
+        verdicts = judge_replies(suite, replies, [judge for judge in judges if judge.knows(suite)])
+        if suite.needs_judge and not verdicts:
+            results["skipped"][name] = unjudged(name, results["to_judge"].get(name))
             continue
         first = next(iter(verdicts), None)
         answered = {
@@ -199,7 +204,22 @@ def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies])
     return results
 
 
-def judge_replies(suite: Suite, replies: Replies, judges: Sequence[Any]) -> dict[str, dict[str, list[Verdict | None]]]:
+def unjudged(suite: str, page: str | None) -> str:
+    """Why a suite that needs a judge has no numbers, and what to do."""
+    if page is None:
+        return "it needs a judge: name one with --judge"
+    return f"nobody has judged it yet: open {page}, and name the file that it saves with --judge {HUMAN}:FILE"
+
+
+def cases_of(suite: Suite, replies: Replies) -> list[Case]:
+    """What a judge is asked about the replies of all models."""
+    found = (suite.case(reply) for said in replies.values() for reply in said)
+    return [case for case in found if case is not None]
+
+
+def judge_replies(
+    suite: Suite, replies: Replies, judges: Sequence[Judge]
+) -> dict[str, dict[str, list[Verdict | None]]]:
     """Judge → label → a verdict per reply; None for one that needs none."""
     told: dict[str, dict[str, list[Verdict | None]]] = {}
     cases = [(label, suite.case(reply)) for label, said in replies.items() for reply in said]
@@ -221,7 +241,7 @@ def judges_told(
         name: [verdict for label in replies for verdict in of_judge[label]] for name, of_judge in verdicts.items()
     }
     own = [suite.own_verdict(reply) for said in replies.values() for reply in said]
-    if flat and any(verdict is not None for verdict in own):
+    if flat and TruthJudge.name not in flat and any(verdict is not None for verdict in own):
         flat["the suite itself"] = own
     names = list(flat)
     return {

@@ -3,15 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.llm.options import add_client_options
-from recipes_minigpt4.utils.command_line import CommandParser, one_spelling
-from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.yaml_options import parse_with_config
 
 
 SUITE_NAMES = ("coverage", "failures", "abilities", "chair", "aokvqa", "gqa", "pope", "captions")
@@ -42,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--images", type=Path, metavar="DIR", help="folder of the pictures that files name; default: beside the file")
     add("--split", default="validation", help="of a dataset; default: %(default)s")
+    add(
+        "--synonyms",
+        type=Path,
+        metavar="FILE",
+        help="words for the objects of the suite chair: per line a name and other words, separated by commas; "
+        "default: those of COCO's 80 categories",
+    )
     add("--num_samples", type=in_range(COUNT), metavar="N", help="rows of each suite, a seeded sample; default: all")
     add("--seed", type=in_range(SEED), default=0, help="of the sample; default: %(default)s")
     add(
@@ -70,8 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="JUDGE",
-        help="who says yes or no: local:MODEL, openai:MODEL, human (writes a page), human:DECISIONS.jsonl; the numbers "
-        "are those of the first, and its agreement with the others is told",
+        help="who says yes or no: local:MODEL, openai:MODEL, human (writes a page), human:DECISIONS.jsonl, words (a "
+        "rule for captions), truth (of the embedded world, or a suite's rules); the numbers are those of the first, "
+        "and its agreement with the others is told",
     )
     judges.add_argument(
         "--judge_repeats",
@@ -92,36 +97,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         RecipeError: for options that are not understood.
     """
-    parser = build_parser()
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    config = first.parse_known_args(one_spelling(arguments))[0].config
-    return parser.parse_args([*(_options_of(config, parser) if config else ()), *arguments])
-
-
-def _options_of(config: str, parser: argparse.ArgumentParser) -> list[str]:
-    """The fields of a YAML file as a command line has them."""
-    path = shipped_configs().get(config, Path(config).expanduser())
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"--config {config} cannot be read ({one_line(error)}); name a YAML file.") from error
-    if not isinstance(fields, dict):
-        raise RecipeError(f"--config {config} holds no fields; write `suites: [failures]` and the like into it.")
-    known = {action.dest: action for action in parser._actions}
-    options: list[str] = []
-    for name, value in fields.items():
-        if name not in known or name in ("config", "help"):
-            raise RecipeError(f"--config {config} has the field {name!r}, which is no option of `minigpt4 evaluate`.")
-        if known[name].nargs == 0:
-            options += [f"--{name}"] if value else []
-        elif value is not None:
-            options += [f"--{name}", *_texts(value)]
-    return options
-
-
-def _texts(value: Any) -> list[str]:
-    """A field as arguments: a list is several, and a mapping has a label before each."""
-    if isinstance(value, dict):
-        return [f"{label}={','.join(_texts(place))}" for label, place in value.items()]
-    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    return parse_with_config(build_parser(), arguments, shipped_configs())

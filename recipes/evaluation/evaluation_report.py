@@ -16,6 +16,9 @@ def write_reports(folder: Path, results: Mapping[str, Any], told: Mapping[str, A
         print(format_table(*suite_table(numbers)))
     for name, reason in results["skipped"].items():
         print(f"\n{name}: no numbers, because {reason}.")
+    for name, page in results["to_judge"].items():
+        if name not in results["skipped"]:
+            print(f"\n{name}: people judge on {page}.")
 
 
 def suite_table(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -5,16 +5,21 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from recipes_minigpt4.evaluation.suite import Case, Suite, Verdict
+from recipes_minigpt4.evaluation.words import content_share
 from recipes_minigpt4.llm.exchange import Answer, Client, Request
 
 
 MAX_TOKENS = 256  # of an answer, which is a few words
+MOST = 0.75  # share of a caption's content words from which on the rule judge takes it for covered
 
 
 class Judge(Protocol):
     """Whoever says yes or no to a case's questions."""
 
     name: str
+
+    def knows(self, suite: Suite) -> bool:
+        """Whether it says anything about a suite."""
 
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         """A verdict for each case; None in it for what was not answered or cannot be read."""
@@ -34,6 +39,10 @@ class ModelJudge:
         self.client, self.repeats, self.temperature = client, repeats, temperature
         self.name = client.name
         self.agreement: float | None = None  # of repeats: the mean share of pairs that say the same
+
+    def knows(self, suite: Suite) -> bool:
+        """It can be asked about any."""
+        return True
 
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
         requests = [
@@ -56,6 +65,44 @@ class ModelJudge:
         ]
         self.agreement = _agreement_of_rounds(rounds) if self.repeats > 1 else None
         return [tuple(_majority(said) for said in zip(*of_case, strict=True)) for of_case in rounds]
+
+
+class WordsJudge:
+    """
+    A rule without a model, for comparison: a caption is covered if a reply has most of its content words, wherever.
+
+    It says nothing about replies that have no captions.
+    """
+
+    name = "words"
+
+    def knows(self, suite: Suite) -> bool:
+        """Captions alone."""
+        return suite.name == "coverage"
+
+    def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
+        return [
+            tuple(content_share(caption, case.reply.text) >= MOST for caption in captions[: len(case.questions)])
+            or (None,) * len(case.questions)
+            for case in cases
+            for captions in [case.reply.facts.get("captions", ())]
+        ]
+
+
+class TruthJudge:
+    """What a suite itself knows to be so: the truth about the embedded world, or its own rules."""
+
+    name = "truth"
+
+    def knows(self, suite: Suite) -> bool:
+        """What suites know themselves."""
+        return type(suite).own_verdict is not Suite.own_verdict
+
+    def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
+        return [suite.own_verdict(case.reply) or (None,) * len(case.questions) for case in cases]
+
+
+RULES: dict[str, type[WordsJudge | TruthJudge]] = {judge.name: judge for judge in (WordsJudge, TruthJudge)}
 
 
 def _majority(said: Sequence[bool | None]) -> bool | None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import PIL.Image
 import torch
@@ -62,32 +62,49 @@ class ChatSpeaker:
     A model behind `AutoModelForImageTextToText` whose processor has a chat template.
 
     Args:
-        name: folder or repository; `owner/name@revision` for one of its revisions.
-        options: see `SpeakerOptions`.
-
-    Raises:
-        RecipeError: if it cannot be loaded, or has no chat template.
+        model: the model, in evaluation mode.
+        processor: its processor.
+        revision: what tells its weights from others.
+        batch_size: choices that are scored at once.
     """
 
-    def __init__(self, name: str, options: SpeakerOptions) -> None:
-        self.name, self.options = name, options
+    def __init__(self, model: Any, processor: Any, revision: str, batch_size: int = 8) -> None:
+        self.model, self.processor, self.revision, self.batch_size = model, processor, revision, batch_size
+
+    @classmethod
+    def load(cls, name: str, options: SpeakerOptions) -> Self:
+        """
+        Load one.
+
+        Args:
+            name: folder or repository; `owner/name@revision` for one of its revisions.
+            options: see `SpeakerOptions`.
+
+        Raises:
+            RecipeError: if it cannot be loaded, or has no chat template.
+        """
         place, revision = _place(name)
         trusted = {"trust_remote_code": options.trust_remote_code, "revision": revision}
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(place, **trusted)
-            self.model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=options.dtype, **trusted)
+            processor: Any = AutoProcessor.from_pretrained(place, **trusted)
+            model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=options.dtype, **trusted)
         except Exception as error:  # transformers and the Hub say in many ways that something is not there
             raise RecipeError(f"The model {name} cannot be loaded ({one_line(error)}).") from error
-        self.check_template()
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = self.model.to(self.device).eval()
-        self.processor.tokenizer.padding_side = "left"
-        self.revision = revision_of(name, self.model.config)
+        cls.check_template(name, processor)
+        model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        return cls(model, processor, revision_of(name, model.config), options.batch_size)
 
-    def check_template(self) -> None:
-        if not getattr(self.processor, "chat_template", None):
+    @classmethod
+    def check_template(cls, name: str, processor: Any) -> None:
+        """
+        See that it can be asked.
+
+        Raises:
+            RecipeError: if it cannot.
+        """
+        if not getattr(processor, "chat_template", None):
             raise RecipeError(
-                f"The processor of {self.name} has no chat template, so nobody knows how to ask it; save one as "
+                f"The processor of {name} has no chat template, so nobody knows how to ask it; save one as "
                 "chat_template.jinja in its folder."
             )
 
@@ -102,10 +119,8 @@ class ChatSpeaker:
     def answer(self, questions: Sequence[Question], pictures: Sequence[PIL.Image.Image]) -> list[Said]:
         texts = [self.written(question) for question in questions]
         told = self._replies(questions, texts, pictures)
-        return [
-            Said(text, finished, self._likelihoods(question.choices, written, picture))
-            for (text, finished), question, written, picture in zip(told, questions, texts, pictures, strict=True)
-        ]
+        scores = self._likelihoods(questions, texts, pictures)
+        return [Said(text, finished, of_choices) for (text, finished), of_choices in zip(told, scores, strict=True)]
 
     def _replies(
         self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
@@ -132,38 +147,42 @@ class ChatSpeaker:
         ends = self.model.generation_config.eos_token_id
         return {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id} - {None}
 
-    def _likelihoods(self, choices: Sequence[str], text: str, picture: PIL.Image.Image) -> tuple[float, ...]:
-        """Log-likelihood per token of each choice behind a prompt: of what follows the tokens that all begin with."""
-        if not choices:
-            return ()
-        (prompt,) = self._inputs([text], [picture])["input_ids"].tolist()
-        scores = []
-        for choice in choices:
-            inputs = self._inputs([_joined(text, choice)], [picture])
-            ids = inputs["input_ids"]
-            start = _common(prompt, ids[0].tolist())
-            logits = self.model(**inputs).logits[0, -ids.shape[1] :][start - 1 : -1].float()
-            told = logits.log_softmax(-1).gather(-1, ids[0, start:, None])
-            scores.append(float(told.mean()))
-        return tuple(scores)
+    def _likelihoods(
+        self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
+    ) -> list[tuple[float, ...]]:
+        """Log-likelihood per token of each question's choices: of what follows the tokens that all begin with."""
+        pairs = [(place, choice) for place, question in enumerate(questions) for choice in question.choices]
+        scores: list[list[float]] = [[] for _ in questions]
+        for start in range(0, len(pairs), self.batch_size):
+            batch = pairs[start : start + self.batch_size]
+            seen = [pictures[place] for place, _ in batch]
+            # Pads behind: BLIP-2's processor would put those in front between picture and words.
+            prompts = self._inputs([texts[place] for place, _ in batch], seen, "right")
+            inputs = self._inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
+            logits = self.model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
+            for row, (place, _) in enumerate(batch):
+                prompt, ids = (side["input_ids"][row][side["attention_mask"][row] > 0] for side in (prompts, inputs))
+                first = _common(prompt.tolist(), ids.tolist())
+                told = logits[row, first - 1 : len(ids) - 1].float().log_softmax(-1)
+                scores[place].append(float(told.gather(-1, ids[first:, None]).mean()))
+        return [tuple(of_choices) for of_choices in scores]
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
         """Tensors on the model's device."""
-        inputs = self._processed(texts, pictures)
+        inputs = self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
-        return inputs.to(self.device, self.model.dtype)
+        return inputs.to(self.model.device, self.model.dtype)
 
-    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
         # As in `apply_chat_template`: a template that writes the first token itself gets no second one.
-        first = getattr(self.processor.tokenizer, "bos_token", None)
-        written = bool(first) and all(text.startswith(first) for text in texts)
+        first = self.processor.tokenizer.bos_token
+        written = bool(first) and all(text.startswith(str(first)) for text in texts)
         return self.processor(
             text=list(texts),
             images=[[picture] for picture in pictures],
-            padding=True,
             add_special_tokens=not written,
-            return_tensors="pt",
+            **options,
         )
 
 
@@ -174,15 +193,16 @@ class BlipSpeaker(ChatSpeaker):
     A BLIP-2 that was fine-tuned on chats tells the words around a prompt as `prompt_template` in its configuration.
     """
 
-    def check_template(self) -> None:
+    @classmethod
+    def check_template(cls, name: str, processor: Any) -> None:
         """There is none."""
 
     def written(self, question: Question) -> str:
         template = getattr(self.model.config, "prompt_template", None)
         return str(BLIP2[self.model.config.model_type] if template is None else template).format(question.prompt)
 
-    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> Any:
-        return self.processor(text=list(texts), images=list(pictures), padding=True, return_tensors="pt")
+    def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
+        return self.processor(text=list(texts), images=list(pictures), **options)
 
 
 def generation_options(sampling: Sampling) -> dict[str, Any]:
@@ -226,7 +246,7 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
         raise RecipeError(
             f"There is no model at {name} ({one_line(error)}); name a folder, a repository, or openai:URL#MODEL."
         ) from error
-    return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker)(name, options)
+    return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker).load(name, options)
 
 
 def _place(name: str) -> tuple[str, str | None]:

@@ -5,12 +5,14 @@ reply, and whatever is asked of a measure is computed here, in one way.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 
 RESAMPLES = 2000
+CHUNK = 250  # resamples that are added up at once, for memory
 INTERVAL = (2.5, 97.5)  # percent
 
 
@@ -83,17 +85,22 @@ def difference(
 def _drawn(sides: Sequence[Mapping[str, Part]], seed: int, resamples: int) -> list[tuple[float | None, np.ndarray]]:
     """The measure of every side, and its values over the same draws of pictures."""
     pictures = sorted(set.intersection(*(set(side) for side in sides)))
-    tables = [np.array([side[picture] for picture in pictures], float).reshape(-1, 2) for side in sides]
-    sums = [np.empty((resamples, 2)) for _ in sides]
+    tables = np.array([[side[picture] for picture in pictures] for side in sides], float).reshape(len(sides), -1, 2)
+    both = np.concatenate(tables, 1)  # (pictures, 2 × sides)
+    times = _times_drawn(len(pictures), resamples, seed)
+    sums = [times[start : start + CHUNK].astype(float) @ both for start in range(0, len(times), CHUNK)]
+    drawn = np.concatenate([np.empty((0, both.shape[1])), *sums]).reshape(-1, len(sides), 2)
+    return [(_ratio(table.sum(0)), _ratios(drawn[:, side])) for side, table in enumerate(tables)]
+
+
+@lru_cache(maxsize=2)  # all measures of a suite have the same pictures, and their draws take longest
+def _times_drawn(pictures: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each picture is drawn in each resample, of shape (resamples, pictures)."""
     rng = np.random.default_rng(seed)
-    for number in range(resamples if pictures else 0):
-        chosen = rng.integers(len(pictures), size=len(pictures))
-        for table, sum_ in zip(tables, sums, strict=True):
-            sum_[number] = table[chosen].sum(0)
-    return [
-        (_ratio(table.sum(0)), _ratios(sum_ if pictures else sum_[:0]))
-        for table, sum_ in zip(tables, sums, strict=True)
-    ]
+    times = np.zeros((resamples if pictures else 0, pictures), np.uint16)
+    for row in times:
+        row[:] = np.bincount(rng.integers(pictures, size=pictures), minlength=pictures)
+    return times
 
 
 def _ratio(sums: np.ndarray) -> float | None:

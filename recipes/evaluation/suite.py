@@ -1,9 +1,10 @@
 """What a suite is: from rows of data to questions, and from replies to numbers."""
 
 from abc import ABC, abstractmethod
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from recipes_minigpt4.evaluation.questions import Question
 from recipes_minigpt4.evaluation.replies import Reply
@@ -43,6 +44,11 @@ class Suite(ABC):
     measures: ClassVar[Mapping[str, Measure]]
     needs_judge: ClassVar[bool] = False
 
+    @classmethod
+    def from_options(cls, args: Namespace) -> Self:
+        """The suite, with what the command line says about it."""
+        return cls()
+
     @abstractmethod
     def questions(self, row: Row) -> list[Question]:
         """
@@ -51,6 +57,10 @@ class Suite(ABC):
         Raises:
             WrongRowError: if it has not what this suite needs.
         """
+
+    def joined(self, one: Question, other: Question) -> Question:
+        """The question of two rows that ask the same about the same picture; the first, unless both count."""
+        return one
 
     @abstractmethod
     def parts(

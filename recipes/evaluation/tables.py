@@ -59,6 +59,7 @@ def open_rows(places: Places) -> list[dict[str, Any]]:
     """
     files = [Path(name).expanduser() for name in places.names]
     folder = places.images or (files[0].parent if files[0].is_file() else files[0])
+    rows: Sequence[dict[str, Any]]
     contents = [_read_json(file) for file in files if file.is_file() and file.suffix.lower() == ".json"]
     if contents and all(isinstance(content, dict) and "images" in content for content in contents):
         rows = _coco_rows(files, contents)
@@ -71,23 +72,28 @@ def open_rows(places: Places) -> list[dict[str, Any]]:
         rows = _listed(contents[0], files[0])
     elif files[0].is_file():
         file_type(files[0])
-        rows = list(open_table(files[0]))
+        rows = open_table(files[0])
     elif files[0].is_dir() and (pictures := _pictures_of(files[0])):
         rows = [{"image": str(path), "kind": path.parent.name} for path in pictures]
     else:
         rows = _dataset_rows(places)
     if not rows:
         raise RecipeError(f"{places.names[0]} holds no rows.")
-    if places.num_samples is not None and places.num_samples < len(rows):
+    if places.num_samples is not None and places.num_samples < len(rows):  # before their pictures are read
         chosen = sorted(random.Random(places.seed).sample(range(len(rows)), places.num_samples))
         rows = [rows[place] for place in chosen]
     return _with_pictures(rows, folder, places.names[0])
 
 
 def _read_json(path: Path) -> Any:
+    """What a file holds; a list for one with an object per line, as POPE's files have it whatever their names say."""
     try:
         with open_binary(path) as file:
-            return json.loads(file.read().decode("utf-8"))
+            text = file.read().decode("utf-8")
+        lines = text.strip().splitlines()
+        if len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines[:2]):
+            return [json.loads(line) for line in lines if line.strip()]
+        return json.loads(text)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as JSON ({one_line(error)}); fetch it again.") from error
 
@@ -98,8 +104,8 @@ def _listed(content: Any, path: Path) -> list[dict[str, Any]]:
         content = content.get("annotations", list(content.values()))
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise RecipeError(
-            f"{path} is neither COCO's, an object with `images` and `annotations`, nor a list of objects, nor "
-            "an object of them; name another file."
+            f"{path} is neither COCO's, an object with `images` and `annotations`, nor a list of objects, nor an "
+            "object of them; name another file."
         )
     return content
 
@@ -121,8 +127,8 @@ def _coco_rows(files: Sequence[Path], contents: Sequence[Mapping[str, Any]]) -> 
                     row["captions"].append(note["caption"])
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(
-                f"{path} is not as COCO's files are (no {one_line(error)}); its pictures need `id` and `file_name`, its "
-                "annotations `image_id`, and `caption` or `category_id`."
+                f"{path} is not as COCO's files are (no {one_line(error)}); its pictures need `id` and `file_name`, "
+                "its annotations `image_id`, and `caption` or `category_id`."
             ) from error
     complete = max(map(len, rows.values()), default=0)
     return [row for row in rows.values() if len(row) == complete]  # pictures that all files know
@@ -135,7 +141,7 @@ def _pictures_of(folder: Path) -> list[Path]:
     return pictures if len(pictures) == len(files) else []
 
 
-def _dataset_rows(places: Places) -> list[dict[str, Any]]:
+def _dataset_rows(places: Places) -> Sequence[dict[str, Any]]:
     """The rows of a folder with metadata or of a dataset of the Hub, with pictures as they are stored."""
     (name,) = places.names
     refuse_address(name)
@@ -146,7 +152,7 @@ def _dataset_rows(places: Places) -> list[dict[str, Any]]:
     for column, kind in data.features.items():
         if isinstance(kind, Image):
             data = data.cast_column(column, Image(decode=False))
-    return list(data)
+    return data
 
 
 def _with_pictures(rows: Iterable[Mapping[str, Any]], folder: Path, name: str) -> list[dict[str, Any]]:

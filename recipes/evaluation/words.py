@@ -7,6 +7,13 @@ from collections.abc import Sequence
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’)\]]*\s+|\n+")
 FINISHED = ".!?…。！？"
+_EMPTY = frozenset(  # words without content
+    _WORD.findall(
+        """a an and are as at be been being but by for from has have he her him his in into is it its of off on onto or
+        out over she some that the their them there they this to under up was were while which who with"""
+    )
+)
+_ANSWER = re.compile(r"\banswer\b(?:\s+is)?\W{0,4}\b(yes|no)\b", re.IGNORECASE)
 _CLOSING = "\"'”’)]* "
 
 
@@ -42,7 +49,18 @@ def stutters(words: Sequence[str]) -> bool:
     return re.search(r"(?<!\S)(\S+(?: \S+){0,3})(?: \1){2}(?!\S)", text) is not None
 
 
+def content_share(wanted: str, text: str) -> float:
+    """Share, 0 to 1, of the different content words of one text that another has too."""
+    content = set(words_of(wanted)) - _EMPTY
+    return len(content & set(words_of(text))) / len(content) if content else 1.0
+
+
 def yes_or_no(text: str) -> bool | None:
-    """What a text answers to a question: the one of both words that it says; None if it says neither, or both."""
-    said = {word for word in words_of(text) if word in ("yes", "no")}
+    """
+    What a text answers to a question, by its first word, its last word, and what it calls its answer.
+
+    None if none of them is yes or no, or if they differ: a "no" somewhere in a sentence is no answer.
+    """
+    words = words_of(text)
+    said = {*words[:1], *words[-1:], *map(str.lower, _ANSWER.findall(text))} & {"yes", "no"}
     return said == {"yes"} if len(said) == 1 else None

@@ -45,6 +45,8 @@ class LocalClient:
     def __init__(self, where: str, options: ClientOptions) -> None:
         self.options = options
         folder = Path(where).expanduser()
+        if not folder.is_dir() and where.startswith(("/", ".", "~")):
+            raise RecipeError(f"local:{where}: there is no such folder; name a folder or repository of a chat model.")
         repository, _, revision = (str(folder), "", "") if folder.is_dir() else where.partition("@")
         chosen: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,10 +54,10 @@ class LocalClient:
             self.tokenizer = AutoTokenizer.from_pretrained(repository, **chosen)
             self.model = AutoModelForCausalLM.from_pretrained(repository, dtype=options.dtype, **chosen)
             self.model = self.model.to(device).eval()
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError) as error:
             raise RecipeError(
-                f"local:{where} cannot be loaded as a language model ({one_line(error)[:300]}); name a folder or "
-                "repository of a chat model."
+                f"local:{where} cannot be loaded as a language model ({one_line(error).split('. ')[0][:200]}); name a "
+                "folder or repository of a chat model."
             ) from error
         if not getattr(self.tokenizer, "chat_template", None):
             raise RecipeError(f"local:{where} has no chat template; name a model that was trained to chat.")

@@ -283,21 +283,29 @@ def _capitalized(sentence: str) -> str:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def stage1_examples(count: int = 8000, seed: int = 0, size: int = 96) -> list[dict[str, Any]]:
-    """Pairs of a picture and a short noisy caption: `{"image": PIL.Image, "caption": str}`."""
-    return _examples(count, f"stage 1, seed {seed}", noisy_caption, size)
+def stage1_examples(
+    count: int = 8000, seed: int = 0, size: int = 96, reserved: bool = False
+) -> list[dict[str, Any]]:
+    """
+    Pairs of a picture and a short noisy caption: `{"image": PIL.Image, "caption": str}`.
+
+    Those of `reserved` scenes are for evaluation: training never draws their content.
+    """
+    return _examples(count, f"stage 1, seed {seed}", noisy_caption, size, reserved)
 
 
-def stage2_examples(count: int = 400, seed: int = 0, size: int = 96) -> list[dict[str, Any]]:
-    """Pairs of a picture and a careful long description: `{"image": PIL.Image, "caption": str}`."""
-    return _examples(count, f"stage 2, seed {seed}", describe, size)
+def stage2_examples(
+    count: int = 400, seed: int = 0, size: int = 96, reserved: bool = False
+) -> list[dict[str, Any]]:
+    """Pairs of a picture and a careful long description, otherwise as `stage1_examples`."""
+    return _examples(count, f"stage 2, seed {seed}", describe, size, reserved)
 
 
 def _examples(
-    count: int, seed: str, caption: Callable[[Scene, random.Random], str], size: int
+    count: int, seed: str, caption: Callable[[Scene, random.Random], str], size: int, reserved: bool
 ) -> list[dict[str, Any]]:
-    rng = random.Random(seed)
-    scenes = sample_scenes(rng, count, lambda scene: not scene.is_reserved and not scene.has_held_out_pair)
+    rng = random.Random(f"evaluation of {seed}" if reserved else seed)
+    scenes = sample_scenes(rng, count, lambda scene: scene.is_reserved == reserved and not scene.has_held_out_pair)
     return [{"image": draw_scene(scene, size), "caption": caption(scene, rng)} for scene in scenes]
 
 

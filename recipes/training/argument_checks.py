@@ -21,6 +21,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_minigpt4 import MiniGPT4Config
+from recipes_minigpt4.data import arguments as data_arguments
 from recipes_minigpt4.training.options import GROUPED
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -55,8 +56,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 NO_END = "A stream of samples has no end; say how long to train with --max_steps."
 WARMUP_RATIO = 0.1  # what is proposed where the warm-up is too long; the original's is a quarter and a fifth of a run
 WITH_OTHER_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
-# What looks at data that a stage does not have.
-EVALUATION = ("eval_strategy", "eval_on_start", "load_best_model_at_end", "do_eval", "do_predict")
+# What looks at the data of evaluation, and what of it a best checkpoint can be best in.
+EVALUATION = ("eval_strategy", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "do_eval")
+METRICS = ("loss", "mean_token_accuracy")
+# What belongs to metrics made in Python, and to releases gone by.
+WITHOUT_USE = ("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "do_eval", "do_predict")
 WITH_WORKERS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
 JSON_ONLY = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 JSON_OR_FILE = ("accelerator_config", "fsdp_config", "deepspeed")
@@ -64,9 +68,9 @@ JSON_OR_FILE = ("accelerator_config", "fsdp_config", "deepspeed")
 
 def is_offered(name: str) -> bool:
     """Whether help lists a setting; what is refused, or has no effect in a stage, it leaves out."""
-    unused = name.startswith(("eval_", "per_device_eval", "per_gpu_", "include_for_metrics", "batch_eval_metrics"))
+    unused = name.startswith(("per_gpu_", "include_for_metrics", "batch_eval_metrics")) or name in WITHOUT_USE
     refused = name in REFUSED and name not in (*WITH_OTHER_SCHEDULE, "train_sampling_strategy")
-    return not (unused or refused or name in EVALUATION)
+    return not (unused or refused)
 
 
 def _plain(value: Any) -> Any:
@@ -232,15 +236,45 @@ def steps_per_epoch(settings: Any, samples: int, processes: int) -> int:
     return max(-(-own // settings.gradient_accumulation_steps), 1)
 
 
-def check_evaluation(settings: Any) -> None:
-    """Refuse evaluation, for which a stage has no data; a trainer made in Python may be given some."""
-    names = [name for name in EVALUATION if _plain(getattr(settings, name)) not in (False, None, "no")]
+def check_evaluation(settings: Any, data: Any) -> None:
+    """
+    Refuse evaluation without data, or data that nothing evaluates on.
+
+    Args:
+        settings: of the stage.
+        data: the arguments that tell of data, or None.
+
+    Raises:
+        RecipeError: that names what is missing.
+    """
+    asked = [name for name in EVALUATION if _plain(getattr(settings, name)) not in (False, None, "no")]
     if _plain(settings.save_strategy) == "best":
-        names.append("save_strategy")
-    if names:
+        asked.append("save_strategy")
+    if settings.do_predict:
+        raise RecipeError("--do_predict has no effect in a stage; leave it out.")
+    given = [] if data is None else [name for name in data_arguments.EVALUATION if getattr(data, name)]
+    has_data = data is not None and data.is_evaluated
+    if asked and not has_data:
         raise RecipeError(
-            f"--{names[0]} is {_plain(getattr(settings, names[0]))!r}, but a stage has no data to evaluate on; leave "
-            "it out, and use --panel_steps to watch what the model says."
+            f"--{asked[0]} is {_plain(getattr(settings, asked[0]))!r}, but there are no data to evaluate on; name a "
+            "dataset with --eval_dataset_name or a split with --eval_split."
+        )
+    if given and not has_data:
+        raise RecipeError(
+            f"--{given[0]} is given without data to evaluate on; name a dataset with --eval_dataset_name or a split "
+            "with --eval_split."
+        )
+    if not has_data:
+        return
+    if not {"eval_strategy", "eval_on_start"} & set(asked):
+        raise RecipeError(
+            f"--{given[0]} names data to evaluate on, but not when; add --eval_strategy steps with --eval_steps N, or "
+            "--eval_strategy epoch."
+        )
+    metric = (settings.metric_for_best_model or METRICS[0]).removeprefix("eval_")
+    if metric not in METRICS:
+        raise RecipeError(
+            f"--metric_for_best_model is {settings.metric_for_best_model!r}; an evaluation tells {', '.join(METRICS)}."
         )
 
 
@@ -268,7 +302,7 @@ def check_start(model_args: Any, data_args: Any, settings: Any) -> None:
     folder = Path(settings.output_dir)
     sources = {
         **{name: getattr(model_args, name) for name in ("model_name_or_path", "vision", "qformer", "language_model")},
-        "image_folder": data_args.image_folder,
+        **{name: getattr(data_args, name) for name in ("image_folder", "eval_dataset_name", "eval_image_folder")},
     }
     read = [*sources.items(), *(("dataset_name", name) for name in data_args.dataset_name or ())]
     for name, source in read:

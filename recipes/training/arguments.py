@@ -15,6 +15,7 @@ from trl import SFTConfig, TrlParser
 
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
 from recipes_minigpt4.configs import shipped_configs
+from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.grouping import Grouping
 from recipes_minigpt4.training.argument_checks import (
     check_evaluation,
@@ -109,6 +110,8 @@ class StageArguments(SFTConfig):
                 "transformers 5 writes weights on the first machine only; let all machines share output_dir, and "
                 "leave --save_on_each_node out."
             )
+        if self.eval_steps is None:  # type: ignore[has-type]
+            self.eval_steps = self.save_steps
         if self.panel_images and self.panel_steps is None:
             raise RecipeError("panel_images needs panel_steps, the steps between two looks at the pictures.")
         for end in ("", "_kwargs"):  # called activation_checkpointing since 5.24, and otherwise by TRL's defaults
@@ -188,9 +191,10 @@ class StageParser(TrlParser):
             raise RecipeError(f"There is no argument {name!r}; {hint}")
         if in_command:
             raise RecipeError(f"Nothing takes the value {in_command[0]!r}; write --FIELD VALUE.")
+        data = next((settings for settings in parsed if isinstance(settings, DataArguments)), None)
         for settings in parsed:
             if isinstance(settings, StageArguments):
-                check_evaluation(settings)
+                check_evaluation(settings, data)
                 _choose_warmup(settings, arguments)
                 if settings.max_steps > 0:  # otherwise the trainer knows, by its data
                     check_warmup(settings, settings.max_steps)

@@ -32,12 +32,16 @@ from recipes_minigpt4.data.feature_cache import (
     pixels_of,
 )
 from recipes_minigpt4.data.formatting import rows_of, with_features
+from recipes_minigpt4.training.evaluating import nothing_to_evaluate
 from recipes_minigpt4.utils.errors import RecipeError, one_line
+
+
+TRAIN, EVAL = "train", "eval"  # sets of rows
 
 
 def train_from_features(trainer: Any) -> None:
     """
-    Let a trainer train from stored features; what is not stored yet is computed first.
+    Let a trainer train, and evaluate, from stored features; what is not stored yet is computed first.
 
     The trainer's rows then hold numbers of pictures instead of pictures, and TRL's collator gets `vision_features` for
     them from a copy of the processor.
@@ -50,23 +54,69 @@ def train_from_features(trainer: Any) -> None:
     Raises:
         RecipeError: if the vision side trains, too many pictures cannot be read, or the folder cannot be used.
     """
-    rows = trainer.train_dataset
+    sets = row_sets(trainer)
     if trained := trained_parts(trainer.model):
         raise RecipeError(
             f"Features cannot be cached while {' and '.join(trained)} trains; leave out --cache_features or its "
             "--train_parts."
         )
-    if not isinstance(rows, Dataset):
+    if not all(isinstance(rows, Dataset) for rows in sets.values()):
         raise RecipeError("Features can be cached for data with a known length only; leave out --cache_features.")
     cache = open_cache(trainer)
-    digests = [digest for batch in _batches(trainer, rows, digests_of, title="pictures") for digest in batch]
+    digests = {
+        name: [digest for batch in _batches(trainer, rows, digests_of, title="pictures") for digest in batch]
+        for name, rows in sets.items()
+    }
     known = cache.index()
     trainer.accelerator.wait_for_everyone()  # before any process adds to it, so that all miss the same
-    missing = {
-        digest: row
-        for row, digest in reversed(list(enumerate(digests)))
-        if isinstance(digest, bytes) and digest not in known
-    }
+    computed, unreadable = 0, dict[bytes, dict[str, str]]()
+    for name, rows in sets.items():
+        missing = {
+            digest: row
+            for row, digest in reversed(list(enumerate(digests[name])))
+            if isinstance(digest, bytes) and digest not in known and digest not in unreadable
+        }
+        bad = fill_together(cache, trainer, rows, missing)
+        computed += len(missing) - len(bad)
+        known |= dict.fromkeys(missing, -1)  # until the shards are looked through again
+        unreadable |= bad
+    trainer.accelerator.wait_for_everyone()
+    known = cache.index()
+    numbers = set[int]()
+    for name, rows in sets.items():
+        skipped = [unreadable.get(digest) if isinstance(digest, bytes) else digest for digest in digests[name]]
+        leave_out(trainer, name, skipped)
+        if any(record is None and digest not in known for digest, record in zip(digests[name], skipped, strict=True)):
+            raise RecipeError(
+                f"Features of some pictures are missing in {cache.folder}; use a folder that all processes share, and "
+                "leave the pictures alone while they are read."
+            )
+        good = [row for row, record in enumerate(skipped) if record is None]
+        found = [known[digests[name][row]] for row in good]
+        numbers.update(found)
+        sets[name] = with_features(rows.select(good) if len(good) < len(rows) else rows, found)
+    if trainer.is_world_process_zero():
+        print(f"features: {len(numbers)} pictures in {cache.folder}, {computed} computed now")
+        if cache.dropped:
+            print(f"features: {cache.dropped} damaged shard(s) removed and computed again")
+    trainer.train_dataset = sets.pop(TRAIN)
+    trainer.eval_dataset = sets if isinstance(trainer.eval_dataset, dict) else sets.get(EVAL)
+    trainer.data_collator.processor = processor = copy.copy(trainer.processing_class)
+    processor.image_processor = StoredPictures(cache)
+
+
+def row_sets(trainer: Any) -> dict[str, Any]:
+    """The rows of the training and those it is evaluated on, by name."""
+    evaluated = trainer.eval_dataset
+    if not isinstance(evaluated, dict):
+        evaluated = {} if evaluated is None else {EVAL: evaluated}
+    return {TRAIN: trainer.train_dataset, **evaluated}
+
+
+def fill_together(
+    cache: FeatureCache, trainer: Any, rows: Dataset, missing: Mapping[bytes, int]
+) -> dict[bytes, dict[str, str]]:
+    """Compute what is missing, digest → row, on all processes; returns digest → why of what cannot be decoded."""
     ours = [key for key in missing if key[0] % trainer.args.world_size == trainer.args.process_index]
     with (
         torch.no_grad(),
@@ -74,26 +124,21 @@ def train_from_features(trainer: Any) -> None:
         vision_side_on(trainer.model.model, trainer.args.device),
     ):
         unreadable = fill(cache, trainer, rows.select(sorted(missing[key] for key in ours)))
-    unreadable = {key: record for found in gather_object([unreadable]) for key, record in found.items()}
-    trainer.accelerator.wait_for_everyone()
-    known = cache.index()
-    skipped = [unreadable.get(digest) if isinstance(digest, bytes) else digest for digest in digests]
-    count_skipped(trainer, skipped)
-    if any(record is None and digest not in known for digest, record in zip(digests, skipped, strict=True)):
-        raise RecipeError(
-            f"Features of some pictures are missing in {cache.folder}; use a folder that all processes share, and "
-            "leave the pictures alone while they are read."
-        )
-    good = [row for row, record in enumerate(skipped) if record is None]
-    numbers = [known[digests[row]] for row in good]
+    return {key: record for found in gather_object([unreadable]) for key, record in found.items()}
+
+
+def leave_out(trainer: Any, name: str, skipped: Sequence[Mapping[str, str] | None]) -> None:
+    """Count the pictures of a set that have no features, and stop if they are all, or too many of those to train on."""
+    if name == TRAIN:
+        count_skipped(trainer, skipped)
+        return
+    records = [record for record in skipped if record is not None]
+    if len(records) == len(skipped):
+        found = SampleCounts(1.0)
+        found.leave_out(records)
+        raise RecipeError(nothing_to_evaluate(found))
     if trainer.is_world_process_zero():
-        computed = len(missing) - len(unreadable)
-        print(f"features: {len(set(numbers))} pictures in {cache.folder}, {computed} computed now")
-        if cache.dropped:
-            print(f"features: {cache.dropped} damaged shard(s) removed and computed again")
-    trainer.train_dataset = with_features(rows.select(good) if len(good) < len(rows) else rows, numbers)
-    trainer.data_collator.processor = processor = copy.copy(trainer.processing_class)
-    processor.image_processor = StoredPictures(cache)
+        trainer.evaluation_left_out += records
 
 
 def count_skipped(trainer: Any, skipped: Sequence[Mapping[str, str] | None]) -> None:

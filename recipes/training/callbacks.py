@@ -46,6 +46,8 @@ SHOWN = {
     "learning_rate": ("learning rate", "{:.2e}"),
     "mean_token_accuracy": ("accuracy", "{:.3f}"),
     "images_per_second": ("images/s", "{:.1f}"),
+    "eval_loss": ("evaluation loss", "{:.4f}"),
+    "eval_mean_token_accuracy": ("accuracy", "{:.3f}"),
 }
 
 

@@ -45,6 +45,7 @@ class CheckpointingMixin:
     is_deepspeed_enabled: bool
     _total_train_tokens: int
     _write_card: Callable[..., None]
+    find_best: Callable[[], None]
     push_to_hub: Callable[..., Any]
 
     _final_folder: Path | None = None  # of the checkpoint that is being written
@@ -91,6 +92,9 @@ class CheckpointingMixin:
             )
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        self.find_best()
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return TrainOutput(state.global_step, losses[-1] if losses else float("nan"), {})
 
@@ -154,12 +158,11 @@ class CheckpointingMixin:
 
         def write() -> None:
             super(CheckpointingMixin, self)._save_checkpoint(model, trial)  # type: ignore[misc]
-            # What is told of the best checkpoint is where it will be.
-            scratch, best = final.parent / UNFINISHED, self.state.best_model_checkpoint
-            if best is not None and Path(best).parent == scratch:
-                self.state.best_model_checkpoint = str(final.parent / Path(best).name)
+            # What is told of the best checkpoint is where it will be; 4.57 tells nothing if only the best is saved.
+            if self.state.global_step and self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
-                    self.state.save_to_json(str(scratch / final.name / STATE))
+                    self.state.save_to_json(str(final.parent / UNFINISHED / final.name / STATE))
 
         self._final_folder = final
         try:

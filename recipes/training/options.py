@@ -89,6 +89,16 @@ WATCHING = {
         False, "Hide losses that are not finite. To find them every step waits for the GPU."
     ),
 }
+EVALUATION = {
+    "eval_strategy": Option("no", "When to evaluate on the held-out data: no, steps or epoch; the end is in any case."),
+    "eval_steps": Option(None, "Steps between two evaluations. Default: save_steps."),
+    "eval_on_start": Option(False, "Evaluate before the first step as well."),
+    "per_device_eval_batch_size": Option(8, "Rows of a batch of evaluation, on each GPU."),
+    "load_best_model_at_end": Option(False, "Save the best checkpoint in the end rather than the last."),
+    "metric_for_best_model": Option(
+        None, "What the best checkpoint is best in: loss or mean_token_accuracy, of the evaluation. Default: loss."
+    ),
+}
 CHECKPOINTS = {
     "output_dir": Option(None, "Folder that the run writes into."),
     "overwrite_output_dir": Option(False, "Overwrite the result of an earlier run in that folder."),
@@ -107,7 +117,12 @@ PUBLISHING = {
     "license": Option("other", "Licence of the trained weights, for the model card."),
     "language": Option("en", "Language of the training text, for the model card."),
 }
-GROUPS = {"Schedule": SCHEDULE, "Watching": WATCHING, "Checkpoints": CHECKPOINTS, "Publishing": PUBLISHING}
+GROUPS = {
+    "Schedule": SCHEDULE,
+    "Watching": {**WATCHING, **EVALUATION},
+    "Checkpoints": CHECKPOINTS,
+    "Publishing": PUBLISHING,
+}
 TITLES = ("Model", "Data", *GROUPS)
 STAGE_OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
 STAGE_2 = {"learning_rate": 3e-5, "min_learning_rate": 1e-5, "warmup_steps": 200}  # other defaults of stage 2
@@ -123,6 +138,17 @@ RARE = (
     "patch_merge_layout",
     "vision_feature_select_strategy",
     "vision_feature_layer",
+    "dataset_revision",
+    "steps_per_epoch",
+    "hub_private_repo",
+    "language",
+    "eval_num_samples",
+    "eval_image_column",
+    "eval_text_column",
+    "eval_image_folder",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+    "metric_for_best_model",
 )
 
 NOTHING: Mapping[str, Mapping[str, "Option"]] = MappingProxyType({})

@@ -42,9 +42,21 @@ def describe_start(trainer: Any) -> str:
         model=parts,
         trains=describe_parameters(model),
         data=", ".join(map(str, names)) + count if names else count.lstrip(", "),
+        **describe_evaluation(trainer),
         steps=f"{length} of {total} pictures ({args.world_size} × {batch} rows × {accumulation} accumulated)",
         output=f"{args.output_dir}, {saved}",
     )
+
+
+def describe_evaluation(trainer: Any) -> dict[str, str]:
+    """How many samples are evaluated on, when, and what for; nothing where there are none."""
+    args, rows = trainer.args, trainer.eval_dataset
+    if not hasattr(rows, "__len__") or isinstance(rows, dict):
+        return {}
+    times = {"steps": f"every {args.eval_steps:g} steps and at the end", "epoch": "every epoch"}
+    when = times.get(args.eval_strategy.value, "before the first step")
+    best = f", the best by {args.metric_for_best_model} is saved" if args.load_best_model_at_end else ""
+    return {"eval": f"{len(rows):,} samples {when}{best}"}
 
 
 def describe_parameters(model: Any) -> str:
@@ -85,6 +97,7 @@ def describe_end(trainer: Any, pads: float) -> str:
     return _lines(
         done=f"{trainer.state.global_step:,} steps in {duration(seconds)}",
         pads=describe_pads(pads, trainer.args.train_sampling_strategy == GROUPED),
+        **describe_evaluated(trainer),
         adapter=f"{folder}, {sum(path.stat().st_size for path in weights):,} bytes",
         load=f'AutoModelForImageTextToText.from_pretrained("{folder}"{trust})  # after `import modeling_minigpt4`',
         next=following,
@@ -92,6 +105,16 @@ def describe_end(trainer: Any, pads: float) -> str:
         log=str(folder / LOG),
         **({"note": where} if private else {}),
     )
+
+
+def describe_evaluated(trainer: Any) -> dict[str, str]:
+    """The last numbers of an evaluation, of the checkpoint that is saved; nothing where there was none."""
+    found = trainer.evaluated()
+    if not {"eval_loss", "eval_mean_token_accuracy"} <= found.keys():
+        return {}
+    numbers = f"loss {found['eval_loss']:.4f}, token accuracy {found['eval_mean_token_accuracy']:.3f}"
+    best = ", the best" if trainer.args.load_best_model_at_end and trainer.state.best_global_step else ""
+    return {"eval": f"{numbers} at step {found['step']:,}{best}"}
 
 
 def describe_pads(share: float, grouped: bool) -> str:

@@ -24,6 +24,7 @@ from recipes_minigpt4.training.arguments import StageArguments
 from recipes_minigpt4.training.cached_features import train_from_features
 from recipes_minigpt4.training.callbacks import ImagesProgressCallback, LinesCallback, PanelCallback, undisturbed
 from recipes_minigpt4.training.checkpointing import CheckpointingMixin
+from recipes_minigpt4.training.evaluating import EvaluationCallback, EvaluationMixin
 from recipes_minigpt4.training.last_layer import LastLayer
 from recipes_minigpt4.training.loss import is_causal_decoder, score_batch
 from recipes_minigpt4.training.non_finite import STOP, FiniteSteps, FiniteStepsCallback
@@ -74,11 +75,11 @@ def original_lr(
 # ---- trainer --------------------------------------------------------------------------------------------------------
 
 
-class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTrainer):
+class MiniGPT4Trainer(CheckpointingMixin, EvaluationMixin, PublishingMixin, SamplingMixin, SFTTrainer):
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
-    A step scores answers only. It waits for the device once, where transformers looks for packed rows, and once more
+    A step scores answers only, in training and in evaluation (`EvaluationMixin`). It waits for the device once, where transformers looks for packed rows, and once more
     with `non_finite="skip"`. Samples that cannot be used are skipped, counted and reported at the end. Checkpoints are
     adapter-only, because `model.save_pretrained` is, with the processor beside it; they are whole or not there. A
     resumed run, also one on a stream, gives the weights of one that never stopped. Logs tell images per second, and
@@ -124,7 +125,9 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTra
         self.finite_steps = FiniteSteps(non_finite)
         distributed.check_strategy(self)
         self.check_sampling()
+        self.evaluation_left_out = []
         self.add_callback(FiniteStepsCallback(self))
+        self.add_callback(EvaluationCallback(self))
         self.process_state = ProcessState(self)
         self._tokens = 0  # since the last log, of this process
         self._answers: torch.Tensor | None = None  # correct ones, entropy, number and loss since the last log
@@ -203,14 +206,18 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTra
 
     def _is_plain(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a step is an ordinary one, for which TRL does nothing beside the loss of the answers."""
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        sharded = parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
         other_loss = self.args.loss_type != "nll" or self.label_smoother or self.compute_loss_func
         return bool(
             self.model.training
             and {"label_positions", "attention_mask"} <= inputs.keys()
-            and not (sharded or other_loss or self.aux_loss_enabled)
+            and not (self.splits_sequences or other_loss or self.aux_loss_enabled)
         )
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether several processes share the tokens of a row."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see [`CheckpointingMixin.train`]. What only training needs is on the model until it ends."""
@@ -278,7 +285,13 @@ class MiniGPT4Trainer(CheckpointingMixin, PublishingMixin, SamplingMixin, SFTTra
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
     def results(self) -> dict[str, float]:
-        """The last logged loss and token accuracy on the training data."""
+        """The last logged loss and token accuracy on the training data, and those of the evaluation."""
         last: dict[str, float] = next((entry for entry in reversed(self.state.log_history) if "loss" in entry), {})
-        names = {"loss": "training loss", "mean_token_accuracy": "training token accuracy"}
-        return {text: last[name] for name, text in names.items() if name in last}
+        names = {
+            "loss": "training loss",
+            "mean_token_accuracy": "training token accuracy",
+            "eval_loss": "evaluation loss",
+            "eval_mean_token_accuracy": "evaluation token accuracy",
+        }
+        found = {**last, **self.evaluated()}
+        return {text: found[name] for name, text in names.items() if name in found}

@@ -73,15 +73,15 @@ dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
 """
 
 
-def render_page(title: str, body: str) -> str:
-    """A whole page in the report's style around `body`, which is HTML."""
+def render_page(title: str, body: str, style: str = "") -> str:
+    """A whole page in the report's style, and in `style` beside it, around `body`, which is HTML."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 {body}

@@ -47,6 +47,7 @@ STAGE = Range("1 or 2", lambda value: value in (1, 2))
 RANGES = {
     # the data
     "num_samples": COUNT,
+    "eval_num_samples": COUNT,
     "max_txt_len": COUNT,
     "shuffle_buffer": NATURAL,
     "max_bad_share": SHARE,

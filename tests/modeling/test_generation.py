@@ -326,6 +326,23 @@ def test_replies_stop_at_eos(make_model, tmp_path, backbones) -> None:
     assert reply(model, inputs, do_sample=False).tolist() == [[5, 2, 0, 0], [5, 6, 7, 2]]
 
 
+def test_a_length_that_is_asked_for_holds_where_the_checkpoint_has_its_own(model, make_inputs) -> None:
+    """Harnesses and older programs ask with `max_length`; checkpoints of ours bring `max_new_tokens`."""
+    inputs = make_inputs(model, [[1, "image", 8]])
+    start = inputs["input_ids"].shape[1]
+    own = copy.deepcopy(model.generation_config)
+    model.generation_config.update(max_new_tokens=7, min_new_tokens=3, pad_token_id=0)
+    try:
+        length = {name: reply(model, inputs, **options).shape[1] for name, options in {
+            "the checkpoint's": {}, "asked for": {"max_length": start + 4},
+            "both": {"max_length": start + 4, "max_new_tokens": 5},
+            "a config": {"max_length": start + 4, "generation_config": GenerationConfig(max_new_tokens=5)},
+        }.items()}  # fmt: skip
+    finally:
+        model.generation_config = own
+    assert length == {"the checkpoint's": 7, "asked for": 4, "both": 5, "a config": 5}
+
+
 def test_the_separator_can_be_switched_off(make_model, tmp_path, backbones) -> None:
     model, tokenizer = separator_model(make_model, ["###"], tmp_path, backbones)
     mark = tokenizer.convert_tokens_to_ids("###")

@@ -15,6 +15,7 @@ from tiny_text import (
     one_sentence,
     plain,
 )
+from transformers import TextStreamer
 
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
 
@@ -452,7 +453,27 @@ def test_a_reply_is_decoded_without_the_separator_that_ended_it(ending):
     processor = make_processor(byte_tokenizer())
     tokenizer = processor.tokenizer
     ids = plain(tokenizer, "a red # cat" + ending)
-    assert processor.decode(ids, skip_special_tokens=True).rstrip() == "a red # cat"
+    for decoder in (processor, tokenizer):  # harnesses and streamers ask the tokenizer
+        assert decoder.decode(ids, skip_special_tokens=True).rstrip() == "a red # cat"
+        assert [text.rstrip() for text in decoder.batch_decode([ids], skip_special_tokens=True)] == ["a red # cat"]
     assert processor.decode(ids) == tokenizer.decode(ids)
+    assert "###" in tokenizer.decode(ids)
     plain_processor = make_processor(byte_tokenizer(), chat_template="llama2")
     assert "###" in plain_processor.decode(ids, skip_special_tokens=True)
+    assert "###" in plain_processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_separator_in_front_of_a_picture_stays():
+    processor = make_processor(byte_tokenizer())
+    ids = processor(text="Hello###<image> red", images=red())["input_ids"][0]
+    for decoder in (processor, processor.tokenizer):
+        assert decoder.decode(ids, skip_special_tokens=True) == "Hello### red"
+
+
+def test_a_streamer_shows_no_separator(capsys):
+    processor = make_processor(byte_tokenizer())
+    streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
+    for token in plain(processor.tokenizer, "a red # cat.###"):
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert capsys.readouterr().out == "a red # cat.\n"

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from recipes_minigpt4.evaluation.questions import Question, Sampling
@@ -37,6 +38,9 @@ class Captions(Suite):
     def questions(self, row: Row) -> list[Question]:
         return [Question(row["image"], PROMPT, Sampling(64), facts={"captions": captions_of(row)})]
 
+    def joined(self, one: Question, other: Question) -> Question:
+        return with_captions_of_both(one, other)
+
     def parts(
         self, replies: Sequence[Reply], verdicts: Sequence[Verdict | None]
     ) -> Mapping[str, Sequence[Part | None]]:
@@ -66,10 +70,18 @@ def captions_of(row: Row) -> list[str]:
     return texts
 
 
+def with_captions_of_both(one: Question, other: Question) -> Question:
+    """The question of a picture that has several rows, a caption in each."""
+    captions = list(dict.fromkeys([*one.facts["captions"], *other.facts["captions"]]))
+    return replace(one, facts={**one.facts, "captions": captions})
+
+
 def rouge_l(words: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """
-    ROUGE-L of a text, 0 to 1 (Lin, 2004), as the COCO caption evaluation has it: precision and recall are each the best over the
-    references, and recall weighs 1.2.
+    ROUGE-L of a text, 0 to 1 (Lin, 2004).
+
+    As the COCO caption evaluation has it, precision and recall are each the best over the references, and recall
+    weighs 1.2.
     """
     common = [_longest_common(tuple(words), tuple(reference)) for reference in references]
     precision = max((length / len(words) for length in common if words), default=0.0)
@@ -96,7 +108,7 @@ def _longest_common(one: tuple[str, ...], other: tuple[str, ...]) -> int:
 
 def cider(told: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
     """CIDEr-D of every reply, with the weights of words counted over the references of all (Vedantam et al., 2015)."""
-    from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]  # an extra that few need
+    from pycocoevalcap.cider.cider import Cider  # a package that few need
 
     wanted = {place: [" ".join(words) for words in texts] for place, texts in enumerate(references)}
     _, scores = Cider().compute_score(wanted, {place: [" ".join(words)] for place, words in enumerate(told)})

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from recipes_minigpt4.evaluation.questions import Question, Sampling
 from recipes_minigpt4.evaluation.replies import Reply
+from recipes_minigpt4.evaluation.scenes import told_things
 from recipes_minigpt4.evaluation.statistics import Measure, Part
 from recipes_minigpt4.evaluation.suite import Case, Row, Suite, Verdict
-from recipes_minigpt4.evaluation.suites.captions import captions_of
+from recipes_minigpt4.evaluation.suites.captions import captions_of, with_captions_of_both
+from recipes_minigpt4.evaluation.words import yes_or_no
 
 
 PROMPT = "Describe the image in detail."
@@ -18,7 +20,7 @@ REQUEST = (  # words of the paper's appendix, with places for what is tested
     "1: (gt1) 2: (gt2) 3: (gt3) you need to answer yes or no for each gt in the following format: 1: (yes/no) 2: "
     "(yes/no) 3: (yes/no)"
 )
-_LINE = re.compile(r"(?<!\d)(\d+)\s*[:.)]\s*\(?\s*(yes|no)\b", re.IGNORECASE)
+_LINE = re.compile(r"(?<!\d)(\d+)\s*[:.)][\s(*_\"'“]*(yes|no)\b(?!\s*/)", re.IGNORECASE)
 
 
 class Coverage(Suite):
@@ -36,23 +38,42 @@ class Coverage(Suite):
     needs_judge = True
 
     def questions(self, row: Row) -> list[Question]:
-        return [Question(row["image"], PROMPT, Sampling(256), facts={"captions": captions_of(row)[:CAPTIONS]})]
+        facts = {"captions": captions_of(row), **({"things": row["things"]} if row.get("things") else {})}
+        return [Question(row["image"], PROMPT, Sampling(256), facts=facts)]
+
+    def joined(self, one: Question, other: Question) -> Question:
+        return with_captions_of_both(one, other)
 
     def case(self, reply: Reply) -> Case:
-        captions = reply.facts["captions"]
+        captions = captions_asked(reply)
         listed = " ".join(f"{number}: {text}" for number, text in enumerate(captions, 1))
         questions = tuple(f"Does the reply say what this caption says? “{caption}”" for caption in captions)
         return Case(reply, f"{REQUEST}\n\nTest: {reply.text or '(nothing)'} {listed}", questions)
 
     def read_verdict(self, reply: Reply, answer: str) -> Verdict:
-        told = {int(number): word.lower() == "yes" for number, word in _LINE.findall(answer)}
-        return tuple(told.get(number) for number in range(1, len(reply.facts["captions"]) + 1))
+        captions, told = captions_asked(reply), _LINE.findall(answer)
+        if len(captions) == 1 and not told:
+            return (yes_or_no(answer),)
+        said = [{word.lower() for number, word in told if int(number) == place + 1} for place in range(len(captions))]
+        return tuple(words == {"yes"} if len(words) == 1 else None for words in said)
+
+    def own_verdict(self, reply: Reply) -> Verdict | None:
+        """What is true in the embedded world: whether a thing is told with its colour, shape and place."""
+        things = reply.facts.get("things")
+        return told_things(reply.text, things)[:CAPTIONS] if things else None
 
     def parts(
         self, replies: Sequence[Reply], verdicts: Sequence[Verdict | None]
     ) -> Mapping[str, Sequence[Part | None]]:
-        read = [verdict if verdict and None not in verdict else None for verdict in verdicts]
+        read = [
+            None if verdict is None or None in verdict else [bool(said) for said in verdict] for verdict in verdicts
+        ]
         return {
-            "covered": [verdict and Part(CAPTIONS * sum(map(bool, verdict)) / len(verdict)) for verdict in read],
-            "first_covered": [verdict and Part(bool(verdict[0])) for verdict in read],
+            "covered": [None if said is None else Part(CAPTIONS * sum(said) / len(said)) for said in read],
+            "first_covered": [None if said is None else Part(said[0]) for said in read],
         }
+
+
+def captions_asked(reply: Reply) -> list[str]:
+    """The captions of a picture that count: the first five."""
+    return list(reply.facts["captions"][:CAPTIONS])

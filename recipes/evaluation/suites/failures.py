@@ -1,8 +1,8 @@
 """Table 3: replies that fail, by rules that have names."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
+from recipes_minigpt4.evaluation.languages import is_english
 from recipes_minigpt4.evaluation.questions import Question, Sampling
 from recipes_minigpt4.evaluation.replies import Reply
 from recipes_minigpt4.evaluation.statistics import Measure, Part
@@ -22,65 +22,9 @@ PROMPTS = {  # kind → the words (paper, section 4.3)
     "poem": "Can you write a beautiful poem about this image?",
 }
 REPEATED = 0.3  # share of repeated runs of four words from which on a reply repeats itself
-FOREIGN = 0.2  # share of letters of another script from which on a reply is in another language
-COMMON = frozenset(  # words that hardly any English text of a sentence goes without
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "but",
-        "by",
-        "for",
-        "from",
-        "has",
-        "have",
-        "he",
-        "her",
-        "his",
-        "i",
-        "in",
-        "is",
-        "it",
-        "its",
-        "like",
-        "my",
-        "no",
-        "not",
-        "of",
-        "on",
-        "one",
-        "or",
-        "our",
-        "out",
-        "so",
-        "that",
-        "the",
-        "their",
-        "there",
-        "they",
-        "this",
-        "to",
-        "up",
-        "was",
-        "we",
-        "what",
-        "where",
-        "which",
-        "who",
-        "with",
-        "you",
-        "your",
-    ]
-)
-FEW = 12  # words of a text that is too short to tell its language by its common words
-
 REQUEST = (
-    "A model was shown a picture, which you cannot see, and replied to the prompt below. Does the reply fail as a text: "
-    "does it say nothing, repeat itself, break off, or change its language? Answer yes or no."
+    "A model was shown a picture, which you cannot see, and replied to the prompt below. Does the reply fail as a "
+    "text: does it say nothing, repeat itself, break off, or change its language? Answer yes or no."
 )
 
 
@@ -106,11 +50,8 @@ def is_unfinished(reply: Reply) -> bool:
 
 
 def is_foreign(reply: Reply) -> bool:
-    """It is not in the language of the prompt, English: letters of another script, or none of its common words."""
-    letters = re.findall(r"[^\W\d_]", reply.text)
-    words = words_of(reply.text)
-    other = sum(letter > "\u024f" for letter in letters)
-    return other > FOREIGN * len(letters) or (len(words) >= FEW and not COMMON & set(words))
+    """It is not in the language of the prompt, English, as its letters and its commonest words tell."""
+    return not is_english(reply.text)
 
 
 RULES: dict[str, Callable[[Reply], bool]] = {

@@ -17,6 +17,7 @@ from recipes_minigpt4.llm.client import (
     client_options,
     open_client,
 )
+from recipes_minigpt4.llm.options import OPTIONS
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -114,6 +115,11 @@ def test_options_are_read() -> None:
 def test_numbers_out_of_range_are_told(argument: str, told: str) -> None:
     with pytest.raises(RecipeError, match=f"{argument.partition('=')[0]}: {told}"):
         read(argument)
+
+
+def test_the_page_tells_every_option() -> None:
+    page = (Path(__file__).parents[3] / "recipes" / "llm" / "README.md").read_text(encoding="utf-8")
+    assert [option.name for option in OPTIONS if f"`{option.name}`" not in page] == []
 
 
 def test_help_needs_no_library() -> None:
