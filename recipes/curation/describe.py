@@ -12,7 +12,7 @@ import torch
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from recipes_minigpt4.curation.store import Step, fingerprint
 from recipes_minigpt4.evaluation.questions import Sampling
-from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions, generation_options
+from recipes_minigpt4.evaluation.speakers import ChatSpeaker
 from recipes_minigpt4.utils.progress import phase
 
 
@@ -42,25 +42,20 @@ class Prompts:
     continue_: str
 
 
-class Describer(ChatSpeaker):
+class Describer:
     """
     A chat model that describes pictures in two turns, whose vision side sees each picture once.
 
     Args:
-        name: folder or repository of the model.
-        options: see `SpeakerOptions`.
+        speaker: the model.
         prompts: the words.
         sampling: of each turn.
-
-    Raises:
-        RecipeError: if it cannot be loaded, or has no chat template.
     """
 
-    def __init__(self, name: str, options: SpeakerOptions, prompts: Prompts, sampling: Sampling) -> None:
-        super().__init__(name, options)
-        self.prompts, self.sampling = prompts, sampling
+    def __init__(self, speaker: ChatSpeaker, prompts: Prompts, sampling: Sampling) -> None:
+        self.speaker, self.prompts, self.sampling = speaker, prompts, sampling
         self.made = fingerprint(
-            model=self.revision, prompts=asdict(prompts), sampling=asdict(sampling), enough=ENOUGH_TOKENS
+            model=speaker.revision, prompts=asdict(prompts), sampling=asdict(sampling), enough=ENOUGH_TOKENS
         )
 
     @torch.inference_mode()
@@ -83,36 +78,22 @@ class Describer(ChatSpeaker):
 
     def _see(self, pictures: Sequence[PIL.Image.Image]) -> torch.Tensor | None:
         """Features of the frozen vision side, which both turns use; None for a model that takes pictures alone."""
-        if not isinstance(self.model, MiniGPT4ForConditionalGeneration):
+        model = self.speaker.model
+        if not isinstance(model, MiniGPT4ForConditionalGeneration):
             return None
-        pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
-        features: torch.Tensor = self.model.model.encode_images(
-            pixels.to(self.device, self.model.dtype)
-        ).last_hidden_state
+        pixels = self.speaker.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+        features: torch.Tensor = model.model.encode_images(pixels.to(model.device, model.dtype)).last_hidden_state
         return features
 
     def _turn(
         self, chats: Sequence[Any], seen: torch.Tensor | None, pictures: Sequence[PIL.Image.Image]
     ) -> list[tuple[str, int]]:
-        """A reply to each chat, and how many tokens it has."""
+        """A reply to each chat, and how many tokens it has by the model's own tokenizer."""
         if not chats:
             return []
-        texts = [
-            self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats
-        ]
-        inputs = self._inputs(texts, pictures)
-        if seen is not None:
-            inputs.pop("pixel_values")
-            inputs["vision_features"] = seen
-        ids = self.model.generate(**inputs, **generation_options(self.sampling))
-        prompt = inputs["input_ids"]
-        if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
-            ids = ids[:, prompt.shape[1] :]
-        replies = self.processor.post_process_image_text_to_text(ids, skip_special_tokens=True)
-        tokenizer = self.processor.tokenizer
-        return [
-            (text.strip(), len(tokenizer(text.strip(), add_special_tokens=False)["input_ids"])) for text in replies
-        ]
+        replies = [text for text, _ in self.speaker.converse(chats, pictures, self.sampling, seen)]
+        tokenizer = self.speaker.processor.tokenizer
+        return [(text, len(tokenizer(text, add_special_tokens=False)["input_ids"])) for text in replies]
 
 
 def _said(role: str, text: str, picture: bool = False) -> dict[str, Any]:
