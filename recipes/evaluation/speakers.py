@@ -117,22 +117,39 @@ class ChatSpeaker:
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], pictures: Sequence[PIL.Image.Image]) -> list[Said]:
-        texts = [self.written(question) for question in questions]
-        told = self._replies(questions, texts, pictures)
+        texts, sampling = [self.written(question) for question in questions], questions[0].sampling
+        told: list[tuple[str, bool]] = []
+        # Where tokens are drawn, one at a time: nobody's draws depend on the others in a batch.
+        together = 1 if sampling.temperature else len(questions)
+        for start in range(0, len(questions), together):
+            torch.manual_seed(int(questions[start].key[:8], 16))
+            batch = slice(start, start + together)
+            told += self.complete(texts[batch], pictures[batch], sampling)
         scores = self._likelihoods(questions, texts, pictures)
         return [Said(text, finished, of_choices) for (text, finished), of_choices in zip(told, scores, strict=True)]
 
-    def _replies(
-        self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
+    @torch.inference_mode()
+    def complete(
+        self,
+        texts: Sequence[str],
+        pictures: Sequence[PIL.Image.Image],
+        sampling: Sampling,
+        vision_features: torch.Tensor | None = None,
     ) -> list[tuple[str, bool]]:
-        """Text, and whether it ended by itself."""
-        sampling = questions[0].sampling
-        if sampling.temperature and len(questions) > 1:  # so that nobody's draws depend on the others in a batch
-            alone = zip(questions, texts, pictures, strict=True)
-            return [self._replies([question], [text], [picture])[0] for question, text, picture in alone]
-        if sampling.temperature:
-            torch.manual_seed(int(questions[0].key[:8], 16))
+        """
+        What the model says behind prompts, and whether it ended by itself.
+
+        Args:
+            texts: the prompts, as a chat template writes them.
+            pictures: one for each.
+            sampling: how to answer; tokens are drawn from torch's own random numbers.
+            vision_features: `last_hidden_state` of `encode_images` for the pictures, for a model that takes it, so
+                that its vision side has nothing to do.
+        """
         inputs = self._inputs(texts, pictures)
+        if vision_features is not None:
+            inputs.pop("pixel_values")
+            inputs["vision_features"] = vision_features
         ids = self.model.generate(**inputs, **generation_options(sampling))
         prompt = inputs["input_ids"]
         if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
