@@ -34,6 +34,10 @@ COMMANDS = {
         "recipes_minigpt4.evaluation.evaluate",
         "ask models about pictures and compute the numbers of the paper's evaluation",
     ),
+    "curate": (
+        "recipes_minigpt4.curation.curate",
+        "make stage 2's data from pictures: describe, mend, filter, review, export",
+    ),
     "ablate": (
         "recipes_minigpt4.evaluation.ablate",
         "run the paper's variants in miniature and compare them with the paper",
@@ -51,6 +55,7 @@ OPTIONS = {
     "convert": "recipes_minigpt4.hub.options",
     "push": "recipes_minigpt4.hub.options",
     "evaluate": "recipes_minigpt4.evaluation.options",
+    "curate": "recipes_minigpt4.curation.options",
     "ablate": "recipes_minigpt4.evaluation.options",
     "benchmark": "recipes_minigpt4.benchmark.options",
 }
@@ -59,6 +64,7 @@ GO_ON = {
     "stage1": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
     "stage2": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
     "evaluate": "the same command goes on where it was",
+    "curate": "the same command goes on where it was",
     "ablate": "the same command goes on where it was",
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")

@@ -10,7 +10,6 @@ gets `rows.jsonl`, one line per picture with its whole history, and `funnel.json
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.curation.describe import Describer, Prompts, describe_all
 from recipes_minigpt4.curation.funnel import Funnel, tell_funnel
 from recipes_minigpt4.curation.gather import gather, gathered
@@ -28,12 +28,12 @@ from recipes_minigpt4.curation.rules import chosen_text, verdicts
 from recipes_minigpt4.curation.source import Source
 from recipes_minigpt4.curation.store import Step
 from recipes_minigpt4.evaluation.questions import Sampling
-from recipes_minigpt4.evaluation.speakers import SpeakerOptions
+from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions
 from recipes_minigpt4.llm.client import Client, client_options, open_client
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.files import prepare_folder, write_json
 from recipes_minigpt4.utils.runs import quiet
-from recipes_minigpt4.utils.yaml_options import with_config
+from recipes_minigpt4.utils.yaml_options import parse_with_config
 
 
 PROMPTS = ("describe", "continue", "mend")
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     if arguments and arguments[0] in PARSERS:
         return PARSERS[arguments[0]]().parse_args(arguments[1:])
-    args = with_config(build_parser("curate"), arguments)
+    args = parse_with_config(build_parser("curate"), arguments, shipped_configs())
     for name, what in (("model", "the model that describes"), ("dataset_name", "pictures"), ("mender", "who mends")):
         if not getattr(args, name):
             raise RecipeError(f"--{name} is missing; it names {what}.")
@@ -91,10 +91,11 @@ def curate(args: argparse.Namespace, client: Client | None = None) -> Funnel:
         rows = gathered(folder)
         options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
         sampling = Sampling(args.max_new_tokens, args.num_beams)
-        describer = Describer(args.model, options, Prompts(prompts["describe"], prompts["continue"]), sampling)
+        speaker = ChatSpeaker.load(args.model, options)
+        describer = Describer(speaker, Prompts(prompts["describe"], prompts["continue"]), sampling)
         made = describe_all(folder, rows, describer, args.batch_size)
-        how = {"model": describer.revision, "sampling": asdict(sampling), "prompts": prompts, "mender": client.name}
-        del describer  # before a local mender needs the room
+        how = {"model": speaker.revision, "sampling": asdict(sampling), "prompts": prompts, "mender": client.name}
+        del speaker, describer  # before a local mender needs the room
         with Step(folder, "drafts") as step:
             drafts = {row["picture"]: step.get(row["picture"], made) or {} for row in rows}
         texts = {digest: draft["text"] for digest, draft in drafts.items()}

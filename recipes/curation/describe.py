@@ -1,6 +1,6 @@
 """The model describes every picture; a short reply is continued once, and both are joined (paper, section 3.2)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -91,9 +91,10 @@ class Describer:
         """A reply to each chat, and how many tokens it has by the model's own tokenizer."""
         if not chats:
             return []
-        replies = [text for text, _ in self.speaker.converse(chats, pictures, self.sampling, seen)]
-        tokenizer = self.speaker.processor.tokenizer
-        return [(text, len(tokenizer(text, add_special_tokens=False)["input_ids"])) for text in replies]
+        processor = self.speaker.processor
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        replies = [text for text, _ in self.speaker.complete(texts, pictures, self.sampling, seen)]
+        return [(text, len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in replies]
 
 
 def _said(role: str, text: str, picture: bool = False) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def mend_all(
                 else:
                     step.put(digest, made[digest], text=None, cost=answer.cost, failure=answer.reason)
                 line.reach(done)
-                line.set_description_str(f"Mend, cost so far {cost:.2f}" if cost else "Mend")
+                line.set_description_str(f"Mend, cost so far {cost:.2f}" if cost else "Mend", refresh=False)
     return made
 
 

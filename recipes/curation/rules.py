@@ -30,7 +30,9 @@ SHORTEST = 50  # characters of a description (the original's script)
 REPEATED = 0.2  # share of repeated runs of four words
 LENGTHS = (0.4, 2.0)  # words of the mended text, as a share of those of the draft
 OVERLAP = 0.3  # share of the mended text's words that the draft has
-_APOLOGY = re.compile(r"\b(i'?m|i am) (very |so |really )?sorry\b|\bi apologi[sz]e\b|\bapologies\b|\bmy mistake\b", re.I)
+_APOLOGY = re.compile(
+    r"\b(i'?m|i am) (very |so |really )?sorry\b|\bi apologi[sz]e\b|\bapologies\b|\bmy mistake\b", re.I
+)
 _REFUSAL = re.compile(
     r"\bas an ai\b|\b(language model|ai assistant)\b|\bi (can(no|')t|am unable to|do not have access|don't have access)\b"
     r"|\bplease provide\b",
@@ -41,7 +43,10 @@ _CORRECT = re.compile(
     r"|\bparagraph is (correct|fine|error[- ]free)",
     re.I,
 )
-_MARKS = re.compile(r"###|<\|?/?(s|im_start|im_end|img|image|unk|pad|endoftext|user|assistant)\b[^>]*>|\[/?INST\]|\b(Human|Assistant|User|System):", re.I)
+_MARKS = re.compile(
+    r"###|<\|?/?(s|im_start|im_end|img|image|unk|pad|endoftext|user|assistant)\b[^>]*>|\[/?INST\]|\b(Human|Assistant|User|System):",
+    re.I,
+)
 _PREAMBLE = re.compile(
     r"^\W*(sure|certainly|of course|okay|here('s| is| are)|the (corrected|revised|fixed|improved|edited|mended)|"
     r"(corrected|revised|fixed|improved|edited) (paragraph|version|text|description))\b[^.!?\n]*[:!]",

@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Image, load_dataset
 
-from recipes_minigpt4.data.columns import PICTURES
 from recipes_minigpt4.data.bad_samples import BadSampleError
+from recipes_minigpt4.data.columns import PICTURES
 from recipes_minigpt4.data.files import root_reason
 from recipes_minigpt4.data.webdataset import expand, find, groups_of, tars_named
 from recipes_minigpt4.evaluation.questions import Picture
@@ -90,7 +90,9 @@ class Source:
         except StopIteration:
             raise RecipeError(f"{self.name} has no column of pictures; it has {data.column_names}.") from None
         except Exception as error:  # the many ways in which `datasets` says that something is not there
-            raise RecipeError(f"{self.name} with the split {self.split} cannot be opened ({root_reason(error)}).") from error
+            raise RecipeError(
+                f"{self.name} with the split {self.split} cannot be opened ({root_reason(error)})."
+            ) from error
         for place, row in enumerate(data.cast_column(column, Image(decode=False))):
             stored = row[column]
             name = str(stored.get("path") or place) if isinstance(stored, dict) else str(place)

@@ -69,7 +69,9 @@ class DataArguments:
     # What is evaluated on while training
     eval_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Dataset to evaluate on, of any kind that dataset_name takes. Default: that of dataset_name."},
+        metadata={
+            "help": "Dataset to evaluate on, of any kind that dataset_name takes. Default: that of dataset_name."
+        },
     )
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on, slices allowed. Default: validation."}

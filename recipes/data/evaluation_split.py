@@ -126,7 +126,11 @@ def _is_same(name: str, trained: str, split: str, pairs: Any) -> bool:
         return True
     if path.is_file() or (path / "filter_cap.json").is_file():  # which have no splits
         return overlap(trained, split, pairs, any_name=True)
-    if path.is_dir() and captioned_pictures(path, split) and not all((path / one).is_dir() for one in (trained, split)):
+    if (
+        path.is_dir()
+        and captioned_pictures(path, split)
+        and not all((path / one).is_dir() for one in (trained, split))
+    ):
         return True  # the whole folder
     return overlap(trained, split, pairs)
 

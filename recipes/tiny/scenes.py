@@ -283,9 +283,7 @@ def _capitalized(sentence: str) -> str:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def stage1_examples(
-    count: int = 8000, seed: int = 0, size: int = 96, reserved: bool = False
-) -> list[dict[str, Any]]:
+def stage1_examples(count: int = 8000, seed: int = 0, size: int = 96, reserved: bool = False) -> list[dict[str, Any]]:
     """
     Pairs of a picture and a short noisy caption: `{"image": PIL.Image, "caption": str}`.
 
@@ -294,9 +292,7 @@ def stage1_examples(
     return _examples(count, f"stage 1, seed {seed}", noisy_caption, size, reserved)
 
 
-def stage2_examples(
-    count: int = 400, seed: int = 0, size: int = 96, reserved: bool = False
-) -> list[dict[str, Any]]:
+def stage2_examples(count: int = 400, seed: int = 0, size: int = 96, reserved: bool = False) -> list[dict[str, Any]]:
     """Pairs of a picture and a careful long description, otherwise as `stage1_examples`."""
     return _examples(count, f"stage 2, seed {seed}", describe, size, reserved)
 

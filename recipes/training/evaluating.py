@@ -1,6 +1,6 @@
 """Evaluation while a run trains: loss and accuracy of all answer tokens of a split, by the same fast step.
 
-    minigpt4 stage1 --config tiny_stage1 --eval_dataset_name tiny --eval_strategy steps --eval_steps 50
+minigpt4 stage1 --config tiny_stage1 --eval_dataset_name tiny --eval_strategy steps --eval_steps 50
 """
 
 import time

@@ -90,7 +90,9 @@ WATCHING = {
     ),
 }
 EVALUATION = {
-    "eval_strategy": Option("no", "When to evaluate on the held-out data: no, steps or epoch; the end is in any case."),
+    "eval_strategy": Option(
+        "no", "When to evaluate on the held-out data: no, steps or epoch; the end is in any case."
+    ),
     "eval_steps": Option(None, "Steps between two evaluations. Default: save_steps."),
     "eval_on_start": Option(False, "Evaluate before the first step as well."),
     "per_device_eval_batch_size": Option(8, "Rows of a batch of evaluation, on each GPU."),
