@@ -6,7 +6,7 @@ from pathlib import Path
 
 from recipes_minigpt4.llm.options import add_client_options
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.ranges import COUNT, INTEGER, NOT_NEGATIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.ranges import COUNT, INTEGER, NOT_NEGATIVE, PORT, SEED, SHARE, in_range
 
 
 ABOUT = """Make stage 2's data from pictures alone: a stage-1 model describes them, a language model mends what it said,
@@ -93,9 +93,15 @@ def build_review_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="minigpt4 curate review", description="Write the page on which people decide.")
     parser.add_argument("folder", type=Path, help="--output_dir of `minigpt4 curate`")
     parser.add_argument("--serve", action="store_true", help="serve it on this machine, and write decisions at once")
-    parser.add_argument("--port", type=int, default=0, help="of --serve; default: a free one")
+    parser.add_argument("--port", type=in_range(PORT), default=0, help="of --serve; default: a free one")
     parser.add_argument(
-        "--decisions", nargs="+", type=Path, default=[], metavar="FILE", help="read decisions: agreement and conflicts"
+        "--decisions",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="what people decided: the page begins with one file, or writes into it with --serve (default: "
+        "decisions.jsonl in the folder); of several, agreement and conflicts are told",
     )
     return parser
 
