@@ -394,6 +394,22 @@ def test_others_reach_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) 
         assert list(read_journal(folder / "decisions.jsonl")) == []
 
 
+def test_a_file_that_is_damaged_meanwhile_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = case_of(read_rows(folder)[0])
+    journal = folder / "decisions.jsonl"
+
+    def act(address: str) -> None:
+        assert ask(address, "POST", "decision", {"case": case, "answer": "keep"})[0] == 204
+        whole = journal.read_text(encoding="utf-8")
+        journal.write_text("keep all of them\n", encoding="utf-8")
+        status, told = ask(address, "GET", "")
+        assert status == 500 and b"is no decision; name the file that the page has saved" in told
+        journal.write_text(whole, encoding="utf-8")
+
+    with served(folder, capsys, act) as printed:
+        assert "1 kept, 0 dropped, 0 edited, of 5 rows" in "".join(printed)
+
+
 def test_serving_needs_one_file_and_a_port(folder: Path) -> None:
     with pytest.raises(RecipeError, match="--serve writes into one file"):
         review.main([str(folder), "--serve", "--decisions", "a.jsonl", "b.jsonl"])
