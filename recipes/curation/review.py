@@ -242,7 +242,11 @@ def serve(folder: Path, rows: Sequence[CuratedRow], paths: Sequence[Path] = (), 
             )
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()
-    decided = read_review([path], rows) if journal.lines else {}
+    if not journal.lines:
+        path.unlink()
+        print("\nNothing was decided.", flush=True)
+        return
+    decided = read_review([path], rows)
     print(
         f"\n{_counts(decided.values())}, of {len(rows)} rows; {len(rows) - len(decided)} are left. The same command "
         f"goes on, and `minigpt4 curate export {folder} --decisions {path}` uses them.",
