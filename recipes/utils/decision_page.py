@@ -156,7 +156,8 @@ body { padding: 1rem 1.25rem 0; }
 BODY = """<div class="deck">
 <header>
 <h1>{title}</h1>
-<details id="help"><summary>How this works</summary><p>{about}</p></details>
+<details id="help"><summary>How this works</summary><p>{about}</p>
+<p><button id="forget"></button></p></details>
 <progress id="bar" value="0"></progress>
 <p class="soft" id="count" role="status"></p>
 <p class="note" id="lost" hidden>This browser keeps nothing for this page. Save before you close it.</p>
@@ -236,6 +237,15 @@ function again() {
   place = next(0); show();
 }
 
+function forget(sure) {
+  if (sure) {
+    for (const one of deck.cases) keep(one, null);
+    place = 0; show();
+  }
+  at("forget").dataset.sure = "";
+  at("forget").textContent = "Forget all answers, for another person";
+}
+
 function save() {
   const lines = deck.cases.filter((one) => answers.has(one.case)).map((one) => {
     const answer = answers.get(one.case);
@@ -259,6 +269,12 @@ for (const button of document.querySelectorAll("[data-answer]")) {
 at("back").addEventListener("click", back);
 at("again").addEventListener("click", again);
 at("save").addEventListener("click", save);
+at("forget").addEventListener("click", () => {
+  if (at("forget").dataset.sure) { forget(true); return; }
+  at("forget").dataset.sure = "yes";
+  at("forget").textContent = "Are they saved? Press again to forget them";
+});
+forget(false);
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   const choice = deck.choices.find(([key]) => key === event.key.toLowerCase());

@@ -86,6 +86,7 @@ RANGES = {
     "save_steps": INTERVAL,
     "eval_steps": INTERVAL,
     "eval_delay": NOT_NEGATIVE,
+    "eval_suite_rows": COUNT,
     "panel_steps": COUNT,
     "torch_empty_cache_steps": COUNT,
     "save_total_limit": COUNT,
