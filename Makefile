@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_CANARY ?= .venv-canary
 VENV_TIMM ?= .venv-timm
+VENV_HARNESS ?= .venv-harness
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 LANGUAGE_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-smollm2 test test-kernels test-timm canary lint format clean help
+.PHONY: demo demo-smollm2 test test-kernels test-timm test-harness canary lint format clean help
 
 help:
 	@echo "make demo    both training stages in miniature, on CPU, with a report in demo-output/"
@@ -21,8 +22,9 @@ help:
 	@echo "make canary  the test suite on the newest releases of everything but torch, whatever the pins say"
 	@echo "make test-kernels  the numeric tests with the kernels of other processors"
 	@echo "make test-timm  vision encoders of timm, in an environment with a torch and a torchvision that fit each other"
+	@echo "make test-harness  lm-evaluation-harness and lmms-eval run models of ours, in an environment with both (7 GB)"
 
-$(VENV)/bin/python $(VENV_CANARY)/bin/python $(VENV_TIMM)/bin/python:
+$(VENV)/bin/python $(VENV_CANARY)/bin/python $(VENV_TIMM)/bin/python $(VENV_HARNESS)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(@:/bin/python=)
 
@@ -52,6 +54,11 @@ test-timm: $(VENV_TIMM)/bin/python
 		--editable . timm torchvision pytest
 	$(VENV_TIMM)/bin/python -m pytest -m slow tests/modeling/test_timm.py
 
+test-harness: $(VENV_HARNESS)/bin/python
+	@$(VENV_HARNESS)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint .ci/constraints-harness.txt --editable ".[train]" lm-eval lmms-eval torch torchvision pytest
+	$(VENV_HARNESS)/bin/python -m pytest -m slow tests/recipes/evaluation/test_harness_runs.py
+
 canary: $(VENV_CANARY)/bin/python
 	$(VENV_CANARY)/bin/python tests/canary.py --jobs $(JOBS)
 
@@ -69,4 +76,4 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf .venv .venv-oldest .venv-canary .venv-timm .cache build dist demo-output demo-smollm2-output *.egg-info
+	rm -rf .venv .venv-oldest .venv-canary .venv-timm .venv-harness .cache build dist demo-output demo-smollm2-output *.egg-info

@@ -83,5 +83,7 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
         non_finite=training_args.non_finite,
         stage=2,
     )
+    if held_out is not None and training_args.eval_suites:
+        trainer.watch_suites(held_out)
     train_and_save(trainer)
     return trainer

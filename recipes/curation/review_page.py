@@ -155,7 +155,8 @@ body { max-width: 90rem; }
 BODY = """<div class="deck">
 <header>
 <h1>{title}</h1>
-<details id="help"><summary>How this works</summary><p>{about}</p></details>
+<details id="help"><summary>How this works</summary><p>{about}</p>
+<p><button id="forget"></button></p></details>
 <details id="filters"><summary id="chosen"></summary><div>
 <label>verdict <select id="by-rule"></select></label>
 <label>decision <select id="by-answer">
@@ -434,6 +435,8 @@ at("picture").addEventListener("error", () => { at("picture").hidden = true; at(
 addEventListener("beforeunload", (event) => { if (unsent.size) event.preventDefault(); });
 
 recall();
+at("forget").hidden = deck.served;  // another person serves another file
+offerToForget(() => { past.length = 0; choose(); show(); });
 offer();
 choose();
 at("help").open = answers.size === 0;

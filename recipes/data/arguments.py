@@ -69,9 +69,7 @@ class DataArguments:
     # What is evaluated on while training
     eval_dataset_name: str | None = field(
         default=None,
-        metadata={
-            "help": "Dataset to evaluate on, of any kind that dataset_name takes. Default: that of dataset_name."
-        },
+        metadata={"help": "Dataset to evaluate on, as dataset_name. Default: that one, and its eval_split."},
     )
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on, slices allowed. Default: validation."}

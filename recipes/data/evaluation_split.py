@@ -46,7 +46,7 @@ def load_evaluation_pairs(args: DataArguments, stage: int, pairs: Any = None) ->
     if not args.is_evaluated:
         return None
     own = evaluation_arguments(args)
-    (name,) = own.dataset_name or ()
+    name = "".join(own.dataset_name or ())  # which is one
     _check_apart(args, name, own.dataset_split, pairs)
     try:
         source = open_source(name, own, stage)
@@ -77,6 +77,7 @@ def evaluation_arguments(args: DataArguments) -> DataArguments:
         known = column_of(columns, place) if is_trained or len(columns or ()) == 1 else None
         return [found] if (found := own or known) else None
 
+    nothing: dict[str, Any] = dict.fromkeys(EVALUATION)
     return replace(
         args,
         dataset_name=[name],
@@ -88,7 +89,7 @@ def evaluation_arguments(args: DataArguments) -> DataArguments:
         text_column=column(args.eval_text_column, args.text_column),
         image_folder=args.eval_image_folder or args.image_folder,
         num_samples=args.eval_num_samples,
-        **dict.fromkeys(EVALUATION),
+        **nothing,
     )
 
 

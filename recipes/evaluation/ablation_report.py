@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from recipes_minigpt4.tiny.metrics import MEANING, SCORES
 from recipes_minigpt4.utils.html import render_page, render_table
-from recipes_minigpt4.utils.text import format_table, heading
+from recipes_minigpt4.utils.text import format_table, heading, markdown_table
 
 
 MEASURES = {**SCORES, "repetition_rate": ("repetition rate", "{:.1%}")}
@@ -145,12 +145,6 @@ def circumstances(results: Mapping[str, Any]) -> str:
         f"{scenes['all']} scenes never shown, {scenes['held_out']} of them with a held-out colour–shape pair; greedy "
         f"decoding; seeds {', '.join(map(str, seeds))}. {libraries}; {results['machine']}."
     )
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table: the first column to the left, numbers to the right."""
-    lines = [header, [":--", *("--:" for _ in header[1:])], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------

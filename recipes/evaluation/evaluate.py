@@ -20,23 +20,23 @@ from typing import Any
 
 from recipes_minigpt4.evaluation.evaluate_options import parse
 from recipes_minigpt4.evaluation.evaluation_report import write_reports
+from recipes_minigpt4.evaluation.examples import choose_examples
 from recipes_minigpt4.evaluation.human import HUMAN, write_judge_page
-from recipes_minigpt4.evaluation.judging import Judge, TruthJudge, agreement
+from recipes_minigpt4.evaluation.model_index import card_folders, write_results
 from recipes_minigpt4.evaluation.numbers import Answered, check_alike, suite_numbers
-from recipes_minigpt4.evaluation.opening import open_judges, open_questions
+from recipes_minigpt4.evaluation.opening import open_judges, open_questions, place_of
+from recipes_minigpt4.evaluation.paper import compare, focus_of, paper_labels
 from recipes_minigpt4.evaluation.pictures import keep_pictures
 from recipes_minigpt4.evaluation.questions import Question
-from recipes_minigpt4.evaluation.replies import Reply, ReplyStore, read_replies, reply_to
+from recipes_minigpt4.evaluation.replies import Replies, Reply, ReplyStore, read_replies, reply_to
+from recipes_minigpt4.evaluation.run_facts import keep_facts, read_facts
 from recipes_minigpt4.evaluation.speakers import SpeakerOptions, open_speaker
-from recipes_minigpt4.evaluation.suite import Case, Suite, Verdict
 from recipes_minigpt4.evaluation.suites import SUITES
+from recipes_minigpt4.evaluation.verdicts import cases_of, judge_replies, judges_told
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 from recipes_minigpt4.utils.files import prepare_folder
 from recipes_minigpt4.utils.progress import phase
 from recipes_minigpt4.utils.runs import quiet
-
-
-Replies = dict[str, list[Reply]]  # label of a model → what it said in a suite
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
@@ -51,12 +51,16 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     """
     args = parse(arguments)
     folder = prepare_folder(args.output_dir, parts=())
+    given = dict(text.split("=", 1) for text in args.models if "=" in text)
+    cards = card_folders(args.write_card, {**read_facts(folder)["models"], **given})
     with quiet():
         told = stored_replies(args, folder) if args.from_replies else collect_replies(args, folder)
         for suite, replies in told.items():
             check_alike(suite, replies)
         results = compute(args, folder, told)
     write_reports(folder, results, told)
+    for label, place in cards.items():
+        print(write_results(place, label, results, told))
     return results
 
 
@@ -89,6 +93,8 @@ def collect_replies(args: argparse.Namespace, folder: Path) -> dict[str, Replies
     if not args.suites:
         raise RecipeError(f"No suite; name some of {', '.join(SUITES)} with --suites.")
     asked = {name: open_questions(SUITES[name].from_options(args), args) for name in args.suites}
+    places = {name: place_of(SUITES[name].from_options(args), args.data) for name in asked}
+    keep_facts(folder, models, places, num_samples=args.num_samples, seed=args.seed)
     told: dict[str, Replies] = {name: {} for name in asked}
     for label, model in models.items():
         options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
@@ -185,6 +191,7 @@ def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies])
     """The numbers of all suites, and how far judges agree."""
     judges = open_judges(args, folder)
     results: dict[str, Any] = {"suites": {}, "skipped": {}, "to_judge": {}}
+    names = paper_labels(args.paper_labels, [label for replies in told.values() for label in replies])
     for name, replies in told.items():
         suite = SUITES[name].from_options(args)
         if HUMAN in args.judge and (cases := cases_of(suite, replies)):
@@ -199,8 +206,11 @@ def compute(args: argparse.Namespace, folder: Path, told: Mapping[str, Replies])
             for label, said in replies.items()
         }
         numbers = suite_numbers(suite, answered, args.resamples)
-        numbers["judges"] = judges_told(suite, replies, verdicts)
+        numbers["judges"] = judges_told(suite, replies, verdicts, judges)
+        numbers["examples"] = choose_examples(suite, answered, focus_of(list(answered), names))
         results["suites"][name] = numbers
+    results["paper"] = compare(results["suites"], names)
+    results["run"] = {**read_facts(folder), "judges": [judge.name for judge in judges]}
     return results
 
 
@@ -209,48 +219,3 @@ def unjudged(suite: str, page: str | None) -> str:
     if page is None:
         return "it needs a judge: name one with --judge"
     return f"nobody has judged it yet: open {page}, and name the file that it saves with --judge {HUMAN}:FILE"
-
-
-def cases_of(suite: Suite, replies: Replies) -> list[Case]:
-    """What a judge is asked about the replies of all models."""
-    found = (suite.case(reply) for said in replies.values() for reply in said)
-    return [case for case in found if case is not None]
-
-
-def judge_replies(
-    suite: Suite, replies: Replies, judges: Sequence[Judge]
-) -> dict[str, dict[str, list[Verdict | None]]]:
-    """Judge → label → a verdict per reply; None for one that needs none."""
-    told: dict[str, dict[str, list[Verdict | None]]] = {}
-    cases = [(label, suite.case(reply)) for label, said in replies.items() for reply in said]
-    wanted = [case for _, case in cases if case is not None]
-    for judge in judges if wanted else ():
-        answers = iter(judge.verdicts(suite, wanted))
-        of_judge: dict[str, list[Verdict | None]] = {label: [] for label in replies}
-        for label, case in cases:
-            of_judge[label].append(next(answers) if case is not None else None)
-        told[judge.name] = of_judge
-    return told
-
-
-def judges_told(
-    suite: Suite, replies: Replies, verdicts: Mapping[str, Mapping[str, Sequence[Verdict | None]]]
-) -> dict[str, Any]:
-    """What could not be read of every judge, and how far each two agree, the suite's own rules or truth included."""
-    flat: dict[str, list[Verdict | None]] = {
-        name: [verdict for label in replies for verdict in of_judge[label]] for name, of_judge in verdicts.items()
-    }
-    own = [suite.own_verdict(reply) for said in replies.values() for reply in said]
-    if flat and TruthJudge.name not in flat and any(verdict is not None for verdict in own):
-        flat["the suite itself"] = own
-    names = list(flat)
-    return {
-        "unread": {
-            name: sum(answer is None for verdict in flat[name] for answer in verdict or ()) for name in verdicts
-        },
-        "agreement": [
-            {"one": one, "other": other, **agreement(flat[one], flat[other])}
-            for place, one in enumerate(names)
-            for other in names[place + 1 :]
-        ],
-    }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes_minigpt4.configs import shipped_configs
+from recipes_minigpt4.evaluation.paper import MODELS
 from recipes_minigpt4.llm.options import add_client_options
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE, in_range
@@ -56,11 +57,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="pictures that may be unreadable before the run stops; they are "
         "left out for all models; default: %(default)s",
     )
+    add(
+        "--paper_labels",
+        nargs="+",
+        default=[],
+        metavar="NAME=LABEL",
+        help="which label is which model of the paper's tables, as in stage2=mine; labels of these names need none: "
+        + ", ".join(MODELS),
+    )
     add("--output_dir", type=Path, default=Path("evaluation-output"), metavar="DIR", help="default: %(default)s")
     add(
         "--from_replies",
         action="store_true",
         help="compute the numbers from the replies in --output_dir again, without models and data",
+    )
+    add(
+        "--write_card",
+        nargs="+",
+        default=[],
+        metavar="LABEL",
+        help="write the numbers into the model cards (README.md) of these models' folders, so that the Hub shows them",
     )
     add("--resamples", type=in_range(COUNT), default=2000, metavar="N", help="of the bootstrap; default: %(default)s")
     models = parser.add_argument_group("models")

@@ -71,7 +71,7 @@ class WordsJudge:
     """
     A rule without a model, for comparison: a caption is covered if a reply has most of its content words, wherever.
 
-    It says nothing about replies that have no captions.
+    It knows the suite that asks about captions, and no other.
     """
 
     name = "words"
@@ -81,12 +81,8 @@ class WordsJudge:
         return suite.name == "coverage"
 
     def verdicts(self, suite: Suite, cases: Sequence[Case]) -> list[Verdict]:
-        return [
-            tuple(content_share(caption, case.reply.text) >= MOST for caption in captions[: len(case.questions)])
-            or (None,) * len(case.questions)
-            for case in cases
-            for captions in [case.reply.facts.get("captions", ())]
-        ]
+        asked = [(case.reply.text, case.reply.facts["captions"][: len(case.questions)]) for case in cases]
+        return [tuple(content_share(caption, text) >= MOST for caption in captions) for text, captions in asked]
 
 
 class TruthJudge:

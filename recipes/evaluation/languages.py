@@ -6,7 +6,7 @@ from recipes_minigpt4.evaluation.words import sentences_of, words_of
 
 
 OTHER_SCRIPT = 0.2  # share of letters outside of the Latin script from which on a text is in another language
-ACCENTED = 0.25  # share of words with letters that English does not have, likewise
+ACCENTED = 0.45  # share of words with letters that English does not have, likewise
 OF_SENTENCES = 0.2  # share of the words that stand in sentences of another language, likewise
 FEW = 12  # words of a text that is too short to lack every common word by chance
 

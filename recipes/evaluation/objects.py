@@ -67,8 +67,8 @@ class Synonyms:
         return kinds
 
     def kind(self, name: str) -> str | None:
-        """The kind that a name stands for as a whole; None for a word that is not known."""
-        return self._kinds.get(tuple(words_of(name)))
+        """The kind that a name stands for as a whole, its own name first; None for a word that is not known."""
+        return name if name in self.kinds else self._kinds.get(tuple(words_of(name)))
 
     def _run(self, words: Sequence[str]) -> tuple[str, ...]:
         """The longest run of words at the start that is known; empty if none is."""

@@ -55,6 +55,9 @@ class Reply:
     error: str | None = None
 
 
+Replies = dict[str, list[Reply]]  # label of a model → what it said in a suite
+
+
 def reply_to(question: Question, revision: str, said: Said | None, error: str | None = None) -> Reply:
     """The line of a question and what was said to it."""
     asked = (question.key, revision, question.picture.name, question.picture.digest, question.prompt)

@@ -72,9 +72,10 @@ def open_rows(places: Places) -> list[dict[str, Any]]:
         rows = _listed(contents[0], files[0])
     elif files[0].is_file():
         file_type(files[0])
-        rows = open_table(files[0])
+        rows = _undecoded(open_table(files[0]))
     elif files[0].is_dir() and (pictures := _pictures_of(files[0])):
-        rows = [{"image": str(path), "kind": path.parent.name} for path in pictures]
+        folder = files[0]
+        rows = [{"image": str(path.relative_to(folder)), "kind": path.parent.name} for path in pictures]
     else:
         rows = _dataset_rows(places)
     if not rows:
@@ -142,13 +143,21 @@ def _pictures_of(folder: Path) -> list[Path]:
 
 
 def _dataset_rows(places: Places) -> Sequence[dict[str, Any]]:
-    """The rows of a folder with metadata or of a dataset of the Hub, with pictures as they are stored."""
+    """The rows of a folder with metadata or of a dataset of the Hub."""
     (name,) = places.names
     refuse_address(name)
-    with writable_cache():
-        data: Any = open_dataset(
-            name, Path(name).expanduser(), places.config, places.split, places.revision, streaming=False
-        )
+    try:
+        with writable_cache():
+            data: Any = open_dataset(
+                name, Path(name).expanduser(), places.config, places.split, places.revision, streaming=False
+            )
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("--dataset_name", "--data")) from error
+    return _undecoded(data)
+
+
+def _undecoded(data: Any) -> Sequence[dict[str, Any]]:
+    """The same rows, with pictures as they are stored: nobody has looked at them yet."""
     for column, kind in data.features.items():
         if isinstance(kind, Image):
             data = data.cast_column(column, Image(decode=False))
@@ -182,10 +191,10 @@ def _picture(row: Mapping[str, Any], folder: Path, place: int) -> Picture | None
         value = lowered.get(column)
         if isinstance(value, Mapping):
             if value.get("bytes") is not None:
-                return Picture(str(value.get("path") or place), value["bytes"])
+                return Picture(_shown(folder / str(value.get("path") or place), folder), value["bytes"])
             value = value.get("path")
         if isinstance(value, Path) or (isinstance(value, str) and value):
-            return Picture(str(value), folder / value)
+            return Picture(_shown(folder / value, folder), folder / value)
         if value is not None and not isinstance(value, str):
             return Picture(str(place), value)
     for column in BESIDE:
@@ -193,6 +202,11 @@ def _picture(row: Mapping[str, Any], folder: Path, place: int) -> Picture | None
             path = _numbered(folder, row[column])
             return Picture(path.name, path)
     return None
+
+
+def _shown(path: Path, folder: Path) -> str:
+    """The name of a picture, which is written down and shown: nobody has to know where on a machine it lies."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 
 def _numbered(folder: Path, number: Any) -> Path:

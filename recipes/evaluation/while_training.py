@@ -60,12 +60,24 @@ class SuitesOnRows:
         return found
 
     def is_better_higher(self, metric: str) -> bool | None:
-        """Whether a larger value of `SUITE_MEASURE` is better; None for one that is not computed."""
-        for name, suite in self.suites.items():
-            for measure, told in suite.measures.items():
-                if metric.removeprefix("eval_") == f"{name}_{measure}":
-                    return told.higher_is_better
-        return None
+        """
+        Whether a larger value of a metric is better; None for one that the stages compute themselves.
+
+        Raises:
+            RecipeError: for a measure that there is not, or that tells neither good nor bad.
+        """
+        wanted = metric.removeprefix("eval_")
+        if wanted in ("loss", "mean_token_accuracy", "entropy"):
+            return None
+        known = {
+            f"{name}_{measure}": told.higher_is_better
+            for name, suite in self.suites.items()
+            for measure, told in suite.measures.items()
+            if told.higher_is_better is not None
+        }
+        if wanted not in known:
+            raise RecipeError(f"--metric_for_best_model is {metric!r}; the suites tell {', '.join(known)}.")
+        return known[wanted]
 
 
 def _picture(place: int, stored: Any) -> Picture:

@@ -23,6 +23,7 @@ from recipes_minigpt4.utils.redaction import redact
 
 PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
 TAGS = ["minigpt-4", "image-text-to-text", "image-captioning"]
+NO_RESULTS = "No measurements were given with this card."  # in the template, until there are some
 NAMELESS = "your-name/your-adapter"  # in the template, where a card names its repository
 TRAINING_TAGS = ["adapter", "trl", "sft"]
 

@@ -251,12 +251,12 @@ def _is_inside(source: Any) -> bool:
     return source["name_or_path"] == HERE and bool(source.get("subfolder"))
 
 
-def write_card(folder: Path, config: MiniGPT4Config, repo_id: str) -> None:
+def write_card(folder: Path, config: MiniGPT4Config, repo_id: str | None = None) -> None:
     """Name the repository in the card; a folder of `save_pretrained` alone has none, and gets one without numbers."""
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8")
-        if NAMELESS in text:
+        if repo_id and NAMELESS in text:
             card.write_text(text.replace(NAMELESS, repo_id), encoding="utf-8")
         return
     skeleton = MiniGPT4ForConditionalGeneration._skeleton(config)
@@ -269,4 +269,4 @@ def write_card(folder: Path, config: MiniGPT4Config, repo_id: str) -> None:
     parameters = dict(skeleton.named_parameters())
     for name, plain in plain_names(skeleton, parameters).items():
         parameters[name].requires_grad_(plain is None or plain in kept or ".language_projection." in name)
-    card.write_text(render_card(skeleton, repo_id=repo_id), encoding="utf-8")
+    card.write_text(render_card(skeleton, repo_id=repo_id, title=str(folder.absolute())), encoding="utf-8")

@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
@@ -51,7 +53,8 @@ class OpenAISender:
         self.model = model
         address = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
         self.server = self._clean_address(address)
-        self.name = f"openai:{model}" + ("" if self.server == OPENAI else f" at {self.server}")
+        shown = model if not model.startswith("/") else f"{Path(model).name}@{sha256(model.encode()).hexdigest()[:8]}"
+        self.name = f"openai:{shown}" + ("" if self.server == OPENAI else f" at {self.server}")
         self._key = self._read_key(OPENAIS_KEY if base_url is None else None)
         self._client = openai.OpenAI(
             api_key=self._key or NO_KEY,
@@ -151,12 +154,14 @@ class OpenAISender:
         except (KeyError, IndexError, TypeError, AttributeError):
             raise NoAnswerError(f"there is no choice in what it answered ({_shown(body)})", **billed) from None
         if isinstance(refusal, str) and refusal and not text:
-            raise NoAnswerError(f"the model refuses ({_shown(refusal)})", again=False, **billed)
+            raise NoAnswerError(f"the model refuses ({_shown(refusal)})", again=False, alone=True, **billed)
         if finish == "content_filter":
-            raise NoAnswerError("the server's content filter took the answer", again=False, **billed)
+            raise NoAnswerError("the server's content filter took the answer", again=False, alone=True, **billed)
         if not isinstance(text, str) or not text.strip():
             if finish == "length":
-                raise NoAnswerError("the model had no token left for an answer; allow more", again=False, **billed)
+                raise NoAnswerError(
+                    "the model had no token left for an answer; allow more", again=False, alone=True, **billed
+                )
             raise NoAnswerError("the answer is empty", **billed)
         return Reply(hide_known_secrets(text), paid[0], paid[1], finish_reason=finish, raw=answer)
 

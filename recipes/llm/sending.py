@@ -30,6 +30,7 @@ class NoAnswerError(Exception):
     Args:
         reason: why, without a full stop.
         again: whether another attempt may help.
+        alone: whether it says nothing about other requests.
         pause: seconds that the server asks to wait.
         paid: what it cost, as far as the server tells: tokens of prompt and answer. "unknown" if it may have answered
             and nobody heard it.
@@ -40,12 +41,13 @@ class NoAnswerError(Exception):
         self,
         reason: str,
         again: bool = True,
+        alone: bool = False,
         pause: float | None = None,
         paid: tuple[int, int] | str | None = None,
         raw: str | None = None,
     ) -> None:
         super().__init__(redact(reason))
-        self.reason, self.again, self.pause, self.paid = redact(reason), again, pause, paid
+        self.reason, self.again, self.alone, self.pause, self.paid = redact(reason), again, alone, pause, paid
         self.raw = None if raw is None else redact(raw)
 
 
@@ -76,6 +78,7 @@ class SendingClient:
         self._chance = random.Random(seed)
         self._counted: set[str] = set()  # requests whose earlier costs are in the budget
         self._failed_in_a_row = 0
+        self._heard = False  # any answer
         self._lock = threading.Lock()
 
     @property
@@ -102,16 +105,17 @@ class SendingClient:
             except NoAnswerError as trouble:
                 last = trouble
             else:
-                self._failed_in_a_row = 0
+                self._failed_in_a_row, self._heard = 0, True
                 return answer
-            if not last.again:
-                return Failure(last.reason, attempt, self.cache.cost(key))
             if last.pause is not None:
                 self._hold(last.pause, last.reason)
-            if attempt < self.options.attempts:
-                self._wait(last, attempt, stop)
-        self._count_failure(last.reason)
-        return Failure(last.reason, self.options.attempts, self.cache.cost(key))
+            if not last.again or attempt == self.options.attempts:
+                break
+            self._wait(last, attempt, stop)
+        # What a server does not like about a request may be what it dislikes about all, such as a model's name.
+        if not last.alone and (last.again or not self._heard):
+            self._count_failure(last.reason)
+        return Failure(last.reason, attempt, self.cache.cost(key))
 
     def _attempt(self, request: Request, key: str, attempt: int, stop: threading.Event) -> Answer:
         prompt, completion = most_tokens(request, self.options)

@@ -84,9 +84,9 @@ def _answer(lines: list[dict[str, Any]], request: Request, file: str) -> str:
     for line in lines:
         if found := line["match"].search(said):
             if "failure" in line:
-                raise NoAnswerError(line["failure"], again=False)
+                raise NoAnswerError(line["failure"], again=False, alone=True)
             try:
                 return found.expand(line["answer"])
             except (re.error, IndexError) as error:
                 raise RecipeError(f"An answer of {file} names a group that is not there ({error}).") from error
-    raise NoAnswerError(f"no line of {file} fits", again=False)
+    raise NoAnswerError(f"no line of {file} fits", again=False, alone=True)

@@ -67,6 +67,10 @@ class StageArguments(SFTConfig):
     panel_steps: int | None = option("panel_steps")
     panel_images: str | None = option("panel_images")
 
+    # What models say while they train
+    eval_suites: list[str] | None = field(default=None, metadata={"help": STAGE_OPTIONS["eval_suites"].help})
+    eval_suite_rows: int = option("eval_suite_rows")
+
     # Losses that are not finite
     non_finite: str = option("non_finite")
     logging_nan_inf_filter: bool = option("logging_nan_inf_filter")

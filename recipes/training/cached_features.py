@@ -128,7 +128,7 @@ def fill_together(
 
 
 def leave_out(trainer: Any, name: str, skipped: Sequence[Mapping[str, str] | None]) -> None:
-    """Count the pictures of a set that have no features, and stop if they are all, or too many of those to train on."""
+    """Count the pictures of a set that have no features; stop if they are all, or too many to train on."""
     if name == TRAIN:
         count_skipped(trainer, skipped)
         return

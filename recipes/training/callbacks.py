@@ -55,7 +55,11 @@ def log_line(logs: Mapping[str, Any], state: Any) -> str | None:
     """A few aligned numbers; None for what the last lines of a run tell."""
     if "train_runtime" in logs:
         return None
-    shown = {name: SHOWN[name] for name in SHOWN if name in logs} or {name: (name, "{}") for name in logs}
+    shown = {name: SHOWN[name] for name in SHOWN if name in logs} or {
+        name: (name.removeprefix("eval_"), "{:.3f}" if isinstance(value, float) else "{}")
+        for name, value in logs.items()
+        if name != "epoch"
+    }
     numbers = [f"{title} {style.format(logs[name])}" for name, (title, style) in shown.items()]
     width = len(f"{state.max_steps:,}")
     return "  ".join([f"step {state.global_step:>{width},}/{state.max_steps:,}", *numbers])

@@ -5,25 +5,30 @@ minigpt4 stage1 --config tiny_stage1 --eval_dataset_name tiny --eval_strategy st
 
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from recipes_minigpt4.data.bad_samples import SampleCounts
 from recipes_minigpt4.data.collator import COUNTS
 from recipes_minigpt4.data.evaluation_split import FILLER, FilledUp
+from recipes_minigpt4.training.callbacks import undisturbed
 from recipes_minigpt4.training.loss import score_batch
 from recipes_minigpt4.utils.errors import RecipeError
 
 
 logger = logging.get_logger(__name__)
+SUITES = "recipes_minigpt4.evaluation.while_training"  # by name: a room above this one, imported when it is asked for
 SCORED = {"image_positions", "labels", "attention_mask"}  # what the fast step needs of a batch
 
 
@@ -64,7 +69,7 @@ class EvaluationMixin:
     Loss, accuracy and entropy are those of all answer tokens of the split together, on all processes. Samples that
     cannot be used are left out and told once. Training goes on as if nothing had been: random numbers are as before,
     and images per second do not count the time. With `compute_metrics`, for `predict`, and for rows of unknown length
-    it is TRL's and transformers' own evaluation.
+    it is transformers' own evaluation, with the logits of all tokens where they are asked for.
     """
 
     # What the Trainer brings.
@@ -77,8 +82,8 @@ class EvaluationMixin:
     _is_causal: bool
     leave_out: Callable[[float], None]
     is_world_process_zero: Callable[[], bool]
-    splits_sequences: bool
 
+    suites: Any = None  # what asks the model at every evaluation
     evaluation_left_out: list[Mapping[str, str]]  # records of samples that are left out ahead
     _scores: Scores | None = None  # while it evaluates
     _told = False  # whether what is left out has been told
@@ -103,6 +108,44 @@ class EvaluationMixin:
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
         """In their order, also where training has rows of like length together."""
         return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
+
+    # ---- suites -------------------------------------------------------------------------------------------------
+
+    def watch_suites(self, pairs: Dataset) -> None:
+        """
+        Let the suites that are named ask the model at every evaluation; see `evaluation/while_training.py`.
+
+        Args:
+            pairs: held-out pairs, as `load_evaluation_pairs` gives them.
+
+        Raises:
+            RecipeError: for suites and measures that there are not, and where no process holds the whole model.
+        """
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():  # type: ignore[attr-defined]
+            raise RecipeError(
+                "Suites need a whole model in one process; with FSDP or ZeRO-3, leave --eval_suites out."
+            )
+        self.suites = import_module(SUITES).SuitesOnRows(self.args.eval_suites, pairs, self.args.eval_suite_rows)
+        if metric := self.args.metric_for_best_model:
+            better = self.suites.is_better_higher(metric)
+            self.args.greater_is_better = self.args.greater_is_better if better is None else better
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """See [`~transformers.Trainer.evaluate`]; with the measures of the suites that are watched."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+        if self.suites is None or eval_dataset is not None:
+            return metrics
+        started, found = time.perf_counter(), [None]
+        if self.is_world_process_zero():
+            with undisturbed(self.model), torch.no_grad(), self.accelerator.autocast():
+                found = [self.suites.measure(self.model, self.processing_class)]  # type: ignore[attr-defined]
+        told: Any = broadcast_object_list(found)[0]
+        measures = {f"{metric_key_prefix}_{name}": value for name, value in told.items()}
+        self.log(measures)  # type: ignore[attr-defined]
+        self.leave_out(time.perf_counter() - started)
+        return {**metrics, **measures}
 
     # ---- the numbers --------------------------------------------------------------------------------------------
 
@@ -161,25 +204,39 @@ class EvaluationMixin:
         scores = self._scores
         if scores is not None and (counts := inputs.get(COUNTS)) is not None:
             scores.count(counts)
-        if scores is None or not prediction_loss_only or not inputs.keys() >= SCORED or self.splits_sequences:
+        if not inputs.keys() >= SCORED or self.splits_sequences:
             found: Any = super().prediction_step(  # type: ignore[misc]
                 model, inputs, prediction_loss_only, ignore_keys
             )
             return found  # type: ignore[no-any-return]
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        is_causal = self._is_causal
-        if "label_positions" not in inputs:  # a row ends in a picture, so that the last column has to stay
-            learned = inputs["labels"] != -100
-            learned[:, 0] = False
-            inputs["label_positions"], is_causal = learned.flatten().nonzero().squeeze(-1), False
         with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            scores.add(score_batch(model, inputs, is_causal))
-        return None, None, None
+            if scores is not None and prediction_loss_only:
+                scores.add(self._score(model, inputs))
+                return None, None, None
+            loss: torch.Tensor = self.compute_loss(model, dict(inputs))  # type: ignore[attr-defined]
+            if prediction_loss_only:
+                return loss, None, None
+            plain = {name: value for name, value in inputs.items() if name not in ("labels", "label_positions")}
+            return loss, model(**plain, use_cache=False).logits, inputs["labels"]
+
+    def _score(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        if "label_positions" in inputs:
+            return score_batch(model, inputs, self._is_causal)
+        learned = inputs["labels"] != -100  # of a row that ends in a picture, so that the last column has to stay
+        learned[:, 0] = False
+        return score_batch(model, {**inputs, "label_positions": learned.flatten().nonzero().squeeze(-1)}, False)
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether several processes share the tokens of a row."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled)
 
     # ---- the best checkpoint ------------------------------------------------------------------------------------
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether the step is the best so far; one that leaves no checkpoint is not compared, for none could load it."""
+        """Whether the step is the best so far; one that leaves no checkpoint is not compared."""
         best_only = getattr(self.args.save_strategy, "value", self.args.save_strategy) == "best"
         if not (best_only or self.control.should_save):
             return False

@@ -90,15 +90,19 @@ WATCHING = {
     ),
 }
 EVALUATION = {
-    "eval_strategy": Option(
-        "no", "When to evaluate on the held-out data: no, steps or epoch; the end is in any case."
-    ),
+    "eval_strategy": Option("no", "When to evaluate: no, steps (and at the end) or epoch."),
     "eval_steps": Option(None, "Steps between two evaluations. Default: save_steps."),
+    "eval_suites": Option(
+        None, "Suites of `minigpt4 evaluate` on a few rows at every evaluation: failures, captions. They take time."
+    ),
+    "eval_suite_rows": Option(16, "How many of the held-out rows the suites ask about."),
     "eval_on_start": Option(False, "Evaluate before the first step as well."),
     "per_device_eval_batch_size": Option(8, "Rows of a batch of evaluation, on each GPU."),
     "load_best_model_at_end": Option(False, "Save the best checkpoint in the end rather than the last."),
     "metric_for_best_model": Option(
-        None, "What the best checkpoint is best in: loss or mean_token_accuracy, of the evaluation. Default: loss."
+        None,
+        "What the best checkpoint is best in: loss, mean_token_accuracy, or one of a suite, such as "
+        "failures_detailed. Default: loss.",
     ),
 }
 CHECKPOINTS = {
@@ -149,6 +153,7 @@ RARE = (
     "eval_text_column",
     "eval_image_folder",
     "eval_on_start",
+    "eval_suite_rows",
     "per_device_eval_batch_size",
     "metric_for_best_model",
 )

@@ -79,11 +79,11 @@ class MiniGPT4Trainer(CheckpointingMixin, EvaluationMixin, PublishingMixin, Samp
     """
     TRL's trainer with the original's optimizer: decay on matrices only, and its schedule.
 
-    A step scores answers only, in training and in evaluation (`EvaluationMixin`). It waits for the device once, where transformers looks for packed rows, and once more
-    with `non_finite="skip"`. Samples that cannot be used are skipped, counted and reported at the end. Checkpoints are
-    adapter-only, because `model.save_pretrained` is, with the processor beside it; they are whole or not there. A
-    resumed run, also one on a stream, gives the weights of one that never stopped. Logs tell images per second, and
-    the model card is this project's.
+    A step scores answers only, in evaluation too (`EvaluationMixin`). It waits for the device once, where transformers
+    looks for packed rows, and once more with `non_finite="skip"`. Samples that cannot be used are skipped, counted and
+    reported at the end. Checkpoints are adapter-only, because `model.save_pretrained` is, with the processor beside
+    it; they are whole or not there. A resumed run, also one on a stream, gives the weights of one that never stopped.
+    Logs tell images per second, and the model card is this project's.
 
     Args:
         dataset_name: names of the training data, for the model card.
@@ -212,12 +212,6 @@ class MiniGPT4Trainer(CheckpointingMixin, EvaluationMixin, PublishingMixin, Samp
             and {"label_positions", "attention_mask"} <= inputs.keys()
             and not (self.splits_sequences or other_loss or self.aux_loss_enabled)
         )
-
-    @property
-    def splits_sequences(self) -> bool:
-        """Whether several processes share the tokens of a row."""
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        return parallelism is not None and bool(parallelism.cp_enabled or parallelism.sp_enabled)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see [`CheckpointingMixin.train`]. What only training needs is on the model until it ends."""

@@ -172,7 +172,8 @@ body { padding: 1rem 1.25rem 0; }
 BODY = """<div class="deck">
 <header>
 <h1>{title}</h1>
-<details id="help"><summary>How this works</summary><p>{about}</p></details>
+<details id="help"><summary>How this works</summary><p>{about}</p>
+<p><button id="forget"></button></p></details>
 <progress id="bar" value="0"></progress>
 <p class="soft" id="count" role="status"></p>
 <p class="note" id="lost" hidden>This browser keeps nothing for this page. Save before you close it.</p>
@@ -247,6 +248,23 @@ function save() {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
+
+function offerToForget(then) {  // two clicks on the button `forget`, so that none is a mistake
+  const ask = () => {
+    at("forget").dataset.sure = "";
+    at("forget").textContent = "Forget all answers, for another person";
+  };
+  at("forget").addEventListener("click", () => {
+    if (at("forget").dataset.sure) {
+      for (const one of deck.cases) keep(one, null);
+      ask(); then();
+      return;
+    }
+    at("forget").dataset.sure = "yes";
+    at("forget").textContent = "Are they saved? Press again to forget them";
+  });
+  ask();
+}
 """
 
 SCRIPT = """
@@ -301,6 +319,7 @@ for (const button of document.querySelectorAll("[data-answer]")) {
 at("back").addEventListener("click", back);
 at("again").addEventListener("click", again);
 at("save").addEventListener("click", save);
+offerToForget(() => { place = 0; show(); });
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   const choice = deck.choices.find(([key]) => key === event.key.toLowerCase());

@@ -87,6 +87,7 @@ RANGES = {
     "save_steps": INTERVAL,
     "eval_steps": INTERVAL,
     "eval_delay": NOT_NEGATIVE,
+    "eval_suite_rows": COUNT,
     "panel_steps": COUNT,
     "torch_empty_cache_steps": COUNT,
     "save_total_limit": COUNT,

@@ -1,4 +1,4 @@
-"""What commands print: headings, tables and times in plain text."""
+"""What commands print and write: headings, tables and times as text."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table: the first column to the left, numbers to the right."""
+    lines = [header, [":--", *("--:" for _ in header[1:])], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from torch.nn import functional as F
+from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 
@@ -158,6 +159,23 @@ def test_preprocessing_of_predictions_gets_the_logits(model, arguments, collate)
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )  # fmt: skip
     assert trainer.predict([WITH_PICTURE] * 2).predictions.dtype.kind == "i"
+
+
+def test_metrics_are_computed_from_the_logits_of_all_tokens(model, arguments, collate) -> None:
+    def measure(found: EvalPrediction) -> dict[str, float]:
+        logits, labels = torch.from_numpy(found.predictions), torch.from_numpy(found.label_ids)
+        assert logits.shape == (*labels.shape, model.config.text_config.vocab_size)
+        scores = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+        return {"sum": scores.sum().item()}
+
+    rows = [WITH_PICTURE, TEXT, WITH_PICTURE]
+    trainer = Trainer(model, arguments(), data_collator=collate, eval_dataset=rows, compute_metrics=measure)
+    with torch.no_grad():
+        single = [(model(**batch).loss, batch["labels"]) for batch in (collate([row]) for row in rows)]
+    expected = sum(loss.item() * int((labels[:, 1:] != -100).sum()) for loss, labels in single[:2])
+    last = collate(rows[2:])  # whose picture is the first of its batch
+    expected += single[2][0].item() * int((last["labels"][:, 1:] != -100).sum())
+    assert trainer.evaluate()["eval_sum"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("text", [{}, {"pad_token_id": None}, {"pad_token_id": None, "eos_token_id": [2, 3]}])

@@ -178,7 +178,8 @@ def test_all_options_are_listed_on_demand_but_for_those_that_cannot_work(spellin
     printed = help_of(["stage1", spelling], capsys)
     listed = set(re.findall(r"^  --([\w-]+)", printed, re.MULTILINE))
     assert {"max_txt_len", "adam_beta1", "cache_features_dtype", "lr_scheduler_type", "output_dir"} <= listed
-    assert not {"packing", "use_liger_kernel", "eval_strategy", "do_eval", "eval_steps"} & listed
+    assert {"eval_strategy", "eval_delay", "eval_text_column", "per_device_eval_batch_size"} <= listed
+    assert not {"packing", "use_liger_kernel", "do_eval", "eval_accumulation_steps"} & listed
     assert not [name for name in listed if "-" in name]  # one spelling
     assert not re.findall(r"Default: [^.(]*\. \(default: [^)]*\)", " ".join(printed.split()))
 

@@ -51,12 +51,13 @@ class MiniGPT4(lmms):
             raise ValueError(f"The batch size is {batch_size!r}; give a whole number from 1 on.")
         self.batch_size = int(batch_size)
         self.device = torch.device(device or PartialState().device)
-        where = {"revision": revision} if revision else {}
-        self.model = MiniGPT4ForConditionalGeneration.from_pretrained(
-            pretrained, dtype=dtype, trust_remote_code=trust_remote_code, **where
-        )
+        where: dict[str, Any] = {
+            "trust_remote_code": trust_remote_code,
+            **({"revision": revision} if revision else {}),
+        }
+        self.model = MiniGPT4ForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, **where)
         self.model.to(self.device).eval()
-        self.processor = MiniGPT4Processor.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **where)
+        self.processor = MiniGPT4Processor.from_pretrained(pretrained, **where)
         self.processor.tokenizer.padding_side = "left"  # as generation needs it; training saves the other
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

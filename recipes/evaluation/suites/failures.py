@@ -46,7 +46,7 @@ def is_unfinished(reply: Reply) -> bool:
     """It was cut off, or a text in prose does not end as a sentence does."""
     if reply.finished is False:
         return True
-    return reply.facts["kind"] != "poem" and bool(reply.text.strip()) and not is_finished(reply.text)
+    return reply.facts["kind"] != "poem" and not is_empty(reply) and not is_finished(reply.text)
 
 
 def is_foreign(reply: Reply) -> bool:

@@ -17,7 +17,11 @@ def picture_of(number: int) -> Picture:
 
 
 def store_replies(
-    folder: Path, suite: Suite, said: Mapping[str, Sequence[str]], captions: Sequence[str] = ("a dog", "a red ball")
+    folder: Path,
+    suite: Suite,
+    said: Mapping[str, Sequence[str]],
+    captions: Sequence[str] = ("a dog", "a red ball"),
+    revision: str | None = None,
 ) -> list[Question]:
     """
     Write the replies of models, and the pictures.
@@ -27,6 +31,7 @@ def store_replies(
         suite: whose questions, about `picture_of(0)` and so on.
         said: label → a reply per picture, the same to all questions about it.
         captions: of every picture.
+        revision: of all models; default: one of each label's own.
     """
     count = len(next(iter(said.values())))
     rows = [{"image": picture_of(number), "captions": list(captions)} for number in range(count)]
@@ -35,7 +40,7 @@ def store_replies(
         store = ReplyStore(folder / label / suite.name)
         for asked, text in zip(questions, texts, strict=True):
             for question in asked:
-                store.append(reply_to(question, f"revision of {label}", Said(text, True)))
+                store.append(reply_to(question, revision or f"revision of {label}", Said(text, True)))
         store.close()
     every = [question for asked in questions for question in asked]
     keep_pictures(folder, every)

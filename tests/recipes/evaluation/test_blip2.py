@@ -1,4 +1,4 @@
-"""BLIP-2 trained the ordinary way on the stages' rows: what moves, what carries loss, and how it is asked afterwards."""
+"""BLIP-2 trained the ordinary way on the stages' rows: what moves, what carries loss, how it is asked afterwards."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What other people's harnesses get from us, without them: tasks, scenes, and how replies are made, read and scored."""
+"""What other people's harnesses get from us, without them: tasks, scenes, replies, and how these are read."""
 
 import importlib
 import runpy
@@ -123,10 +123,10 @@ def test_the_question_has_its_choices_with_letters() -> None:
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ("B", 1), ("b.", 1), ("(B)", 1), (" B ", 1), ("B) hot dog", 1), ("B. It is long.", 1), ("(B) and not a cat", 1),
+        ("B", 1), ("b.", 1), ("(B)", 1), (" B ", 1), ("B) hot dog", 1), ("B. It is long.", 1), ("(B), not a cat", 1),
         ("The answer is B.", 1), ("The answer is B because of the mustard.", 1), ("Answer: (C)", 2),
         ("I choose option C", 2), ("The answer is A.", 0),
-        ("hot dog", 1), ("It is a Hot Dog.", 1), ("dog", 0), ("A dog is on the plate.", 0), ("The answer is a cat.", 2),
+        ("hot dog", 1), ("It is a Hot Dog.", 1), ("dog", 0), ("A dog is on the plate.", 0), ("The answer is a cat", 2),
         ("The answer is A cat.", 2),
         ("", None), ("I cannot tell.", None), ("cats", None), ("E", None), ("(B) or (C)", None),
         ("a dog and a cat", None), ("A dog beside a hot dog", None),

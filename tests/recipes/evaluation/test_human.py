@@ -247,6 +247,21 @@ def test_a_person_judges_in_a_browser(tmp_path: Path, browser: Browser) -> None:
 
 
 @pytest.mark.browser
+def test_another_person_begins_anew(folder: Path, browser: Browser) -> None:
+    run(folder, "--judge", "human")
+    browser.open(folder / "judge-coverage.html")
+    for key in "121":
+        browser.press(key)
+    count = "document.getElementById('count').textContent"
+    browser.click("#forget")
+    assert browser.evaluate(count) == "3 of 10 decided"  # one click is none
+    browser.click("#forget")
+    assert browser.evaluate(count) == "0 of 10 decided"
+    browser.open(folder / "judge-coverage.html")
+    assert browser.evaluate(count) == "0 of 10 decided"
+
+
+@pytest.mark.browser
 def test_texts_are_shown_as_they_are_at_any_width(folder: Path, browser: Browser) -> None:
     run(folder, "--judge", "human")
     deck = deck_of(folder)

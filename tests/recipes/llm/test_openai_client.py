@@ -4,6 +4,7 @@ import email.utils
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -105,6 +106,21 @@ def test_a_server_can_stand_in_the_name(server: ChatServer, connect: Callable) -
     client = connect(f"{server.url}#other", base_url=None)
     assert answers(client, "hi")[0].text == "HI"
     assert client.name == f"openai:other at {server.url}" and server.seen[0]["model"] == "other"
+
+
+def test_pictures_are_sent_as_they_are(server: ChatServer, connect: Callable) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400}}
+    parts = [{"type": "text", "text": "What is this?"}, picture]
+    ((_, answer),) = connect().ask([Request(({"role": "user", "content": parts},))])
+    assert isinstance(answer, Answer) and server.seen[0]["messages"] == [{"role": "user", "content": parts}]
+
+
+def test_a_name_has_no_path_of_a_machine(server: ChatServer, connect: Callable) -> None:
+    """vLLM and `transformers serve` call a model in a folder by its path."""
+    names = [connect(f"/home/you/{folder}/chat").name for folder in ("a", "b")]
+    assert names[0] != names[1] and all(re.search(r"^openai:chat@[0-9a-f]{8} at http", name) for name in names)
+    answers(connect("/home/you/a/chat"), "a")
+    assert server.seen[0]["model"] == "/home/you/a/chat"
 
 
 def test_answers_come_in_the_order_in_which_they_end_with_their_numbers(server: ChatServer, connect: Callable) -> None:
@@ -222,6 +238,19 @@ def test_what_no_attempt_can_better_is_asked_once(
     server.next(**plan)
     first, second = answers(connect(), "a", "b")
     assert first == Failure(reason, 1) and second.text == "B" and len(server.seen) == 2
+
+
+def test_a_server_that_likes_no_request_ends_the_run(server: ChatServer, connect: Callable) -> None:
+    server.next(times=4, status=400, body={"error": {"message": "pinned to another model"}})
+    server.next()
+    server.next(times=6, status=400, body={"error": {"message": "pinned to another model"}})
+    failed = [isinstance(outcome, Failure) for outcome in answers(connect(), *"abcdefghijk")]
+    assert failed == [True] * 4 + [False] + [True] * 6  # after an answer each fails alone
+    server.next(times=9, status=400, body={"error": {"message": "pinned to another model"}})
+    with pytest.raises(
+        RecipeError, match=r"has answered none of the last 5 requests \(400: pinned to another model\);"
+    ):
+        answers(connect(), *"abcdefgh")
 
 
 def test_an_answer_that_was_cut_says_so(server: ChatServer, connect: Callable) -> None:

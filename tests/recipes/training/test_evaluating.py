@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
-from recipes_minigpt4 import cli, stage1_pretrain, stage2_finetune
+from recipes_minigpt4 import stage1_pretrain, stage2_finetune
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.evaluation_split import FilledUp, load_evaluation_pairs
 from recipes_minigpt4.data.formatting import stage1_rows, stage2_rows
@@ -32,7 +32,7 @@ MEASURES = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy")
 
 @pytest.fixture
 def train(stage: Callable, uneven_pairs_file: Path) -> Callable:
-    """Train a stage with sixteen uneven pairs to evaluate on, in batches of three; keywords are fields of the stage."""
+    """Train a stage and evaluate on sixteen uneven pairs, three at a time; keywords are fields of the stage."""
 
     def run(command: str = "stage1", **fields):
         held_out = {"eval_dataset_name": uneven_pairs_file, "eval_strategy": "steps", "eval_steps": 2}
@@ -126,6 +126,15 @@ def test_a_step_of_evaluation_keeps_no_logits(train: Callable, monkeypatch: pyte
     train(max_steps=1)
     assert [training for training, *_ in seen] == [True] + 6 * [False]  # six batches of sixteen rows
     assert not any(vision or logits is not None for _, vision, logits in seen)
+
+
+def test_metrics_of_ones_own_get_logits(train: Callable) -> None:
+    seen = []
+    trainer = train(max_steps=1)
+    trainer.compute_metrics = lambda found: seen.append((found.predictions.shape, found.label_ids.shape)) or {}
+    assert 0 < trainer.evaluate()["eval_loss"] < 20
+    ((logits, labels),) = seen
+    assert labels[0] == 16 and logits == (*labels, trainer.model.config.text_config.vocab_size)
 
 
 def test_logged_lines_and_the_card_tell_the_evaluation(train: Callable, tmp_path: Path, capsys) -> None:
@@ -370,15 +379,15 @@ def test_rows_that_are_trained_on_are_no_test(train: Callable, uneven_pairs_file
         ("train[:90%]", "train[-3:]"), ("train", "validation"),
     )  # fmt: skip
     for trained, held_out in splits:
-        with pytest.raises(RecipeError, match="The run trains on .*tell nothing new.*--eval_split"):
+        with pytest.raises(RecipeError, match=r"The run trains on .*tell nothing new.*--eval_split"):
             train(dataset_name=pairs, dataset_split=trained, eval_split=held_out)
     with pytest.raises(RecipeError, match="The run trains on"):
         train(dataset_name=tars / "0.tar", eval_dataset_name=tars / "0.tar", eval_num_samples=2)
     with pytest.raises(RecipeError, match="The run trains on the split train of tiny"):
         train(dataset_name="tiny", eval_dataset_name="tiny", eval_split="train", num_samples=3)
-    with pytest.raises(RecipeError, match="read as a stream.*--eval_num_samples"):
+    with pytest.raises(RecipeError, match=r"read as a stream.*--eval_num_samples"):
         train(eval_dataset_name=tars / "0.tar")
-    with pytest.raises(RecipeError, match="2 datasets.*--eval_dataset_name"):
+    with pytest.raises(RecipeError, match=r"2 datasets.*--eval_dataset_name"):
         load_evaluation_pairs(DataArguments(dataset_name=["a", "b"], eval_split="test"), 1)
 
 

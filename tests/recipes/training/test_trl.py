@@ -308,3 +308,14 @@ def test_evaluation_runs_beside_training(train: Callable, pictures) -> None:
     trainer = train(as_messages(pictures), per_device_eval_batch_size=2)
     metrics = trainer.evaluate(as_messages(pictures))
     assert 0 < metrics["eval_loss"] < 20
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # TRL's own notice of its 2.0
+def test_metrics_get_the_logits_of_all_tokens(train: Callable, pictures) -> None:
+    seen = []
+    trainer = train(as_texts_in_two(pictures), per_device_eval_batch_size=3)
+    trainer.compute_metrics = lambda found: seen.append((found.predictions.shape, found.label_ids.shape)) or {}
+    assert 0 < trainer.evaluate(as_texts_in_two(pictures))["eval_loss"] < 20
+    ((logits, labels),) = seen
+    assert labels[0] == len(QUESTIONS)
+    assert logits == (*labels, trainer.model.config.text_config.vocab_size)
