@@ -34,6 +34,10 @@ COMMANDS = {
         "recipes_minigpt4.evaluation.evaluate",
         "ask models about pictures and compute the numbers of the paper's evaluation",
     ),
+    "curate": (
+        "recipes_minigpt4.curation.curate",
+        "make stage 2's data from pictures: describe, mend, filter, review, export",
+    ),
     "ablate": (
         "recipes_minigpt4.evaluation.ablate",
         "run the paper's variants in miniature and compare them with the paper",
@@ -51,6 +55,7 @@ OPTIONS = {
     "convert": "recipes_minigpt4.hub.options",
     "push": "recipes_minigpt4.hub.options",
     "evaluate": "recipes_minigpt4.evaluation.options",
+    "curate": "recipes_minigpt4.curation.options",
     "ablate": "recipes_minigpt4.evaluation.options",
     "benchmark": "recipes_minigpt4.benchmark.options",
 }
@@ -59,6 +64,7 @@ GO_ON = {
     "stage1": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
     "stage2": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
     "evaluate": "the same command goes on where it was",
+    "curate": "the same command goes on where it was",
     "ablate": "the same command goes on where it was",
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")
@@ -88,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complete(arguments)
     command = build_parser().parse_args(arguments[:1]).command
     if command in OPTIONS and {"-h", "--help"} & set(arguments[1:]):
-        options_of(command).parse_args(arguments[1:])  # shows it and ends
+        options_of(command, arguments[1]).parse_args(arguments[1:])  # shows it and ends
     needed = () if command in NO_TRAINING else TRAIN_MODULES
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
         return _refuse(
@@ -138,9 +144,11 @@ def build_parser(whole: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def options_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command of `OPTIONS`, made without importing what the command works with."""
-    parser: argparse.ArgumentParser = importlib.import_module(OPTIONS[command]).build_parser(command)
+def options_of(command: str, part: str = "") -> argparse.ArgumentParser:
+    """The parser of a command of `OPTIONS`, or of its `part`, made without importing what the command works with."""
+    module = importlib.import_module(OPTIONS[command])
+    parts = getattr(module, "PARSERS", {})
+    parser: argparse.ArgumentParser = parts[part]() if part in parts else module.build_parser(command)
     return parser
 
 

@@ -1,11 +1,10 @@
 """Models of every kind that `minigpt4 evaluate` asks: ours, LLaVA, BLIP-2; tiny, with random weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from browser import Browser, find_browser
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -101,13 +100,3 @@ def pictures_folder(tmp_path: Path) -> Path:
     for place, (image, _) in enumerate(evaluation_scenes(6, 2)):
         image.save(folder / f"{place}.png")
     return folder
-
-
-@pytest.fixture
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A real browser, where there is one."""
-    if (path := find_browser()) is None:
-        pytest.skip("there is no Chromium")
-    opened = Browser(path, tmp_path_factory.mktemp("profile"), tmp_path_factory.mktemp("downloads"))
-    yield opened
-    opened.close()

@@ -209,6 +209,7 @@ def test_files_that_are_none(folder: Path) -> None:
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 def test_a_person_judges_in_a_browser(tmp_path: Path, browser: Browser) -> None:
     count = 150  # with two captions each: 300 cases
     store_replies(tmp_path, SUITES["coverage"](), {"ours": [f"A dog, number {place}." for place in range(count)]})
@@ -255,6 +256,7 @@ def test_a_person_judges_in_a_browser(tmp_path: Path, browser: Browser) -> None:
     assert numbers["judges"]["unread"] == {"human:decisions-coverage.jsonl": 0}
 
 
+@pytest.mark.browser
 def test_another_person_begins_anew(folder: Path, browser: Browser) -> None:
     run(folder, "--judge", "human")
     browser.open(folder / "judge-coverage.html")
@@ -269,6 +271,7 @@ def test_another_person_begins_anew(folder: Path, browser: Browser) -> None:
     assert browser.evaluate(count) == "0 of 10 decided"
 
 
+@pytest.mark.browser
 def test_texts_are_shown_as_they_are_at_any_width(folder: Path, browser: Browser) -> None:
     run(folder, "--judge", "human")
     deck = deck_of(folder)

@@ -162,6 +162,7 @@ def test_judges_are_told(folder: Path) -> None:
     assert f"{judge[1]}, asked several times, says the same in 100.0% of pairs of answers." in page
 
 
+@pytest.mark.browser
 def test_a_report_fits_a_telephone(folder: Path, browser: Browser) -> None:
     run(folder)
     browser.resize(400, 800, dark=True)
