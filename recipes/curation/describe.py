@@ -202,7 +202,8 @@ def _describe(
                 try:
                     pictures[row["picture"]] = Picture(row["name"], folder / row["file"]).open()
                 except ValueError as error:
-                    gone.append(f"{row['name']} ({reason_of(error)})")
+                    why = reason_of(error) if (folder / row["file"]).exists() else "its copy is gone"
+                    gone.append(f"{row['name']} ({why})")
             started = time.perf_counter()
             drafts = describer.describe(list(pictures.values())) if pictures else []
             seconds = (time.perf_counter() - started) / max(1, len(pictures))
