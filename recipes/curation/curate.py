@@ -25,6 +25,7 @@ from recipes_minigpt4.curation.mend import mend_all, mended_texts
 from recipes_minigpt4.curation.options import PARSERS, build_parser
 from recipes_minigpt4.curation.rows import CuratedRow, write_rows
 from recipes_minigpt4.curation.rules import chosen_text, verdicts
+from recipes_minigpt4.curation.scores import scored
 from recipes_minigpt4.curation.source import Source
 from recipes_minigpt4.curation.store import Step
 from recipes_minigpt4.evaluation.questions import Sampling
@@ -94,7 +95,8 @@ def curate(args: argparse.Namespace, client: Client | None = None) -> Funnel:
         speaker = ChatSpeaker.load(args.model, options)
         describer = Describer(speaker, Prompts(prompts["describe"], prompts["continue"]), sampling)
         made = describe_all(folder, rows, describer, args.batch_size)
-        how = {"model": speaker.revision, "sampling": asdict(sampling), "prompts": prompts, "mender": client.name}
+        how: dict[str, Any] = {"model": speaker.revision, "sampling": asdict(sampling), "prompts": prompts}
+        how |= {"mender": client.name, "mending": [args.mend_temperature, args.mend_max_tokens]}
         del speaker, describer  # before a local mender needs the room
         with Step(folder, "drafts") as step:
             drafts = {row["picture"]: step.get(row["picture"], made) or {} for row in rows}
@@ -111,6 +113,9 @@ def curate(args: argparse.Namespace, client: Client | None = None) -> Funnel:
         )
         for row in rows
     ]  # fmt: skip
+    with quiet():
+        curated, how["scores"] = scored(folder, curated, args, read_prompt)
+    how["names"] = {"model": args.model, "dataset": args.dataset_name, "split": args.dataset_split}
     write_rows(folder, curated)
     write_json(folder / "made.json", how)
     funnel = Funnel.of(left_out, curated)

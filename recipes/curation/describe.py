@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from recipes_minigpt4.curation.features import encode_features
 from recipes_minigpt4.curation.store import Step, fingerprint
 from recipes_minigpt4.evaluation.questions import Sampling
 from recipes_minigpt4.evaluation.speakers import ChatSpeaker
@@ -27,11 +28,13 @@ class Draft(NamedTuple):
         text: both replies, joined.
         tokens: of the first reply, by the model's own tokenizer.
         continued: whether it was asked to go on.
+        features: of the picture, see `encode_features`; None for a model whose vision side is not known.
     """
 
     text: str
     tokens: int
     continued: bool
+    features: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,11 @@ class Describer:
         ]
         picked = None if seen is None else seen[short]
         more = dict(zip(short, self._turn(longer, picked, [pictures[place] for place in short]), strict=True))
+        features: Sequence[str | None] = [None] * len(first) if seen is None else encode_features(seen)
         return [
-            Draft(f"{text} {more[place][0]}".strip() if place in more else text, tokens, place in more)
+            Draft(
+                f"{text} {more[place][0]}".strip() if place in more else text, tokens, place in more, features[place]
+            )
             for place, (text, tokens) in enumerate(first)
         ]
 

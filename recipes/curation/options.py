@@ -62,6 +62,8 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     scoring = parser.add_argument_group("score, which drops nothing by itself")
     scoring.add_argument("--match", metavar="MODEL", help="CLIP, SigLIP, or BLIP-2's matching head, for each sentence")
     scoring.add_argument("--score_judge", metavar="JUDGE", help="who gives 1 to 5 for relevance, correctness and form")
+    scoring.add_argument("--score_with_picture", action="store_true", help="show the judge the picture, if it can see")
+    scoring.add_argument("--score_prompt", type=Path, metavar="FILE", help="what the judge is told")
     add_client_options(scoring, "score_")
     return parser
 

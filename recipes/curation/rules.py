@@ -61,7 +61,7 @@ _CORRECT = re.compile(
     r"\balready (grammatically )?(correct|accurate|grammatical|error[- ]free|well[- ]written|fine)\b"
     r"|\b(no|without( any)?) (grammatical |further |spelling )?(errors?|mistakes?|corrections?|changes?|edits?)\b"
     r"|\b(is|are|seems|appears|looks) (to be )?(grammatically )?(correct|error[- ]free)\b"
-    r"|\b(does not|doesn't|do not|don't) (need|require|contain|have) (any )?(errors?|mistakes?|corrections?|changes?)\b",
+    r"|\b(does not|doesn't|do not|don't) (need|require|contain|have) (any )?(errors?|mistakes?|corrections?|changes?)",
     re.I,
 )
 _BARE = re.compile(r"\W*((it|this|all|everything) is )?(already|no|there (are|is) no)\b", re.I)

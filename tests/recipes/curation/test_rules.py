@@ -8,8 +8,8 @@ from recipes_minigpt4.curation.rules import RULES, chosen_text, verdicts
 
 
 DRAFT = (
-    "The image shows a brown dog that runs over a green field. It has a red ball in its mouth. In the background there "
-    "are tall trees and a wooden fence, and the sky is blue with a few white clouds."
+    "The image shows a brown dog that runs over a green field. It has a red ball in its mouth. In the background "
+    "there are tall trees and a wooden fence, and the sky is blue with a few white clouds."
 )
 GOOD = (
     "A brown dog runs over a green field with a red ball in its mouth. Tall trees and a wooden fence stand in the "
@@ -96,8 +96,8 @@ PASSES = [
     "Here are three things in the green field: a brown dog, a red ball and a wooden fence. The sky above it is blue.",
     "Sure-footed goats and a brown dog run over the green field with a red ball. There are trees and a blue sky.",
     "In Zürich, a brown dog runs over a green field near a café with a red ball in its mouth. The sky is blue.",
-    "The clock on the wooden fence is already correct. A brown dog runs over the green field with a red ball, past tall "
-    "trees, while white clouds move over the blue sky in the background of the image.",
+    "The clock on the wooden fence is already correct. A brown dog runs over the green field with a red ball, past "
+    "tall trees, while white clouds move over the blue sky in the background of the image.",
     "The dog's ball isn't big. It's red, and the dog that runs over the green field has got it in its mouth at last…",
 ]
 
