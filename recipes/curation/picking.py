@@ -13,7 +13,7 @@ from recipes_minigpt4.utils.errors import RecipeError
 
 
 USUAL = ("match_mean", "judge")  # the score that is meant where none is named, the first of them that there is
-KEEP, DROP, EDIT = "keep", "drop", "edit"
+KEEP, DROP, EDIT = "keep", "drop", "edit"  # what people answer
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def rules_of(changes: Sequence[str]) -> tuple[str, ...]:
     Raises:
         RecipeError: for a rule that is none.
     """
+    changes = [change.strip() for change in changes]
     counting = set[str]() if changes and changes[0].startswith("+") else set(RULES)
     for change in changes:
         sign, name = change[:1], change[1:]
@@ -124,7 +125,7 @@ def _judged(row: CuratedRow, picks: Picks) -> tuple[CuratedRow, str | None]:
     if not row.text:
         return row, "no text"
     if decided is not None:
-        return row, None
+        return row, None if decided.answer == KEEP else "people disagree"
     told = [name for name in picks.rules if name in row.verdicts]
     return row, f"rule: {told[0]}" if told else None
 
