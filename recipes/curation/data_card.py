@@ -106,7 +106,7 @@ def render_data_card(told: Told) -> str:
 
 
 def _model(told: Told) -> str:
-    makers, made = told.makers, public_text(told.makers.model) or "a model"
+    makers, made = told.makers, public_text(told.makers.model) or "a model whose name was not kept"
     licence = find_licence(makers.model) if "/" in makers.model else None
     revision = f", revision `{makers.revision[:12]}`" if makers.revision else ""
     return f"{made}{revision}" + (f", licence {public_text(licence)}" if licence else "")
@@ -144,7 +144,7 @@ def _funnel(told: Told) -> Iterable[tuple[str, int]]:
 
 
 def _cost(folder: Path) -> str:
-    """What all answers cost that the folder keeps, in the currency of the prices that were told."""
+    """What all answers cost that the folder keeps."""
     records = [
         line
         for name in ("mended", "scores")
@@ -153,9 +153,9 @@ def _cost(folder: Path) -> str:
     ]
     tokens = sum((line.get("prompt_tokens") or 0) + (line.get("completion_tokens") or 0) for line in records)
     cost = sum(line.get("cost") or 0.0 for line in records)
-    return (
-        f"{cost:.2f}, {tokens:,} tokens of mending" if cost else f"{tokens:,} tokens of mending; no prices were told"
-    )
+    if not cost:
+        return f"{tokens:,} tokens; no prices were told"
+    return f"{cost:.2f}, in the currency of the prices that were told, for {tokens:,} tokens"
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

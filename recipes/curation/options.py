@@ -8,13 +8,15 @@ from typing import Any
 
 from recipes_minigpt4.llm.options import add_client_options
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.ranges import COUNT, INTEGER, NOT_NEGATIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.ranges import COUNT, INTEGER, NATURAL, NOT_NEGATIVE, SEED, SHARE, Range, in_range
 
 
-ABOUT = """Make stage 2's data from pictures alone: a stage-1 model describes them, a language model mends what it said,
-rules tell what is no good, and people pick. A run that was stopped goes on where it was, and pays for nothing twice."""
-MORE = """`minigpt4 curate review DIR` writes the page on which people decide, and `minigpt4 curate export DIR` the data
-that stage 2 reads; each has its own --help."""
+ABOUT = """Make stage 2's data from pictures alone: a stage-1 model describes them, a language model mends what it
+said, rules tell what is no good, and people pick. A run that was stopped goes on where it was, and pays for nothing
+twice."""
+MORE = """`minigpt4 curate review DIR` writes the page on which people decide, and `minigpt4 curate export DIR` the
+data that stage 2 reads; each has its own --help."""
+HASH_DISTANCE = Range("a whole number from -1 to 17", lambda value: -1 <= value <= 17 and INTEGER.holds(value))
 FORMATS = ("cc_sbu_align", "imagefolder", "parquet", "messages")
 
 
@@ -27,17 +29,18 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     add("--dataset_name", metavar="PLACE", help="pictures: a folder, a table, tar files, a dataset of the Hub, `tiny`")
     add("--images", type=Path, metavar="DIR", help="folder of the pictures that a table names; default: the table's")
     add("--dataset_split", default="train", metavar="SPLIT", help="of a dataset; default: %(default)s")
+    add("--dataset_config", metavar="NAME", help="of a dataset that has several")
     add("--dataset_revision", metavar="REVISION", help="of a dataset of the Hub")
     add("--streaming", action="store_true", help="read a dataset of the Hub without fetching it whole")
     add("--num_samples", type=in_range(COUNT), metavar="N", help="pictures that are drawn; default: all")
     add("--seed", type=in_range(SEED), default=0, help="of what is drawn; default: %(default)s")
     add(
         "--max_hash_distance",
-        type=in_range(INTEGER),
+        type=in_range(HASH_DISTANCE),
         default=6,
         metavar="BITS",
-        help="pictures whose perceptual hashes differ in so few of 192 bits are doubles, of which one is kept; -1 "
-        "leaves out equal files alone; at most 15; default: %(default)s",
+        help="pictures whose perceptual hashes differ in so few of 216 bits are doubles, of which one is kept; -1 "
+        "leaves out equal files alone; default: %(default)s",
     )
     add("--output_dir", type=Path, default=Path("curated"), metavar="DIR", help="default: %(default)s")
     add(
@@ -49,6 +52,13 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     describing = parser.add_argument_group("describe")
     describing.add_argument("--batch_size", type=in_range(COUNT), default=8, help="default: %(default)s")
     describing.add_argument("--max_new_tokens", type=in_range(COUNT), default=300, help="of a turn; default: 300")
+    describing.add_argument(
+        "--continue_up_to",
+        type=in_range(NATURAL),
+        default=80,
+        metavar="TOKENS",
+        help="a reply of no more is continued once; default: %(default)s",
+    )
     describing.add_argument("--num_beams", type=in_range(COUNT), default=1, help="default: %(default)s")
     describing.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
     describing.add_argument("--dtype", default="auto", help="of the weights; default: that in which they are stored")

@@ -94,7 +94,6 @@ def read_makers(folder: Path) -> Makers:
     names, scores = made.get("names", {}), made.get("scores", {})
     match, judge = scores.get("match"), scores.get("judge")
     prompts = {name: str(text) for name, text in made.get("prompts", {}).items()}
-    temperature, max_tokens = made.get("mending", (None, None))
     return Makers(
         model=public_model(str(names.get("model", ""))),
         revision=str(made.get("model", "")),
@@ -102,7 +101,11 @@ def read_makers(folder: Path) -> Makers:
         match=f"{public_model(match['name'])}, {match['revision'][:12]}" if match else None,
         judge=public_client(judge["name"]) if judge else None,
         prompts=prompts | ({"score": str(judge["prompt"])} if judge else {}),
-        settings={**made.get("sampling", {}), "mend_temperature": temperature, "mend_max_tokens": max_tokens},
+        settings={
+            **made.get("sampling", {}),
+            "continued_up_to": made.get("continue_up_to"),
+            **{f"mend_{name}": value for name, value in made.get("mending", {}).items()},
+        },
         dataset=str(names.get("dataset", "")),
     )
 

@@ -91,6 +91,7 @@ def judge_rows(
         for done, (place, answer) in enumerate(judge.client.ask(requests), 1):
             if isinstance(answer, Answer):
                 told = {"answer": answer.text, "marks": read_marks(answer.text), "cost": answer.cost}
+                told |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
                 step.put(left[place].picture, judge.made(left[place]), kind="judge", **told)
             else:
                 failures.append(answer.reason)
