@@ -102,7 +102,7 @@ class Describer:
 
     def load(self) -> None:
         """Load the model."""
-        assert self.speaker
+        _ = self.speaker
 
     @torch.inference_mode()
     def describe(self, pictures: Sequence[PIL.Image.Image]) -> list[Draft]:
