@@ -15,12 +15,12 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from recipes_minigpt4.curation.data_card import Told, render_data_card
-from recipes_minigpt4.curation.decided import decisions_about
 from recipes_minigpt4.curation.export_formats import WRITERS
 from recipes_minigpt4.curation.features import read_features
 from recipes_minigpt4.curation.options import build_export_parser
 from recipes_minigpt4.curation.picking import Picks, pick, rules_of
 from recipes_minigpt4.curation.provenance import FUNNEL, ExportedRow, Makers, read_made, read_makers
+from recipes_minigpt4.curation.review import JOURNAL, read_review
 from recipes_minigpt4.curation.rows import read_rows
 from recipes_minigpt4.hub.publish import check_secrets, explain, make_repository, upload
 from recipes_minigpt4.utils.errors import RecipeError, one_line
@@ -30,7 +30,6 @@ from recipes_minigpt4.utils.text import format_table, heading
 
 
 MARK = ".curation-export.json"  # in a folder that an export has written, and may write anew
-DECISIONS = "decisions.jsonl"  # of the folder: what `minigpt4 curate review --serve` writes
 PUBLISHED = ("README.md", "filter_cap.json", "metadata.jsonl", "image/*", "data/*")
 
 
@@ -70,10 +69,7 @@ def export(args: argparse.Namespace) -> Path:
     """Choose rows, write them and their card, and push."""
     folder = args.folder.expanduser()
     rows = read_rows(folder)
-    files = args.decisions or [path for path in (folder / DECISIONS,) if path.is_file()]
-    decisions, others = decisions_about(rows, files) if files else ({}, 0)
-    if others:
-        print(f"{others} decisions are about texts that are no longer there; they do not count.", flush=True)
+    decisions = read_review(decided_in(folder) if args.decisions is None else args.decisions, rows)
     picks = Picks(
         rules=args.rules, decisions=decisions, text=args.text, keep=args.keep, keep_share=args.keep_share,
         by=args.by, score=args.score, min_score=args.min_score, seed=args.seed,
@@ -93,6 +89,11 @@ def export(args: argparse.Namespace) -> Path:
     if args.push_to_hub:
         print(push_export(target, args.push_to_hub, args.private or None, len(exported)), flush=True)
     return target
+
+
+def decided_in(folder: Path) -> list[Path]:
+    """What `minigpt4 curate review --serve` has written into the folder, if somebody has decided something there."""
+    return [path for path in (folder / JOURNAL,) if path.is_file() and path.stat().st_size]
 
 
 def _told_picks(args: argparse.Namespace, picks: Picks) -> dict[str, Any]:

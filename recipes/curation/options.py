@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes_minigpt4.llm.options import add_client_options
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.ranges import COUNT, INTEGER, NATURAL, NOT_NEGATIVE, SEED, SHARE, Range, in_range
+from recipes_minigpt4.utils.ranges import COUNT, INTEGER, NATURAL, NOT_NEGATIVE, PORT, SEED, SHARE, Range, in_range
 
 
 ABOUT = """Make stage 2's data from pictures alone: a stage-1 model describes them, a language model mends what it
@@ -113,11 +113,11 @@ def build_export_parser() -> argparse.ArgumentParser:
     add("--seed", type=in_range(SEED), default=0, help="of --by random; default: %(default)s")
     add(
         "--decisions",
-        nargs="+",
+        nargs="*",
         type=Path,
-        default=[],
         metavar="FILE",
-        help="what people decided, a file for each; they overrule the rules; default: decisions.jsonl in the folder",
+        help="what people decided, which overrules the rules; of several files the last counts, and without a file "
+        "nobody's; default: decisions.jsonl in the folder, if it is there",
     )
     add("--text", choices=("picked", "mended", "draft"), default="picked", help="which text is exported")
     add("--license", default="other", help="of the data, for the card; default: %(default)s")
@@ -132,9 +132,15 @@ def build_review_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="minigpt4 curate review", description="Write the page on which people decide.")
     parser.add_argument("folder", type=Path, help="--output_dir of `minigpt4 curate`")
     parser.add_argument("--serve", action="store_true", help="serve it on this machine, and write decisions at once")
-    parser.add_argument("--port", type=int, default=0, help="of --serve; default: a free one")
+    parser.add_argument("--port", type=in_range(PORT), default=0, help="of --serve; default: a free one")
     parser.add_argument(
-        "--decisions", nargs="+", type=Path, default=[], metavar="FILE", help="read decisions: agreement and conflicts"
+        "--decisions",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="what people decided: the page begins with one file, or writes into it with --serve (default: "
+        "decisions.jsonl in the folder); of several, agreement and conflicts are told",
     )
     return parser
 

@@ -8,21 +8,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from recipes_minigpt4.curation.review import Decision
+from recipes_minigpt4.curation.review_page import DROP, EDIT
 from recipes_minigpt4.curation.rows import CuratedRow
 from recipes_minigpt4.curation.rules import RULES
 from recipes_minigpt4.utils.errors import RecipeError
 
 
 USUAL = ("match_mean", "judge")  # the score that is meant where none is named, the first of them that there is
-KEEP, DROP, EDIT = "keep", "drop", "edit"  # what people answer
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a person decided about a row; `text` is the new one of an edit."""
-
-    answer: str
-    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ def _judged(row: CuratedRow, picks: Picks) -> tuple[CuratedRow, str | None]:
     if not row.text:
         return row, "no text"
     if decided is not None:
-        return row, None if decided.answer == KEEP else "people disagree"
+        return row, None
     told = [name for name in picks.rules if name in row.verdicts]
     return row, f"rule: {told[0]}" if told else None
 

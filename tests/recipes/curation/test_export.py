@@ -15,18 +15,20 @@ import pytest
 import yaml
 from hub_server import HubServer
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer
 
 from recipes_minigpt4 import cli
 from recipes_minigpt4.curation import export_formats
 from recipes_minigpt4.curation.data_card import histogram
-from recipes_minigpt4.curation.decided import case_of
 from recipes_minigpt4.curation.export import MARK
 from recipes_minigpt4.curation.provenance import public_client, public_source
-from recipes_minigpt4.curation.rows import read_rows, write_rows
+from recipes_minigpt4.curation.review_page import case_of, shown_of
+from recipes_minigpt4.curation.rows import CuratedRow, read_rows, write_rows
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.formatting import INSTRUCTIONS
 from recipes_minigpt4.data.sources import load_pairs
+from recipes_minigpt4.utils.decision_page import seal_of
 from recipes_minigpt4.utils.redaction import holds_secret
 
 
@@ -51,7 +53,7 @@ def folder(curated: Callable, tmp_path: Path) -> Path:
     made = {
         "model": "0123456789abcdef", "sampling": {"max_new_tokens": 300, "num_beams": 1, "temperature": 0.0},
         "prompts": {"describe": "Describe this.", "mend": PROMPT}, "mender": f"openai:gpt-x at {SERVER}",
-        "mending": {"temperature": 0.7, "max_tokens": 200},
+        "mending": [0.7, 200],
         "names": {"model": str(tmp_path / "runs" / "stage1"), "dataset": str(tmp_path / "pictures")},
         "scores": {"match": {"name": "openai/clip-vit-base-patch32", "revision": "abc"}},
     }  # fmt: skip
@@ -155,6 +157,19 @@ def test_messages_fit_a_chat_template(folder: Path, describing: str) -> None:
     assert f"{question} ###Assistant: {TEXTS[0]}" in text
 
 
+def test_messages_train_with_trls_own_trainer(folder: Path, describing: str, tmp_path: Path) -> None:
+    rows = datasets.load_dataset(str(export(folder, "messages")), split="train")
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=2, use_cpu=True, bf16=False,
+        report_to="none", save_strategy="no", max_length=None, logging_steps=1,
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(describing)
+    processor = AutoProcessor.from_pretrained(describing)
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["loss"] < 20
+
+
 def test_large_tables_are_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_formats, "SHARD", 1)
     place = export(folder, "parquet")
@@ -194,19 +209,23 @@ def test_options_choose_rows_and_the_reasons_are_told(folder: Path, capsys: pyte
         assert reason in told
 
 
+def decision(row: CuratedRow, answer: str, text: str | None = None) -> dict:
+    """A line of what the page saves."""
+    line = {**shown_of(row), "case": case_of(row), "answer": answer, "seal": seal_of(case_of(row), answer, text)}
+    return line if text is None else {**line, "text": text}
+
+
 def test_people_decide(folder: Path, tmp_path: Path) -> None:
     rows = read_rows(folder)
-    lines = [
-        {"case": case_of(rows[0]), "answer": "drop"},
-        {"case": case_of(rows[1]), "answer": "keep"},
-        {"case": case_of(rows[2]), "answer": "edit", "text": "A better text about the picture."},
-    ]
+    better = "A better text about the picture."
+    lines = [decision(rows[0], "drop"), decision(rows[1], "keep"), decision(rows[2], "edit", better)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     wanted = [TEXTS[1], "A better text about the picture.", *TEXTS[3:5]]
     assert exported_texts(folder, "--decisions", str(tmp_path / "mine.jsonl")) == wanted
     assert exported_texts(folder) == LEFT
     shutil.copy(tmp_path / "mine.jsonl", folder / "decisions.jsonl")  # as `review --serve` leaves them
     assert exported_texts(folder) == wanted
+    assert exported_texts(folder, "--decisions") == LEFT
     table = datasets.load_dataset(str(export(folder, "parquet")), split="train")
     assert table["decision"][:] == ["keep", "edit", None, None]
 

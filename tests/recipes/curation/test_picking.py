@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from recipes_minigpt4.curation.decided import case_of, decisions_about
 from recipes_minigpt4.curation.features import encode_features, read_features
-from recipes_minigpt4.curation.picking import Decision, Picks, most_different, pick, rules_of
+from recipes_minigpt4.curation.picking import Picks, most_different, pick, rules_of
+from recipes_minigpt4.curation.review import Decision
 from recipes_minigpt4.curation.rows import CuratedRow
 from recipes_minigpt4.curation.rules import RULES
 from recipes_minigpt4.utils.errors import RecipeError
@@ -70,12 +70,11 @@ def test_people_overrule_rules() -> None:
         "a": Decision("drop"),
         "b": Decision("keep"),
         "c": Decision("edit", " Better. "),
-        "d": Decision("torn"),
         "e": Decision("keep"),
     }
     picked, reasons = pick(rows, Picks(decisions=decisions), no_features)
-    assert {one.picture: one.text for one in picked} == {"b": "A text.", "c": "Better."}
-    assert reasons == {"dropped by people": 1, "people disagree": 1, "no text": 1}
+    assert {one.picture: one.text for one in picked} == {"b": "A text.", "c": "Better.", "d": "A text."}
+    assert reasons == {"dropped by people": 1, "no text": 1}
 
 
 def test_which_text_is_taken() -> None:
@@ -92,44 +91,6 @@ def test_nothing_left_is_told() -> None:
 def saved(path: Path, *lines: dict) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def test_decisions_are_read_by_picture_and_text(tmp_path: Path) -> None:
-    rows = [row("a"), row("b"), row("c"), row("d")]
-    cases = [case_of(one) for one in rows]
-    mine = saved(
-        tmp_path / "me.jsonl",
-        {"case": cases[0], "answer": "drop"},
-        {"case": cases[1], "answer": "edit", "text": "New."},
-        {"case": cases[2], "answer": "keep"},
-        {"case": cases[2], "answer": "drop"},
-        {"case": cases[3], "answer": "skip"},
-        {"case": case_of(row("a", "Another text.")), "answer": "drop"},
-    )
-    yours = saved(tmp_path / "you.jsonl", {"case": cases[0], "answer": "keep"}, {"case": cases[2], "answer": "drop"})
-    assert decisions_about(rows, [mine]) == (
-        {"a": Decision("drop"), "b": Decision("edit", "New."), "c": Decision("drop")},
-        1,
-    )
-    assert decisions_about(rows, [mine, yours])[0]["a"].answer == "torn"
-    assert decisions_about(rows, [mine, yours])[0]["c"].answer == "drop"
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ('{"case": "x", "answer": "keep"}\n', "None of the 1 decisions in .* is about the rows of this folder"),
-        ('{"case": "x", "answer": "perhaps"}\n', "Line 1 of .* is no decision"),
-        ('{"case": "x", "answer": "edit"}\n', "Line 1 of .* is no decision"),
-        ("[]\n", "Line 1 of .* is no decision"),
-        ("no JSON\n", "Line 1 of .* is no decision"),
-        ("\n", "holds no decisions"),
-    ],
-)
-def test_what_are_no_decisions_is_told(content: str, told: str, tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(RecipeError, match=told):
-        decisions_about([row("a")], [tmp_path / "x.jsonl"])
 
 
 # ---- how many, and which --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from recipes_minigpt4.curation import scores
 from recipes_minigpt4.curation.curate import read_prompt
 from recipes_minigpt4.curation.matching import open_matcher
 from recipes_minigpt4.curation.options import build_parser
+from recipes_minigpt4.curation.rows import read_rows
 from recipes_minigpt4.curation.score_judge import read_marks
 from recipes_minigpt4.curation.scores import scored, sentences_to_match
 from recipes_minigpt4.evaluation.speakers import SpeakerOptions
@@ -218,3 +219,28 @@ def test_both_scores_stand_in_one_row(curated: Callable, judge, matcher_folder: 
     folder, rows = curated(*TEXTS)
     found = told(folder, rows, *judge, "--match", str(matcher_folder("siglip")))
     assert {"length", "match_mean", "match_min", "relevance", "judge"} <= set(found[0].scores)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_scores_and_does_so_once(
+    curate_tiny: Callable, matcher_folder: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    answer = {"answer": "relevance: 4\ncorrectness: 4\nform: 4"}
+    (tmp_path / "judge.jsonl").write_text(json.dumps(answer) + "\n")
+    judge = ("--score_judge", f"stub:{tmp_path / 'judge.jsonl'}")
+    first = read_rows(curate_tiny("--num_samples", "4"))
+    assert all(set(row.scores) == {"length"} for row in first)
+    folder = curate_tiny("--num_samples", "4", "--match", str(matcher_folder("clip")), *judge)
+    rows = read_rows(folder)
+    assert [(row.picture, row.text, row.verdicts) for row in rows] == [
+        (row.picture, row.text, row.verdicts) for row in first
+    ]
+    assert all({"match_mean", "match_min", "judge"} <= set(row.scores) for row in rows)
+    made = json.loads((folder / "made.json").read_text())
+    assert made["scores"]["match"]["name"] == str(matcher_folder("clip"))
+    assert made["scores"]["judge"]["name"].startswith("stub:judge.jsonl@")
+    before = (folder / "scores.jsonl").read_text(), (folder / "drafts.jsonl").read_text()
+    curate_tiny("--num_samples", "4", "--match", str(matcher_folder("clip")), *judge)
+    assert ((folder / "scores.jsonl").read_text(), (folder / "drafts.jsonl").read_text()) == before
