@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complete(arguments)
     command = build_parser().parse_args(arguments[:1]).command
     if command in OPTIONS and {"-h", "--help"} & set(arguments[1:]):
-        options_of(command).parse_args(arguments[1:])  # shows it and ends
+        options_of(command, arguments[1]).parse_args(arguments[1:])  # shows it and ends
     needed = () if command in NO_TRAINING else TRAIN_MODULES
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
         return _refuse(
@@ -144,9 +144,11 @@ def build_parser(whole: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def options_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command of `OPTIONS`, made without importing what the command works with."""
-    parser: argparse.ArgumentParser = importlib.import_module(OPTIONS[command]).build_parser(command)
+def options_of(command: str, part: str = "") -> argparse.ArgumentParser:
+    """The parser of a command of `OPTIONS`, or of its `part`, made without importing what the command works with."""
+    module = importlib.import_module(OPTIONS[command])
+    parts = getattr(module, "PARSERS", {})
+    parser: argparse.ArgumentParser = parts[part]() if part in parts else module.build_parser(command)
     return parser
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 60.0  # seconds for any answer, on a machine that has other work
-KEYS = {"ArrowLeft": 37, "Backspace": 8}  # key → its code; digits and letters have that of their character
+# key → its code; digits and letters have that of their character
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Backspace": 8, "Enter": 13, "Escape": 27}
+CTRL = 2  # the protocol's number for the key that is held
 
 
 def find_browser() -> str | None:
@@ -53,10 +55,11 @@ class Browser:
         self._call("Page.enable", {})
         self._call("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}, session="")
 
-    def open(self, page: Path) -> None:
-        """Show a page of the disk, and wait until it has run."""
-        self._call("Page.navigate", {"url": page.as_uri()})
-        self.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(page.as_uri())}")
+    def open(self, page: Path | str) -> None:
+        """Show a page of the disk or of an address, and wait until it has run."""
+        address = page if isinstance(page, str) else page.as_uri()
+        self._call("Page.navigate", {"url": address})
+        self.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(address)}")
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression on the page."""
@@ -71,12 +74,16 @@ class Browser:
             assert time.monotonic() < end, script
             time.sleep(0.02)
 
-    def press(self, key: str) -> None:
-        """Press a key, as a person does."""
-        code = KEYS.get(key, ord(key[0].upper()))
-        text = {} if key in KEYS else {"text": key}
-        self._call("Input.dispatchKeyEvent", {"type": "keyDown", "key": key, "windowsVirtualKeyCode": code, **text})
-        self._call("Input.dispatchKeyEvent", {"type": "keyUp", "key": key, "windowsVirtualKeyCode": code})
+    def press(self, key: str, ctrl: bool = False) -> None:
+        """Press a key, as a person does, while Ctrl is held or not."""
+        code = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper())), "modifiers": CTRL * ctrl}
+        text = {} if key in KEYS or ctrl else {"text": key}
+        self._call("Input.dispatchKeyEvent", {"type": "keyDown", **code, **text})
+        self._call("Input.dispatchKeyEvent", {"type": "keyUp", **code})
+
+    def write(self, text: str) -> None:
+        """Write a text where the cursor is, in the place of what is selected."""
+        self._call("Input.insertText", {"text": text})
 
     def click(self, selector: str) -> None:
         """Click what a selector finds."""

@@ -32,6 +32,7 @@ from recipes_minigpt4.curation.mend import Mending, mend_all, spent
 from recipes_minigpt4.curation.options import PARSERS, build_parser
 from recipes_minigpt4.curation.rows import CuratedRow, write_rows
 from recipes_minigpt4.curation.rules import chosen_text, verdicts
+from recipes_minigpt4.curation.scores import scored
 from recipes_minigpt4.curation.source import SCENES, Source
 from recipes_minigpt4.curation.store import Record, held
 from recipes_minigpt4.evaluation.questions import Sampling
@@ -108,8 +109,9 @@ def curate(args: argparse.Namespace, client: Client | None = None, describer: De
         texts = {digest: draft["text"] for digest, draft in drafts.items()}
         mending = Mending(prompts["mend"], args.mend_temperature, args.mend_max_tokens)
         mended = mend_all(folder, texts, client, mending)
-        rows = curated_rows(folder, gathered, drafts, mended)
+        rows, made_scores = scored(folder, curated_rows(folder, gathered, drafts, mended), args, read_prompt)
         funnel = Funnel.of(Counter(one["reason"] for one in gathered.left_out), rows)
+        how |= {"scores": made_scores, "names": {"model": args.model, "dataset": args.dataset_name}}
         how |= {"spent": spent(mended), "dry_run": args.dry_run}
         write_all(folder, rows, gathered, how, funnel)
     tell_funnel(funnel)

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from recipes_minigpt4.curation.features import encode_features
 from recipes_minigpt4.curation.gather import reason_of
 from recipes_minigpt4.curation.store import Record, Step, fingerprint
 from recipes_minigpt4.evaluation.questions import Picture, Sampling
@@ -31,11 +32,13 @@ class Draft(NamedTuple):
         text: both replies, joined.
         tokens: of the first reply, by the model's own tokenizer.
         continued: whether it was asked to go on.
+        features: of the picture, see `encode_features`; None for a model whose vision side is not known.
     """
 
     text: str
     tokens: int
     continued: bool
+    features: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,13 @@ class Describer:
         ]
         picked = None if seen is None else seen[short]
         more = dict(zip(short, self._turn(longer, picked, [pictures[place] for place in short]), strict=True))
-        return [
+        drafts = [
             Draft(f"{text} {more[place][0]}".strip() if place in more else text, tokens, place in more)
             for place, (text, tokens) in enumerate(first)
         ]
+        if seen is None:
+            return drafts
+        return [draft._replace(features=one) for draft, one in zip(drafts, encode_features(seen), strict=True)]
 
     def _see(self, pictures: Sequence[PIL.Image.Image]) -> torch.Tensor | None:
         """Features of the frozen vision side, which both turns use; None for a model that takes pictures alone."""

@@ -122,9 +122,9 @@ def _agreement_of_rounds(rounds: Sequence[Sequence[Verdict]]) -> float | None:
     return same / all_ if all_ else None
 
 
-def agreement(ones: Sequence[Verdict | None], others: Sequence[Verdict | None]) -> dict[str, Any]:
+def agreement(ones: Sequence[Sequence[Any] | None], others: Sequence[Sequence[Any] | None]) -> dict[str, Any]:
     """
-    How far two judges agree about the same cases.
+    How far two judges agree about the same cases, whichever answers there are.
 
     Returns:
         `answers`, how many questions both answered; `same`, the share of them that both answer alike; `kappa`,
@@ -139,6 +139,6 @@ def agreement(ones: Sequence[Verdict | None], others: Sequence[Verdict | None]) 
     if not pairs:
         return {"answers": 0, "same": None, "kappa": None}
     same = sum(one == other for one, other in pairs) / len(pairs)
-    yes = [sum(said) / len(pairs) for said in zip(*pairs, strict=True)]
-    chance = yes[0] * yes[1] + (1 - yes[0]) * (1 - yes[1])
+    one, other = (Counter(said) for said in zip(*pairs, strict=True))
+    chance = sum(one[answer] * other[answer] for answer in one) / len(pairs) ** 2
     return {"answers": len(pairs), "same": same, "kappa": (same - chance) / (1 - chance) if chance < 1 else None}

@@ -3,10 +3,13 @@
 The page loads nothing from elsewhere. The browser keeps every decision at once, so closing the page loses none; a
 button saves them as JSON lines. A line holds all that was shown and two hashes: one of what was shown, one of that and
 the answer. Whoever reads the file so sees what belongs to other cases, and what was changed after it was saved.
+
+Such pages share `KEEPING`, which keeps decisions in the browser and saves them. What a page looks like is its own.
 """
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +21,8 @@ from recipes_minigpt4.utils.html import render_page
 
 
 CASE, ANSWER, SEAL = "case", "answer", "seal"  # what a line has beside what was shown
+TEXT, TIME = "text", "time"  # and may have: the text that belongs to the answer; when it was written into a journal
+BESIDE = (CASE, ANSWER, SEAL, TEXT, TIME)
 SKIP = "skip"  # the answer of who does not know, or not yet: the page shows such cases again if asked to
 
 
@@ -75,9 +80,20 @@ def hash_of(shown: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(shown), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def seal_of(case: str, answer: str) -> str:
-    """A case and the answer to it, as one word."""
-    return hashlib.sha256(f"{case} {answer}".encode()).hexdigest()[:16]
+def seal_of(case: str, answer: str, text: str | None = None) -> str:
+    """A case and the answer to it, as one word; with the sum of the text that belongs to the answer, if one does."""
+    seal = hashlib.sha256(f"{case} {answer}".encode()).hexdigest()[:16]
+    return seal if text is None else f"{seal}{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
+
+
+def seals_of(case: str, choices: Sequence[Choice]) -> dict[str, str]:
+    """Answer → its seal, of all answers that there are."""
+    return {choice.answer: seal_of(case, choice.answer) for choice in choices}
+
+
+def json_for_page(content: Any) -> str:
+    """JSON that no text in it can end the script around it."""
+    return json.dumps(content).replace("<", "\\u003c")
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -103,7 +119,7 @@ def render_decisions(page: DecisionPage, cases: Sequence[DecisionCase], pictures
                 CASE: case.id,
                 "picture": case.picture,
                 "shown": dict(case.shown),
-                "seals": {choice.answer: seal_of(case.id, choice.answer) for choice in page.choices},
+                "seals": seals_of(case.id, page.choices),
             }
             for case in cases
         ],
@@ -121,8 +137,8 @@ def render_decisions(page: DecisionPage, cases: Sequence[DecisionCase], pictures
         about=escape(page.about),
         texts=texts,
         buttons=buttons,
-        deck=json.dumps(deck).replace("<", "\\u003c"),  # so that no text can end the script
-        script=SCRIPT,
+        deck=json_for_page(deck),
+        script=KEEPING + SCRIPT,
     )
     return render_page(page.title, body, STYLE)
 
@@ -179,20 +195,62 @@ BODY = """<div class="deck">
 <script type="application/json" id="deck">{deck}</script>
 <script>{script}</script>"""
 
-SCRIPT = """
+KEEPING = """
 "use strict";
 const deck = JSON.parse(document.getElementById("deck").textContent);
 const at = (id) => document.getElementById(id);
-const answers = new Map();
+const answers = new Map();  // case → its answer; where a text belongs to it, a space and the text behind it
 const slot = (one) => deck.file + " " + one.case;
-let place = 0;
+const answerOf = (value) => value.split(" ", 1)[0];
+const textOf = (value) => value.slice(answerOf(value).length + 1);
 
-function keep(one, answer) {
-  if (answer === null) answers.delete(one.case); else answers.set(one.case, answer);
+function keep(one, value) {
+  if (value === null) answers.delete(one.case); else answers.set(one.case, value);
+  if (deck.served) return;  // the command keeps it
   try {
-    if (answer === null) localStorage.removeItem(slot(one)); else localStorage.setItem(slot(one), answer);
+    // "open" where the page began with a decision, which would come back otherwise
+    const kept = value === null && deck.kept?.[one.case] ? "open" : value;
+    if (kept === null) localStorage.removeItem(slot(one)); else localStorage.setItem(slot(one), kept);
   } catch { at("lost").hidden = false; }
 }
+
+function recall() {
+  for (const one of deck.cases) {
+    let kept = deck.kept?.[one.case] ?? null;
+    if (!deck.served) {
+      try { kept = localStorage.getItem(slot(one)) ?? kept; } catch { at("lost").hidden = false; }
+    }
+    if (kept !== null && answerOf(kept) in one.seals) answers.set(one.case, kept);
+  }
+}
+
+function sum(text) {  // CRC-32
+  let rest = -1;
+  for (const byte of new TextEncoder().encode(text)) {
+    rest ^= byte;
+    for (let bit = 0; bit < 8; bit++) rest = (rest >>> 1) ^ (rest & 1 ? 0xedb88320 : 0);
+  }
+  return (~rest >>> 0).toString(16).padStart(8, "0");
+}
+
+function decision(one) {
+  const answer = answerOf(answers.get(one.case)), text = textOf(answers.get(one.case));
+  const line = { ...one.shown, case: one.case, answer: answer, seal: one.seals[answer] };
+  return text ? { ...line, text: text, seal: line.seal + sum(text) } : line;
+}
+
+function save() {
+  const lines = deck.cases.filter((one) => answers.has(one.case)).map((one) => JSON.stringify(decision(one)) + "\\n");
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
+  link.download = deck.file;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+"""
+
+SCRIPT = """
+let place = 0;
 
 function next(from) {
   const found = deck.cases.findIndex((one, number) => number >= from && !answers.has(one.case));
@@ -236,23 +294,7 @@ function again() {
   place = next(0); show();
 }
 
-function save() {
-  const lines = deck.cases.filter((one) => answers.has(one.case)).map((one) => {
-    const answer = answers.get(one.case);
-    return JSON.stringify({ ...one.shown, case: one.case, answer: answer, seal: one.seals[answer] }) + "\\n";
-  });
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
-  link.download = deck.file;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
-for (const one of deck.cases) {
-  let kept = null;
-  try { kept = localStorage.getItem(slot(one)); } catch { at("lost").hidden = false; }
-  if (kept !== null && kept in one.seals) answers.set(one.case, kept);
-}
+recall();
 for (const button of document.querySelectorAll("[data-answer]")) {
   button.addEventListener("click", () => decide(button.dataset.answer));
 }
@@ -285,37 +327,41 @@ class Decisions:
         answers: case → answer.
         shown: case → what was shown.
         changed: how many lines are not as the page saved them.
+        texts: case → the text that belongs to its answer, where one does.
     """
 
     answers: Mapping[str, str]
     shown: Mapping[str, Mapping[str, Any]]
     changed: int
+    texts: Mapping[str, str]
 
 
 def read_decisions(path: Path) -> Decisions:
     """
-    Read a file that a page has saved.
+    Read a file that a page has saved, or a journal of decisions, in which the last line about a case counts.
 
     Raises:
-        RecipeError: if it is no such file, or answers a case in two ways.
+        RecipeError: if it is no such file, or answers a case in two ways and is no journal.
     """
-    answers: dict[str, str] = {}
+    told: dict[str, tuple[str, str | None]] = {}
     shown: dict[str, Mapping[str, Any]] = {}
     changed, torn = 0, set()
     for row in _rows(path):
-        texts = {name: text for name, text in row.items() if name not in (CASE, ANSWER, SEAL)}
-        case, answer = str(row[CASE]), str(row[ANSWER])
-        if case != hash_of(texts) or row[SEAL] != seal_of(case, answer):
+        parts = {name: part for name, part in row.items() if name not in BESIDE}
+        case, answer, text = str(row[CASE]), str(row[ANSWER]), row.get(TEXT)
+        if case != hash_of(parts) or row[SEAL] != seal_of(case, answer, None if text is None else str(text)):
             changed += 1
             continue
-        if answers.setdefault(case, answer) != answer:
+        if told.get(case, (answer, text)) != (answer, text) and TIME not in row:
             torn.add(case)
-        shown[case] = texts
+        told[case], shown[case] = (answer, text), parts
     if torn:
         raise RecipeError(
             f"{path} decides {len(torn)} cases in two ways; keep what each person has saved in a file of its own."
         )
-    return Decisions(answers, shown, changed)
+    answers = {case: answer for case, (answer, _) in told.items()}
+    texts = {case: str(text) for case, (_, text) in told.items() if text is not None}
+    return Decisions(answers, shown, changed, texts)
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
@@ -330,6 +376,8 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
+            if rows and number == len(lines):  # half a line, which a kill leaves at the end of a journal
+                break
             row = None
         if not isinstance(row, dict) or not {CASE, ANSWER, SEAL} <= set(row):
             raise RecipeError(f"Line {number} of {path} is no decision; name the file that the page has saved.")

@@ -33,6 +33,7 @@ NOT_NEGATIVE = Range("a number from 0 on", lambda value: value >= 0)
 SHARE = Range("a number from 0 to 1", lambda value: 0 <= value <= 1)
 DECAY = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
 SEED = Range(f"a whole number from 0 to {MAX_SEED}", lambda value: 0 <= value <= MAX_SEED and _whole(value))
+PORT = Range("a whole number from 0 to 65535", lambda value: 0 <= value <= 65535 and _whole(value))
 STEPS = Range(
     "a whole number from 1 on, or -1 for as many as --num_train_epochs takes",
     lambda value: value == -1 or COUNT.holds(value),

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import datasets
 import transformers
 from accelerate.state import AcceleratorState
+from browser import Browser, find_browser
 from damaged import sample, write_tar
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -213,3 +214,13 @@ transformers.utils.logging.set_verbosity_error()
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what `datasets` prepares for one test out of the next."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+@pytest.fixture
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium without a window, for tests that are marked `browser`."""
+    if (path := find_browser()) is None:
+        pytest.skip("there is no Chromium")
+    opened = Browser(path, tmp_path_factory.mktemp("profile"), tmp_path_factory.mktemp("downloads"))
+    yield opened
+    opened.close()

@@ -3,12 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, find_browser
+from browser import Browser
 from stored_replies import store_replies
 
 from recipes_minigpt4.evaluation import evaluate
@@ -199,15 +199,7 @@ def test_files_that_are_none(folder: Path) -> None:
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if (path := find_browser()) is None:
-        pytest.skip("there is no Chromium")
-    opened = Browser(path, tmp_path_factory.mktemp("profile"), tmp_path_factory.mktemp("downloads"))
-    yield opened
-    opened.close()
-
-
+@pytest.mark.browser
 def test_a_person_judges_in_a_browser(tmp_path: Path, browser: Browser) -> None:
     count = 150  # with two captions each: 300 cases
     store_replies(tmp_path, SUITES["coverage"](), {"ours": [f"A dog, number {place}." for place in range(count)]})
@@ -254,6 +246,7 @@ def test_a_person_judges_in_a_browser(tmp_path: Path, browser: Browser) -> None:
     assert numbers["judges"]["unread"] == {"human:decisions-coverage.jsonl": 0}
 
 
+@pytest.mark.browser
 def test_texts_are_shown_as_they_are_at_any_width(folder: Path, browser: Browser) -> None:
     run(folder, "--judge", "human")
     deck = deck_of(folder)
