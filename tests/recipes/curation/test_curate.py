@@ -77,9 +77,9 @@ def test_what_made_the_rows_is_written_down(run: Run) -> None:
     assert made["dry_run"] is None and made["spent"]["cost"] == 0
 
 
-def test_no_file_tells_where_things_lie_on_this_machine(run: Run, tmp_path: Path) -> None:
+def test_no_row_tells_where_things_lie_on_this_machine(run: Run, tmp_path: Path) -> None:
     run()
-    for path in run.folder.rglob("*.json*"):
+    for path in run.folder.rglob("*.jsonl"):
         assert str(tmp_path) not in path.read_text(), path.name
 
 
