@@ -186,7 +186,7 @@ for streaming in (False, True):
         hub.add_repo("someone/squares", {"data/train-00000-of-00001.parquet": content}, kind="dataset")
         settings = {**os.environ, **hub.environment(tmp_path / "home")}
         command = [sys.executable, "-c", code, str(tmp_path)]
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     told = [line for line in done.stdout.splitlines() if not line.startswith("Look")]
     assert told == [" ".join(sorted(digests(pictures)))] * 2
