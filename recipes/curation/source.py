@@ -87,19 +87,32 @@ class Source:
         Its pictures in a seeded order; streams are mixed in blocks.
 
         Raises:
-            RecipeError: if there are none.
+            RecipeError: if there are none, or not that split.
         """
         if self.name == TINY:
+            self._refuse_split()
             return self._scenes()
         if (pattern := tars_named(self.name)) is not None:
+            self._refuse_split()
             return Pictures(self._shuffled(self._of_tars(expand(pattern))))
+        if self._path.is_file():
+            self._refuse_split()
         if self._path.is_dir() and (paths := pictures_below(self._path, self.split)):
+            if not (self._path / self.split).is_dir():
+                self._refuse_split()
             files = {path.relative_to(self._path).as_posix(): path for path in paths}
             drawn = ((key, Picture(plain_name(key, self._path), files[key])) for key in self._order(list(files)))
             return Pictures(drawn, len(files))
         if self.streaming:
             return Pictures(self._shuffled(self._of_stream()))
         return self._of_rows(*find_rows(Places([self.name], self.images, self.split, self.config, self.revision)))
+
+    def _refuse_split(self) -> None:
+        if self.split != "train":
+            raise RecipeError(
+                f"{self.name} has no split {self.split}; leave --dataset_split out, and take a part of the pictures "
+                "with --num_samples."
+            )
 
     # ---- orders ----
 

@@ -239,6 +239,21 @@ def test_what_holds_no_pictures_is_told(tmp_path: Path, look: Callable) -> None:
         look(tmp_path / "gone.jsonl")
 
 
+def test_a_split_is_the_folder_of_its_name(tmp_path: Path, look: Callable) -> None:
+    noises(tmp_path / "parts" / "validation", 2)
+    noises(tmp_path / "parts" / "train", 3)
+    assert len(look(tmp_path / "parts").rows) == 3 and len(look(tmp_path / "parts", split="validation").rows) == 2
+
+
+@pytest.mark.parametrize("kind", ["a folder", "csv with whole paths", "tars", "tiny"])
+def test_a_split_that_is_not_there_is_told(kind: str, pictures: Path, look: Callable, tmp_path: Path) -> None:
+    place = "tiny" if kind == "tiny" else SOURCES[kind](pictures, tmp_path / "place")
+    with pytest.raises(
+        RecipeError, match=r"has no split train\[:2\]; leave --dataset_split out, and .* --num_samples"
+    ):
+        look(place, split="train[:2]")
+
+
 # ---- which of them --------------------------------------------------------------------------------------------------
 
 
