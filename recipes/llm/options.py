@@ -65,7 +65,7 @@ class ClientOptions:
 OPTIONS = [one for one in dataclasses.fields(ClientOptions) if one.name != "prefix"]
 
 
-def add_client_options(parser: Any, prefix: str = "") -> None:
+def add_client_options(parser: argparse._ActionsContainer, prefix: str = "") -> None:
     """Give a parser an option per field of `ClientOptions`; `prefix` is "judge_" for `--judge_base_url` and so on."""
     for option in OPTIONS:
         allowed: Range | None = option.metadata.get("range")
