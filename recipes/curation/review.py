@@ -121,12 +121,12 @@ def _read_file(path: Path, rows: Sequence[CuratedRow]) -> dict[str, Decision]:
             f"{changed} of the {decisions.changed + len(decided)} decisions in {path} were changed after they were "
             "saved; take the file as the page has saved it, and change decisions on the page."
         )
-    known = {case: one for case, one in decided.items() if case in pictures}
-    if not known:
+    if not {shown.get("picture") for shown in decisions.shown.values()} & set(pictures.values()):
         raise RecipeError(
-            f"None of the {len(decided)} decisions in {path} is about a text of this folder; name the folder that its "
-            "page was made of."
+            f"None of the {len(decided)} decisions in {path} is about a picture of this folder; name the folder that "
+            "its page was made of."
         )
+    known = {case: one for case, one in decided.items() if case in pictures}
     if len(known) < len(decided):
         print(
             f"{len(decided) - len(known)} of the {len(decided)} decisions in {path} are about texts that the rows "
@@ -307,10 +307,11 @@ def _tell_conflicts(folder: Path, rows: Sequence[CuratedRow], conflicts: Sequenc
         print(f"and {len(conflicts) - LISTED} more in {file}")
     notes = {line["case"]: _said(line) for line in conflicts}
     left = [row for row in rows if case_of(row) in notes]
-    _write(page, f"Settle: {folder.resolve().name}", folder, left, f"settled-{folder.resolve().name}.jsonl", {}, notes)
+    settled = f"settled-{folder.resolve().name}.jsonl"
+    _write(page, f"Settle: {folder.resolve().name}", folder, left, settled, {}, notes)
     print(
-        f"\nAll are in {file}. Settle them on {page}, save, and name that file last: `--decisions … settled-"
-        f"{folder.resolve().name}.jsonl`. The last file counts.",
+        f"\nAll are in {file}. Settle them on {page}, save {settled}, and name it last to `minigpt4 curate export "
+        f"{folder} --decisions FILES`: the last file counts.",
         flush=True,
     )
 

@@ -137,7 +137,8 @@ body { max-width: 90rem; }
 @media (min-width: 60rem) { .deck .texts { grid-template-columns: 1fr 1fr; } }
 .deck del { color: var(--wrong); } .deck ins { color: var(--right); font-weight: 600; text-underline-offset: .2em; }
 .deck .told { padding: 0; margin: .75rem 0 0; list-style: none; } .deck .told li { margin: .15rem 0; }
-.deck #rules li { color: var(--warm); } .deck #rules b, .deck #notes li { color: var(--ink); }
+.deck #rules li { color: var(--warm); } .deck #rules.none li { color: var(--soft); }
+.deck #rules b { color: var(--ink); }
 .deck textarea { width: 100%; min-height: 14rem; font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--soft); border-radius: .35rem; padding: .5rem; }
 .deck #filters { margin-bottom: .5rem; } .deck #filters > div { display: flex; flex-wrap: wrap; gap: .5rem 1rem; }
@@ -297,6 +298,7 @@ function show() {
   if (!edited && !one.text.length) at("text").textContent = "(nothing)";
   at("said").textContent = one.said ? "The mender said: " + one.said : "";
   const rules = Object.entries(one.rules);
+  at("rules").classList.toggle("none", !rules.length);
   list(at("rules"), rules.length ? rules : [["", "No rule says anything."]]);
   list(at("notes"), one.notes.map((note) => ["", note]));
   const scores = Object.entries(one.scores).map(([name, score]) => name + " " + Number(score.toFixed(3)));

@@ -18,6 +18,7 @@ import pytest
 from browser import Browser
 from PIL import Image
 
+from recipes_minigpt4 import cli
 from recipes_minigpt4.curation import review
 from recipes_minigpt4.curation.review import Decision, read_review
 from recipes_minigpt4.curation.review_page import case_of, changed_words
@@ -45,7 +46,8 @@ def fill(folder: Path, texts: Sequence[tuple[str, str | None, dict[str, str], fl
     rows = []
     for place, (draft, mended, verdicts, score) in enumerate(texts):
         file = folder / "picture" / f"{place}.png"
-        Image.new("RGB", (600, 400), (place % 256, place // 256, 90)).save(file)
+        size = (600, 400) if place < len(TEXTS) else (60, 40)
+        Image.new("RGB", size, (place % 256, place // 256, 90)).save(file)
         digest = Picture(file.name, file).digest
         file = file.rename(file.with_name(f"{digest}.png"))
         rows.append(
@@ -145,6 +147,13 @@ def test_a_folder_without_rows_is_told(tmp_path: Path) -> None:
         review.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize(("part", "option"), [("review", "--serve"), ("export", "--to"), ("", "--mender")])
+def test_each_part_has_its_own_help(part: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["curate", *filter(None, [part]), "--help"])
+    assert option in capsys.readouterr().out
+
+
 # ---- what comes back ------------------------------------------------------------------------------------------------
 
 
@@ -189,15 +198,17 @@ def test_texts_that_were_mended_anew_are_undecided(folder: Path, capsys: pytest.
     now = [replace(rows[0], text="A dog sleeps on a lawn."), *rows[1:]]
     assert read_review([file], now) == {rows[1].picture: DROPPED, rows[2].picture: DROPPED}
     assert "1 of the 3 decisions in" in (told := capsys.readouterr().out) and "they do not count" in told
+    assert read_review([file], [replace(row, text="Another.") for row in rows]) == {}
+    assert "3 of the 3 decisions in" in capsys.readouterr().out
 
 
 def test_files_that_are_none(folder: Path) -> None:
     rows = read_rows(folder)
     file = save(rows, folder / "anna.jsonl", ["keep"])
-    other = save([replace(row, text=f"{row.text}!") for row in rows], folder / "other.jsonl", ["keep"] * 5)
+    other = save([replace(row, picture=row.picture[::-1]) for row in rows], folder / "other.jsonl", ["keep"] * 5)
     (folder / "notes.txt").write_text("keep\n", encoding="utf-8")
     for path, message in {
-        other: r"None of the 5 decisions in .*other\.jsonl is about a text of this folder",
+        other: r"None of the 5 decisions in .*other\.jsonl is about a picture of this folder",
         folder / "notes.txt": "Line 1 of .* is no decision",
         folder / "nowhere.jsonl": "cannot be read",
     }.items():
@@ -480,10 +491,10 @@ def test_a_person_picks_while_it_is_served(folder: Path, browser: Browser, capsy
     def written() -> dict[str, Decision]:
         return read_review([folder / "decisions.jsonl"], rows)
 
-    def wait_for(count: int) -> None:
+    def wait_for(expected: Mapping[str, Decision]) -> None:
         end = time.monotonic() + 60
-        while len(list(read_journal(folder / "decisions.jsonl"))) < count:
-            assert time.monotonic() < end
+        while not (folder / "decisions.jsonl").stat().st_size or written() != expected:
+            assert time.monotonic() < end, written()
             time.sleep(0.02)
 
     def act(address: str) -> None:
@@ -495,14 +506,13 @@ def test_a_person_picks_while_it_is_served(folder: Path, browser: Browser, capsy
         browser.press("e")
         browser.write(" It bounces.")
         browser.click("#use")
-        wait_for(4)
-        text = f"{TEXTS[1][1]} It bounces."
-        assert written() == {rows[0].picture: KEPT, rows[1].picture: Decision("edit", text)}
+        expected = {rows[0].picture: KEPT, rows[1].picture: Decision("edit", f"{TEXTS[1][1]} It bounces.")}
+        wait_for(expected)
         browser.open(address.replace("127.0.0.1", "localhost"))
         assert seen(browser, "count") == "Row 3 of 5 · 2 of 5 decided: 1 kept, 0 dropped, 1 edited"
         assert browser.evaluate("document.getElementById('unsent').hidden")
         browser.press("d")
-        wait_for(5)
+        wait_for({**expected, rows[2].picture: DROPPED})
 
     with served(folder, capsys, act):
         pass
