@@ -342,7 +342,8 @@ def test_decisions_are_written_at_once_and_ctrl_c_ends(folder: Path, capsys: pyt
         with pytest.raises(RecipeError, match="Another process writes into"):
             review.main([str(folder), "--serve"])
         with pytest.raises(RecipeError, match=r"Port \d+ of this machine cannot be used"):
-            review.main([str(folder), "--serve", "--port", str(urlsplit(address).port), "--decisions", "x.jsonl"])
+            others = str(folder / "others.jsonl")
+            review.main([str(folder), "--serve", "--port", str(urlsplit(address).port), "--decisions", others])
 
     with served(folder, capsys, act) as printed:
         assert "0 kept, 1 dropped, 1 edited, of 5 rows; 3 are left. The same command goes on" in "".join(printed)
