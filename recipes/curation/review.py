@@ -181,14 +181,17 @@ def _write(
             line.reach(place)
     if missing := sum(uri is None for uri in pictures.values()):
         print(f"{missing} of {len(rows)} pictures are not in {folder / 'picture'} any more; the page says so.")
-    page = render_review(title, rows, pictures, file, kept=_values(decided, rows), notes=notes)
+    _replace(path, render_review(title, rows, pictures, file, kept=_values(decided, rows), notes=notes))
+    return path.stat().st_size
+
+
+def _replace(path: Path, text: str) -> None:
     try:
-        replace_text(path, page)
+        replace_text(path, text)
     except OSError as error:
         raise RecipeError(
             f"{path} cannot be written ({error.strerror or error}); make room, or mend the folder."
         ) from error
-    return path.stat().st_size
 
 
 def _file_of(folder: Path) -> str:
@@ -239,7 +242,11 @@ def serve(folder: Path, rows: Sequence[CuratedRow], paths: Sequence[Path] = (), 
             )
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()
-    decided = read_review([path], rows) if journal.lines else {}
+    if not journal.lines:
+        path.unlink()
+        print("\nNothing was decided.", flush=True)
+        return
+    decided = read_review([path], rows)
     print(
         f"\n{_counts(decided.values())}, of {len(rows)} rows; {len(rows) - len(decided)} are left. The same command "
         f"goes on, and `minigpt4 curate export {folder} --decisions {path}` uses them.",
@@ -299,7 +306,7 @@ def _tell_conflicts(folder: Path, rows: Sequence[CuratedRow], conflicts: Sequenc
             path.unlink(missing_ok=True)
         print("\nThey decide every row alike that both have decided.", flush=True)
         return
-    replace_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in conflicts))
+    _replace(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in conflicts))
     heading(f"{len(conflicts)} rows that they decide differently\n")
     for line in conflicts[:LISTED]:
         print(f"{_short(line['shown'], 70)}\n" + "".join(f"    {told}\n" for told in _said(line)), end="")

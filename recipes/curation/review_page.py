@@ -412,7 +412,8 @@ document.addEventListener("keydown", (event) => {
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) use();
     return;
   }
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.target.matches("select, input")) return;
+  const held = event.ctrlKey || event.metaKey || event.altKey || event.repeat;
+  if (held || event.target.matches?.("select, input")) return;
   const act = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!act) return;
   event.preventDefault();

@@ -6,6 +6,7 @@ would make that has its name point at this machine. Pictures are found by their 
 
 import json
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,11 @@ class ReviewServer(ThreadingHTTPServer):
                 f"Port {port} of this machine cannot be used ({error.strerror}); name another with --port, or none."
             ) from error
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing about a page that was closed before all of it had come."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
+
     @property
     def address(self) -> str:
         return f"http://{HOST}:{self.server_port}/{self.token}/"
@@ -105,7 +111,10 @@ class Handler(BaseHTTPRequestHandler):
         if place is None:
             return
         if place == "":
-            self._answer(HTTPStatus.OK, self.server.page().encode(), "text/html; charset=utf-8")
+            try:
+                self._answer(HTTPStatus.OK, self.server.page().encode(), "text/html; charset=utf-8")
+            except RecipeError as error:  # somebody has changed the file of decisions
+                self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
         elif place.startswith("picture/") and (found := self.server.picture(place.removeprefix("picture/"))):
             self._answer(HTTPStatus.OK, *found)
         else:
@@ -133,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
     def _place(self) -> str | None:
         """What is asked for, behind the token; None if the request was refused."""
         port = self.server.server_port
-        hosts = (f"{HOST}:{port}", f"localhost:{port}")
+        hosts = [name if port == 80 else f"{name}:{port}" for name in (HOST, "localhost")]  # browsers leave 80 out
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in hosts or origin not in (None, *(f"http://{host}" for host in hosts)):
             self._refuse(HTTPStatus.FORBIDDEN, f"open it as http://{HOST}:{port}, on this machine")

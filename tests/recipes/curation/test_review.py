@@ -391,8 +391,24 @@ def test_others_reach_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) 
         )  # a form of another page
         assert ask(address, "POST", "", keep)[0] == 400 and ask(address, "DELETE", "decision")[0] == 501
 
-    with served(folder, capsys, act):
-        assert list(read_journal(folder / "decisions.jsonl")) == []
+    with served(folder, capsys, act) as printed:
+        assert "Nothing was decided." in "".join(printed) and not (folder / "decisions.jsonl").exists()
+
+
+def test_a_file_that_is_damaged_meanwhile_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = case_of(read_rows(folder)[0])
+    journal = folder / "decisions.jsonl"
+
+    def act(address: str) -> None:
+        assert ask(address, "POST", "decision", {"case": case, "answer": "keep"})[0] == 204
+        whole = journal.read_text(encoding="utf-8")
+        journal.write_text("keep all of them\n", encoding="utf-8")
+        status, told = ask(address, "GET", "")
+        assert status == 500 and b"is no decision; name the file that the page has saved" in told
+        journal.write_text(whole, encoding="utf-8")
+
+    with served(folder, capsys, act) as printed:
+        assert "1 kept, 0 dropped, 0 edited, of 5 rows" in "".join(printed)
 
 
 def test_serving_needs_one_file_and_a_port(folder: Path) -> None:
