@@ -84,6 +84,7 @@ def render_data_card(told: Told) -> str:
         decided=told.decided,
         scored=bool(makers.match or makers.judge),
         usage=USAGE[told.form],
+        chosen_by=_chosen_by(told),
         dataset=public_dataset(makers.dataset),
         model=_model(told),
         mender=public_text(makers.mender),
@@ -121,6 +122,21 @@ def _settings(told: Told) -> dict[str, Any]:
         **picks,
         **({"text": told.picks["text"]} if told.picks["text"] != "picked" else {}),
     }
+
+
+def _chosen_by(told: Told) -> str:
+    """What has had a say in which rows are here."""
+    picks = told.picks
+    by_score = picks["by"] == "score" or "min_score" in picks
+    said = {
+        "people": told.decided > 0,
+        "rules": bool(picks["rules"]),
+        "scores": by_score,
+        "how much pictures differ": picks["by"] == "diverse",
+        "chance": picks["by"] == "random" and bool({"keep", "keep_share"} & set(picks)),
+    }
+    *first, last = [name for name, holds in said.items() if holds] or ["nobody"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _plain(name: str) -> str:

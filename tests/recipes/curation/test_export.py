@@ -357,6 +357,7 @@ def test_the_card_tells_what_was_done(folder: Path) -> None:
     fields = yaml.safe_load(front)
     assert fields["license"] == "cc-by-4.0" and fields["size_categories"] == "n<1K" and fields["language"] == "en"
     for line in (
+        "and rules and chance chose what stayed.",
         "| pictures | a local folder or file (pictures) |",
         "| described by | stage1, revision `0123456789ab` |",
         "| mended by | openai:gpt-x, a server of its own |",

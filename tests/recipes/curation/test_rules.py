@@ -145,15 +145,15 @@ def test_that_many_drafts_are_correct_is_no_shared_text() -> None:
 # ---- among others ---------------------------------------------------------------------------------------------------
 
 
-def test_one_answer_under_4000_pictures_is_noticed() -> None:
-    """What happened to the data of a stage 2 once: most pictures had the description of another one."""
-    texts = {str(place): (GOOD, f"{DRAFT} It is number {place}.") for place in range(4000)}
+def test_one_answer_under_a_thousand_pictures_is_noticed() -> None:
+    """A known accident: one mender's answer stood under 4,000 pictures of a data set."""
+    texts = {str(place): (GOOD, f"{DRAFT} It is number {place}.") for place in range(1001)}
     texts["other"] = (DRAFT, DRAFT)
     texts |= {"failed": (None, DRAFT), "failed too": (None, DRAFT)}
     told = verdicts(texts)
     counts = Counter(rule for of_text in told.values() for rule in of_text)
-    assert counts == {"shared": 4000, "unmended": 2}
-    assert told["0"]["shared"] == "under 3,999 other pictures"
+    assert counts == {"shared": 1001, "unmended": 2}
+    assert told["0"]["shared"] == "under 1,000 other pictures"
     assert told["other"] == {}
 
 
