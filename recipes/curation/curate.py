@@ -6,11 +6,17 @@
     minigpt4 curate export curated --to cc_sbu_align
 
 Every step keeps what it has made (`store.py`), so a run that was stopped goes on where it was. The output folder also
-gets `rows.jsonl`, one line per picture with its whole history, and `funnel.json`.
+gets
+
+    rows.jsonl       one line per picture that was described, with its whole history
+    left_out.jsonl   the pictures that were not, and why
+    made.json        models, prompts, sampling, cost
+    funnel.json      how many were left after each step
 """
 
 import argparse
-import time
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -18,20 +24,22 @@ from pathlib import Path
 from typing import Any
 
 from recipes_minigpt4.configs import shipped_configs
-from recipes_minigpt4.curation.describe import Describer, Prompts, describe_all
+from recipes_minigpt4.curation.describe import Describer, Describes, Prompts, describe_all
+from recipes_minigpt4.curation.dry_run import tell_dry_run
 from recipes_minigpt4.curation.funnel import Funnel, tell_funnel
-from recipes_minigpt4.curation.gather import gather, gathered
-from recipes_minigpt4.curation.mend import mend_all, mended_texts
+from recipes_minigpt4.curation.gather import VANISHED, Gathered, gather
+from recipes_minigpt4.curation.mend import Mending, mend_all, spent
 from recipes_minigpt4.curation.options import PARSERS, build_parser
 from recipes_minigpt4.curation.rows import CuratedRow, write_rows
 from recipes_minigpt4.curation.rules import chosen_text, verdicts
-from recipes_minigpt4.curation.source import Source
-from recipes_minigpt4.curation.store import Step
+from recipes_minigpt4.curation.scores import scored
+from recipes_minigpt4.curation.source import SCENES, Source
+from recipes_minigpt4.curation.store import Record, held
 from recipes_minigpt4.evaluation.questions import Sampling
-from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions
+from recipes_minigpt4.evaluation.speakers import SpeakerOptions
 from recipes_minigpt4.llm.client import Client, client_options, open_client
 from recipes_minigpt4.utils.errors import RecipeError
-from recipes_minigpt4.utils.files import prepare_folder, write_json
+from recipes_minigpt4.utils.files import prepare_folder, replace_text, write_json, writing
 from recipes_minigpt4.utils.runs import quiet
 from recipes_minigpt4.utils.yaml_options import parse_with_config
 
@@ -50,8 +58,7 @@ def main(arguments: Sequence[str]) -> Any:
         from importlib import import_module
 
         return import_module(f"recipes_minigpt4.curation.{arguments[0]}").main(arguments[1:])
-    args = parse(arguments)
-    return curate(args)
+    return curate(parse(arguments))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -70,55 +77,82 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def curate(args: argparse.Namespace, client: Client | None = None) -> Funnel:
+def curate(args: argparse.Namespace, client: Client | None = None, describer: Describes | None = None) -> Funnel:
     """
     Do the steps, each for what it has not done yet.
 
     Args:
         args: what `parse` gives.
         client: who mends; default: whoever `--mender` names.
+        describer: who describes; default: what `--model` names.
+
+    Raises:
+        RecipeError: for options, pictures, models and menders that are not as they have to be, and for a disk that is
+            full. What was done before is kept.
     """
-    started = time.perf_counter()
     folder = prepare_folder(args.output_dir, parts=())
-    prompts = {name: read_prompt(name, getattr(args, f"{name}_prompt")) for name in PROMPTS}
-    client = client or open_client(args.mender, client_options(args, "mender_", cache=folder / "answers"))
-    source = Source(
-        args.dataset_name, args.images, args.dataset_split, args.dataset_revision, args.streaming, args.seed
-    )
-    count = args.dry_run or args.num_samples
-    with quiet():
-        left_out = gather(folder, source, count, args.max_hash_distance)
-        rows = gathered(folder)
-        options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
-        sampling = Sampling(args.max_new_tokens, args.num_beams)
-        speaker = ChatSpeaker.load(args.model, options)
-        describer = Describer(speaker, Prompts(prompts["describe"], prompts["continue"]), sampling)
-        made = describe_all(folder, rows, describer, args.batch_size)
-        how = {"model": speaker.revision, "sampling": asdict(sampling), "prompts": prompts, "mender": client.name}
-        del speaker, describer  # before a local mender needs the room
-        with Step(folder, "drafts") as step:
-            drafts = {row["picture"]: step.get(row["picture"], made) or {} for row in rows}
+    with held(folder), quiet():
+        prompts = {name: read_prompt(name, getattr(args, f"{name}_prompt")) for name in PROMPTS}
+        client = client or open_mender(args, folder)
+        describer = describer or open_describer(args, prompts)
+        how = {
+            "model": describer.revision,
+            "sampling": asdict(sampling_of(args)),
+            "continue_up_to": args.continue_up_to,
+            "prompts": prompts,
+            "mender": client.name,
+            "mending": {"temperature": args.mend_temperature, "max_tokens": args.mend_max_tokens},
+        }
+        gathered = gather(folder, source_of(args), drawn_of(args), args.max_hash_distance)
+        drafts = describe_all(folder, gathered.rows, describer, args.batch_size)
+        del describer  # a local mender may need the room
         texts = {digest: draft["text"] for digest, draft in drafts.items()}
-        mended = mended_texts(
-            folder, mend_all(folder, texts, client, prompts["mend"], args.mend_temperature, args.mend_max_tokens)
-        )
-    told = verdicts({digest: (mended[digest], texts[digest]) for digest in texts})
-    curated = [
-        CuratedRow(
-            picture=row["picture"], name=row["name"], file=row["file"], draft=texts[row["picture"]],
-            continued=drafts[row["picture"]]["continued"], mended=mended[row["picture"]],
-            text=chosen_text(mended[row["picture"]], texts[row["picture"]]), verdicts=told[row["picture"]],
-        )
-        for row in rows
-    ]  # fmt: skip
-    write_rows(folder, curated)
-    write_json(folder / "made.json", how)
-    funnel = Funnel.of(left_out, curated)
-    write_json(folder / "funnel.json", asdict(funnel))
+        mending = Mending(prompts["mend"], args.mend_temperature, args.mend_max_tokens)
+        mended = mend_all(folder, texts, client, mending)
+        rows, made_scores = scored(folder, curated_rows(folder, gathered, drafts, mended), args, read_prompt)
+        funnel = Funnel.of(Counter(one["reason"] for one in gathered.left_out), rows)
+        how |= {"scores": made_scores, "names": {"model": args.model, "dataset": args.dataset_name}}
+        how |= {"spent": spent(mended), "dry_run": args.dry_run}
+        write_all(folder, rows, gathered, how, funnel)
     tell_funnel(funnel)
     if args.dry_run:
-        tell_extrapolation(folder, args, time.perf_counter() - started)
+        priced = args.mender_price_per_million_prompt_tokens is not None or not args.mender.startswith("openai:")
+        tell_dry_run(gathered, drafts, mended, args.num_samples, priced)
     return funnel
+
+
+# ---- what the options name ------------------------------------------------------------------------------------------
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """Where pictures come from."""
+    return Source(
+        args.dataset_name, args.images, args.dataset_split, args.dataset_config, args.dataset_revision,
+        args.streaming, args.seed, args.num_samples or SCENES,
+    )  # fmt: skip
+
+
+def drawn_of(args: argparse.Namespace) -> int | None:
+    """How many pictures are drawn; those of a dry run are the first of the whole run."""
+    wanted = [number for number in (args.dry_run, args.num_samples) if number is not None]
+    return min(wanted) if wanted else None
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """How descriptions are made."""
+    return Sampling(args.max_new_tokens, args.num_beams)
+
+
+def open_mender(args: argparse.Namespace, folder: Path) -> Client:
+    """Who mends; answers are kept in the folder, unless another one is named."""
+    return open_client(args.mender, client_options(args, "mender_", cache=args.mender_cache or folder / "answers"))
+
+
+def open_describer(args: argparse.Namespace, prompts: Mapping[str, str]) -> Describer:
+    """Who describes."""
+    options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
+    words = Prompts(prompts["describe"], prompts["continue"])
+    return Describer(args.model, options, words, sampling_of(args), args.continue_up_to)
 
 
 def read_prompt(name: str, path: Path | None) -> str:
@@ -140,17 +174,52 @@ def read_prompt(name: str, path: Path | None) -> str:
     return text
 
 
-def tell_extrapolation(folder: Path, args: argparse.Namespace, seconds: float) -> None:
-    """What all pictures will take, by what these few took."""
-    with Step(folder, "mended") as step:
-        records: Sequence[Mapping[str, Any]] = step.records()
-    done = max(1, len(records))
-    scale = (args.num_samples or done) / done
-    tokens = sum((record.get("prompt_tokens") or 0) + (record.get("completion_tokens") or 0) for record in records)
-    cost = sum(record["cost"] for record in records)
-    print(
-        f"\n{done} pictures took {seconds:.0f} s, {tokens:,} tokens of the mender and cost {cost:.4f}. "
-        f"{args.num_samples or 'As many'} will take about {seconds * scale / 60:.0f} min, {tokens * scale:,.0f} tokens, "
-        f"and cost about {cost * scale:.2f}. What was done is kept.",
-        flush=True,
-    )
+# ---- what comes out -------------------------------------------------------------------------------------------------
+
+
+def curated_rows(
+    folder: Path, gathered: Gathered, drafts: Mapping[str, Record], mended: Mapping[str, Record]
+) -> list[CuratedRow]:
+    """The rows of all pictures that were described and are still there; the others are left out from now on."""
+    there = []
+    for row in gathered.rows:
+        if row["picture"] in drafts and (folder / row["file"]).is_file():
+            there.append(row)
+        else:
+            gathered.leave_out(row, VANISHED, row["file"])
+    gathered.rows = there
+    texts = {row["picture"]: (mended.get(row["picture"]) or {}).get("text") for row in there}
+    said = {row["picture"]: drafts[row["picture"]]["text"] for row in there}
+    told = verdicts({digest: (text, said[digest]) for digest, text in texts.items()})
+    return [
+        CuratedRow(
+            **row,
+            draft=said[digest],
+            continued=drafts[digest]["continued"],
+            mended=texts[digest],
+            text=chosen_text(texts[digest], said[digest]),
+            verdicts=told[digest],
+        )
+        for row in there
+        for digest in [row["picture"]]
+    ]
+
+
+def write_all(
+    folder: Path, rows: Sequence[CuratedRow], gathered: Gathered, how: Mapping[str, Any], funnel: Funnel
+) -> None:
+    """
+    Write what came out. A dry run leaves a whole one's alone.
+
+    Raises:
+        RecipeError: if there is no room.
+    """
+    before = folder / "made.json"
+    if how["dry_run"] and before.is_file() and json.loads(before.read_text(encoding="utf-8")).get("dry_run") is None:
+        return
+    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in gathered.left_out)
+    with writing(folder):
+        write_rows(folder, rows)
+        replace_text(folder / "left_out.jsonl", lines)
+        write_json(folder / "funnel.json", asdict(funnel))
+        write_json(before, how)

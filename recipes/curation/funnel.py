@@ -14,7 +14,7 @@ class Funnel:
     """
     Args:
         drawn: pictures that were looked at.
-        left_out: reason → pictures that were not used for it.
+        left_out: reason → pictures that were not used, or are gone since.
         described: those that were described, of which `continued` were asked to go on.
         mended: those whose description came back from the mender.
         rules: rule → texts that it refuses, each counted under every rule.
@@ -30,12 +30,12 @@ class Funnel:
     left: int
 
     @classmethod
-    def of(cls, counts: Mapping[str, int], rows: Sequence[CuratedRow]) -> "Funnel":
-        """Count rows, and what was left out before."""
+    def of(cls, left_out: Mapping[str, int], rows: Sequence[CuratedRow]) -> "Funnel":
+        """Count rows, and what was left out before, by reason."""
         refused = Counter(rule for row in rows for rule in row.verdicts)
         return cls(
-            drawn=sum(counts.values()),
-            left_out={reason: count for reason, count in counts.items() if reason != "kept"},
+            drawn=len(rows) + sum(left_out.values()),
+            left_out=dict(left_out),
             described=len(rows),
             continued=sum(row.continued for row in rows),
             mended=sum(row.mended is not None for row in rows),

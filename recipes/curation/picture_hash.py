@@ -8,18 +8,23 @@ import PIL.Image
 
 SIDE = 8  # cells of the grid that is compared
 LEAST = 3  # grey levels by which neighbours differ where a bit says so; below, it is noise
-BANDS = 16  # parts of a hash: two that differ in fewer bits than there are parts have one of them in common
+LEVELS = np.arange(1, 9) * 256 / 9  # of the mean red, green and blue: a bit for each that is reached
+BITS = 3 * (SIDE * SIDE + len(LEVELS))
+BANDS = 18  # parts of a hash: two that differ in fewer bits than there are parts have one of them in common
+MOST_BITS = BANDS - 1  # that may differ so that the search finds all
 
 
 def picture_hash(picture: PIL.Image.Image) -> int:
     """
-    What a picture looks like, in 192 bits: whether each cell of an 8 × 8 grid is brighter than the one to its left, in
-    red, green and blue apart. Scaling, compression and slight changes of colour hardly change it.
+    What a picture looks like, in 216 bits: whether each cell of an 8 × 8 grid is brighter than the one to its left, in
+    red, green and blue apart, and how bright it is on the whole. Scaling, compression and slight changes of colour
+    hardly change it.
     """
     small = picture.convert("RGB").resize((SIDE + 1, SIDE), PIL.Image.Resampling.BOX)
     cells = np.asarray(small, dtype=np.int16)
-    bits = (cells[:, 1:] - cells[:, :-1] >= LEAST).flatten()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    rises = (cells[:, 1:] - cells[:, :-1] >= LEAST).flatten()
+    bright = (cells.mean(axis=(0, 1))[:, None] >= LEVELS).flatten()
+    return int("".join("1" if bit else "0" for bit in (*rises, *bright)), 2)
 
 
 class SeenHashes:
@@ -27,7 +32,7 @@ class SeenHashes:
     Finds, among hashes seen before, one that differs from a new one in at most `distance` bits.
 
     Args:
-        distance: below 16, the number of parts by which candidates are found.
+        distance: at most `MOST_BITS`; below 0, nothing looks like anything.
     """
 
     def __init__(self, distance: int) -> None:
@@ -52,5 +57,5 @@ class SeenHashes:
 
 
 def _parts(value: int) -> list[int]:
-    width = 3 * SIDE * SIDE // BANDS
+    width = -(-BITS // BANDS)
     return [(value >> (width * number)) & ((1 << width) - 1) for number in range(BANDS)]

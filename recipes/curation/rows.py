@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from recipes_minigpt4.utils.errors import RecipeError
-from recipes_minigpt4.utils.files import replace_text
+from recipes_minigpt4.utils.files import replace_bytes
 from recipes_minigpt4.utils.journal import read_journal
 
 
@@ -42,8 +42,8 @@ class CuratedRow:
 
 def write_rows(folder: Path, rows: Sequence[CuratedRow]) -> None:
     """Write `rows.jsonl` anew."""
-    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
-    replace_text(folder / ROWS, "".join(f"{line}\n" for line in lines))
+    text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    replace_bytes(folder / ROWS, text.encode("utf-8", "backslashreplace"))  # see Journal.append
 
 
 def read_rows(folder: Path) -> list[CuratedRow]:

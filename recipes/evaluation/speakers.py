@@ -256,14 +256,28 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
     """
     if name.startswith("openai:"):
         return ApiSpeaker(name, options.batch_size)
+    config = _config_of(name, options)
+    return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker).load(name, options)
+
+
+def revision_named(name: str, options: SpeakerOptions) -> str:
+    """
+    The `revision` that the speaker of a folder or repository has, without loading its weights.
+
+    Raises:
+        RecipeError: if there is no model.
+    """
+    return revision_of(name, _config_of(name, options))
+
+
+def _config_of(name: str, options: SpeakerOptions) -> Any:
     place, revision = _place(name)
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)
+        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # see above
         raise RecipeError(
             f"There is no model at {name} ({one_line(error)}); name a folder, a repository, or openai:URL#MODEL."
         ) from error
-    return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker).load(name, options)
 
 
 def _place(name: str) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Image
 
+from processing_minigpt4.image_opening_minigpt4 import inline_picture
 from recipes_minigpt4.data.columns import IMAGE_ENDINGS, PICTURES
 from recipes_minigpt4.data.files import (
     file_type,
@@ -57,6 +58,20 @@ def open_rows(places: Places) -> list[dict[str, Any]]:
     Raises:
         RecipeError: if they cannot be found or read, or name pictures that are not there.
     """
+    rows, folder = find_rows(places)
+    if places.num_samples is not None and places.num_samples < len(rows):  # before their pictures are read
+        chosen = sorted(random.Random(places.seed).sample(range(len(rows)), places.num_samples))
+        rows = [rows[place] for place in chosen]
+    return _with_pictures(rows, folder, places.names[0])
+
+
+def find_rows(places: Places) -> tuple[Sequence[Mapping[str, Any]], Path]:
+    """
+    All rows as they are stored, with `picture_in` for their pictures, and the folder that these may lie in.
+
+    Raises:
+        RecipeError: if there are none, or they cannot be read.
+    """
     files = [Path(name).expanduser() for name in places.names]
     folder = places.images or (files[0].parent if files[0].is_file() else files[0])
     rows: Sequence[dict[str, Any]]
@@ -80,10 +95,7 @@ def open_rows(places: Places) -> list[dict[str, Any]]:
         rows = _dataset_rows(places)
     if not rows:
         raise RecipeError(f"{places.names[0]} holds no rows.")
-    if places.num_samples is not None and places.num_samples < len(rows):  # before their pictures are read
-        chosen = sorted(random.Random(places.seed).sample(range(len(rows)), places.num_samples))
-        rows = [rows[place] for place in chosen]
-    return _with_pictures(rows, folder, places.names[0])
+    return rows, folder
 
 
 def _read_json(path: Path) -> Any:
@@ -168,7 +180,7 @@ def _with_pictures(rows: Iterable[Mapping[str, Any]], folder: Path, name: str) -
     """The same rows, with a `Picture` under `image`."""
     found, missing = [], []
     for place, row in enumerate(rows):
-        picture = _picture(row, folder, place)
+        picture = picture_in(row, folder, place)
         if picture is None:
             raise RecipeError(
                 f"Row {place} of {name} names no picture; it has {', '.join(row) or 'nothing'}, and needs `image`."
@@ -184,8 +196,8 @@ def _with_pictures(rows: Iterable[Mapping[str, Any]], folder: Path, name: str) -
     return found
 
 
-def _picture(row: Mapping[str, Any], folder: Path, place: int) -> Picture | None:
-    """The picture of a row, by the first of the names that people use for it."""
+def picture_in(row: Mapping[str, Any], folder: Path, place: int) -> Picture | None:
+    """The picture of a row, by the first of the names that people use for it; None if it names none."""
     lowered = {column.lower(): value for column, value in row.items()}
     for column in (name for names in PICTURES for name in names):
         value = lowered.get(column)
@@ -193,6 +205,10 @@ def _picture(row: Mapping[str, Any], folder: Path, place: int) -> Picture | None
             if value.get("bytes") is not None:
                 return Picture(_shown(folder / str(value.get("path") or place), folder), value["bytes"])
             value = value.get("path")
+        if isinstance(value, str) and (content := inline_picture(value)) is not None:
+            return Picture(str(place), content)
+        if isinstance(value, str) and "://" in value:
+            return Picture(value, value)
         if isinstance(value, Path) or (isinstance(value, str) and value):
             return Picture(_shown(folder / value, folder), folder / value)
         if value is not None and not isinstance(value, str):

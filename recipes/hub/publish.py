@@ -35,7 +35,7 @@ PUBLISHED = (
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.py", "README.md", "LICENSE*",
     "NOTICE*", "panel.html",
 )  # fmt: skip
-TEXTS = {".json", ".jinja", ".md", ".html", ".py", ".txt"}
+TEXTS = {".json", ".jsonl", ".jinja", ".md", ".html", ".py", ".txt"}
 
 PAUSES = (2.0, 8.0, 20.0)  # seconds before another attempt
 # Conflicts (409; 412 if a commit came in between), and what the Hub and the proxies before it say when overloaded.
@@ -84,39 +84,49 @@ def check_secrets(files: Mapping[str, Path]) -> None:
 # ---- getting them there ---------------------------------------------------------------------------------------------
 
 
-def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> RepoUrl:
+def make_repository(
+    repo_id: str, private: bool | None = None, token: str | None = None, kind: str = "model"
+) -> RepoUrl:
     """
-    Make a repository, or find the one that is there.
+    Make a repository of a `kind`, "model" or "dataset", or find the one that is there.
 
     Raises:
         RecipeError: if it was to be private and is not.
     """
     api = HfApi(token=token)
-    repo = patiently(partial(api.create_repo, repo_id, private=private, exist_ok=True))
-    check_private(repo.repo_id, private, token)
+    repo = patiently(partial(api.create_repo, repo_id, private=private, exist_ok=True, repo_type=kind))
+    check_private(repo.repo_id, private, token, kind)
     return repo
 
 
-def check_private(repo_id: str, private: bool | None, token: str | None) -> None:
+def check_private(repo_id: str, private: bool | None, token: str | None, kind: str = "model") -> None:
     """Refuse to publish to everybody what was to be private: a repository that is there keeps its visibility."""
-    if private and not patiently(partial(HfApi(token=token).model_info, repo_id)).private:
+    if private and not patiently(partial(HfApi(token=token).repo_info, repo_id, repo_type=kind)).private:
         raise RecipeError(
             f"{repo_id} is there already and public; make it private in its settings on the Hub, or push to another."
         )
 
 
 def upload(
-    repo_id: str, files: Mapping[str, Path], message: str, revision: str | None = None, token: str | None = None
+    repo_id: str,
+    files: Mapping[str, Path],
+    message: str,
+    revision: str | None = None,
+    token: str | None = None,
+    kind: str = "model",
+    stale: Collection[str] = (*WEIGHTS, *OPTIONAL),
 ) -> Any:
     """
     Send files in one commit, which is there as a whole or not at all.
 
     Args:
         repo_id: repository, which has to be there.
-        files: path in the repository → path here. Weights and templates at its root that are not among them go.
+        files: path in the repository → path here.
         message: of the commit.
         revision: branch; made from `main` if there is none.
         token: of the Hub; that of the login if left out.
+        kind: of the repository, "model" or "dataset".
+        stale: patterns of files that go if they are not among `files`; of a model its weights and templates.
 
     Returns:
         huggingface_hub's `CommitInfo`.
@@ -130,17 +140,17 @@ def upload(
 
     def attempt() -> Any:
         try:
-            there = api.model_info(repo_id, revision=revision)
+            there = api.repo_info(repo_id, revision=revision, repo_type=kind)
         except RevisionNotFoundError:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-            there = api.model_info(repo_id, revision=revision)
-        old = [file.rfilename for file in there.siblings if _matches(file.rfilename, (*WEIGHTS, *OPTIONAL))]
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=kind)
+            there = api.repo_info(repo_id, revision=revision, repo_type=kind)
+        old = [file.rfilename for file in there.siblings if _matches(file.rfilename, stale)]
         operations = [
             *(CommitOperationDelete(path_in_repo=name) for name in old if name not in files),
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()),
         ]
         return api.create_commit(
-            repo_id, operations, commit_message=message, revision=revision, parent_commit=there.sha
+            repo_id, operations, commit_message=message, revision=revision, parent_commit=there.sha, repo_type=kind
         )
 
     return patiently(attempt)

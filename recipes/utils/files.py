@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,35 @@ from recipes_minigpt4.utils.errors import RecipeError
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that whoever reads meanwhile finds the old text or the new one."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that whoever reads meanwhile finds the old content or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """
+    Tell that a file of a run that can go on cannot be written.
+
+    Raises:
+        RecipeError: instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be written ({error.strerror or error}); make room and run the command again, which goes "
+            "on where it was."
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.utils.files import writing
 
 
 class Journal:
@@ -58,17 +59,16 @@ class Journal:
         Raises:
             RecipeError: if there is no room for it; what was written before stays.
         """
-        content, end = json.dumps(line, ensure_ascii=False).encode() + b"\n", self.path.stat().st_size
-        try:
-            written = 0
-            while written < len(content):  # a disk that is nearly full takes a part, and then tells
-                written += self._file.write(content[written:])
-        except OSError as error:
-            os.truncate(self.path, end)
-            raise RecipeError(
-                f"{self.path} cannot be written ({error.strerror}); make room and run the command again, which goes "
-                "on where it was."
-            ) from error
+        # Halves of characters, of servers that cut, are written as JSON writes them.
+        content = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        end, written = self.path.stat().st_size, 0
+        with writing(self.path):
+            try:
+                while written < len(content):  # a disk that is nearly full takes a part, and then tells
+                    written += self._file.write(content[written:])
+            except OSError:
+                os.truncate(self.path, end)
+                raise
         self.lines.append(dict(line))
 
     def close(self) -> None:

@@ -76,6 +76,30 @@ def test_a_preparation_tells_nothing_about_the_time_left(clock: list[float]) -> 
     assert stream.getvalue().splitlines()[1:] == ["Train   50%, about 20 s left", "Train  17 min 0 s"]
 
 
+def test_speed_and_a_note_are_told(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with progress.phase("Mend", 100, stream, "answers") as line:
+        clock[0] += 20
+        line.note = ", cost so far 0.12"
+        line.reach(40)
+        clock[0] += 100
+        line.reach(80)
+    assert stream.getvalue().splitlines() == [
+        "Mend    0%",
+        "Mend   40%, 2.0 answers/s, about 30 s left, cost so far 0.12",
+        "Mend   80%, 40.0 answers/min, about 30 s left, cost so far 0.12",
+        "Mend  2 min 0 s, 40.0 answers/min, cost so far 0.12",
+    ]
+
+
+def test_where_nobody_knows_how_many_there_are_those_that_are_done_are_told(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with progress.phase("Look", None, stream) as line:
+        clock[0] += 20
+        line.reach(1234)
+    assert stream.getvalue().splitlines() == ["Look  0", "Look  1,234", "Look  20 s"]
+
+
 def test_a_terminal_of_unknown_width_shows_the_line_too() -> None:
     master, slave = os.openpty()  # its width is 0
     code = "from recipes_minigpt4.utils.progress import phase\nwith phase('Describe', 2) as line: line.reach(2)"
