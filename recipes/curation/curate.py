@@ -103,7 +103,7 @@ def curate(args: argparse.Namespace, client: Client | None = None, describer: De
             "continue_up_to": args.continue_up_to,
             "prompts": prompts,
             "mender": client.name,
-            "mending": {"temperature": args.mend_temperature, "max_tokens": args.mend_max_tokens},
+            "mending": [args.mend_temperature, args.mend_max_tokens],
         }
         gathered = gather(folder, source_of(args), drawn_of(args), args.max_hash_distance)
         drafts = describe_all(folder, gathered.rows, describer, args.batch_size)

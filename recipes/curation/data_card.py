@@ -65,7 +65,6 @@ class Told:
 def render_data_card(told: Told) -> str:
     """The card in Markdown, with its metadata in front; no path, no address and no secret of this machine."""
     makers = told.makers
-    tables = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
     data = DatasetCardData(
         language=public_text(told.language),
         license=public_text(told.licence),
@@ -73,7 +72,8 @@ def render_data_card(told: Told) -> str:
         tags=["minigpt-4", "image-captioning", "synthetic"],
         size_categories=next((name for most, name in SIZES if len(told.exported) < most), "n>1M"),
         source_datasets=[makers.dataset] if "](" in public_dataset(makers.dataset) else None,
-        configs=tables if told.form in ("parquet", "messages") else None,
+        # No `configs`: the names of the files tell the split, and with them `datasets` would keep what it has read of
+        # another export in a folder of the same name.
     )
     numbers = _numbers(told.exported)
     card = DatasetCard.from_template(
@@ -187,7 +187,7 @@ def histogram(values: Sequence[float]) -> str:
     if whole and width == 1:
         labels = [f"{start:g}" for start, _ in ends]
     elif whole:
-        labels = [f"{start:g}–{end - 1:g}" for start, end in ends]
+        labels = [f"{start:g}–{min(end - 1, high):g}" for start, end in ends]
     else:
         labels = [f"{start:.3f}–{end:.3f}" for start, end in ends]
     wide = max(map(len, labels))

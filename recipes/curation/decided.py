@@ -17,7 +17,7 @@ TORN = "torn"  # what people who disagree have decided together
 
 def case_of(row: CuratedRow) -> str:
     """What a person decides on, as one word: this picture with this text."""
-    return hash_of({"picture": row.picture, "text": row.text or ""})
+    return hash_of({"picture": row.picture, "shown": row.text or ""})
 
 
 def decisions_about(rows: Sequence[CuratedRow], files: Sequence[Path]) -> tuple[dict[str, Decision], int]:

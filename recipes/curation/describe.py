@@ -102,7 +102,7 @@ class Describer:
 
     def load(self) -> None:
         """Load the model."""
-        assert self.speaker
+        _ = self.speaker
 
     @torch.inference_mode()
     def describe(self, pictures: Sequence[PIL.Image.Image]) -> list[Draft]:
@@ -131,11 +131,13 @@ class Describer:
         ]
         picked = None if seen is None else seen[short]
         more = dict(zip(short, self._turn(longer, picked, [pictures[place] for place in short]), strict=True))
-        features: Sequence[str | None] = [None] * len(first) if seen is None else encode_features(seen)
-        texts = [f"{text} {more[place][0]}".strip() if place in more else text for place, (text, _) in enumerate(first)]
-        return [
-            Draft(texts[place], tokens, place in more, features[place]) for place, (_, tokens) in enumerate(first)
+        drafts = [
+            Draft(f"{text} {more[place][0]}".strip() if place in more else text, tokens, place in more)
+            for place, (text, tokens) in enumerate(first)
         ]
+        if seen is None:
+            return drafts
+        return [draft._replace(features=one) for draft, one in zip(drafts, encode_features(seen), strict=True)]
 
     def _see(self, pictures: Sequence[PIL.Image.Image]) -> torch.Tensor | None:
         """Features of the frozen vision side, which both turns use; None for a model that takes pictures alone."""

@@ -16,7 +16,7 @@ said, rules tell what is no good, and people pick. A run that was stopped goes o
 twice."""
 MORE = """`minigpt4 curate review DIR` writes the page on which people decide, and `minigpt4 curate export DIR` the
 data that stage 2 reads; each has its own --help."""
-HASH_DISTANCE = Range("a whole number from -1 to 17", lambda value: -1 <= value <= 17 and INTEGER.holds(value))
+HASH_DISTANCE = Range("a whole number from -1 to 19", lambda value: -1 <= value <= 19 and INTEGER.holds(value))
 FORMATS = ("cc_sbu_align", "imagefolder", "parquet", "messages")
 
 
@@ -39,7 +39,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         type=in_range(HASH_DISTANCE),
         default=6,
         metavar="BITS",
-        help="pictures whose perceptual hashes differ in so few of 216 bits are doubles, of which one is kept; -1 "
+        help="pictures whose perceptual hashes differ in so few of 240 bits are doubles, of which one is kept; -1 "
         "leaves out equal files alone; default: %(default)s",
     )
     add("--output_dir", type=Path, default=Path("curated"), metavar="DIR", help="default: %(default)s")

@@ -1,5 +1,6 @@
 """Which rows are exported: those that people and rules leave, and of these the best, any, or the most different."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -106,7 +107,10 @@ def pick(
         left = enough
     if not left:
         raise RecipeError("No row is left; let fewer rules count with --rules -NAME, or lower --min_score.")
-    count = min(len(left), picks.keep or len(left), _share(picks.keep_share, len(left)))
+    share = 1.0 if picks.keep_share is None else picks.keep_share
+    count = min(len(left), picks.keep or len(left), math.ceil(share * len(left)))
+    if not count:
+        raise RecipeError("--keep_share 0 leaves no row; name a share above 0.")
     chosen = sorted(_best(left, count, picks, score, features))
     reasons[f"not picked ({picks.by})"] += len(left) - count
     del reasons[""]
@@ -145,10 +149,6 @@ def _score_name(rows: Sequence[CuratedRow], picks: Picks) -> str:
     return name or ""
 
 
-def _share(share: float | None, count: int) -> int:
-    return count if share is None else max(1, round(share * count))
-
-
 def _best(
     rows: Sequence[CuratedRow],
     count: int,
@@ -179,8 +179,9 @@ def most_different(vectors: np.ndarray, count: int) -> list[int]:
     """
     places = [int(np.argmax(vectors @ vectors.mean(0)))]
     nearest = 1 - vectors @ vectors[places[0]]
+    nearest[places[0]] = -np.inf
     while len(places) < count:
-        nearest[places] = -np.inf
         places.append(int(np.argmax(nearest)))
         nearest = np.minimum(nearest, 1 - vectors @ vectors[places[-1]])
+        nearest[places[-1]] = -np.inf
     return places

@@ -8,15 +8,15 @@ import PIL.Image
 
 SIDE = 8  # cells of the grid that is compared
 LEAST = 3  # grey levels by which neighbours differ where a bit says so; below, it is noise
-LEVELS = np.arange(1, 9) * 256 / 9  # of the mean red, green and blue: a bit for each that is reached
+LEVELS = np.arange(1, 17) * 15  # of the mean red, green and blue: a bit for each that is reached
 BITS = 3 * (SIDE * SIDE + len(LEVELS))
-BANDS = 18  # parts of a hash: two that differ in fewer bits than there are parts have one of them in common
+BANDS = 20  # parts of a hash: two that differ in fewer bits than there are parts have one of them in common
 MOST_BITS = BANDS - 1  # that may differ so that the search finds all
 
 
 def picture_hash(picture: PIL.Image.Image) -> int:
     """
-    What a picture looks like, in 216 bits: whether each cell of an 8 × 8 grid is brighter than the one to its left, in
+    What a picture looks like, in 240 bits: whether each cell of an 8 × 8 grid is brighter than the one to its left, in
     red, green and blue apart, and how bright it is on the whole. Scaling, compression and slight changes of colour
     hardly change it.
     """

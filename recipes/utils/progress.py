@@ -43,6 +43,7 @@ class Phase(tqdm):
     """
 
     before, note = 0.0, ""
+    ended: float | None = None  # seconds after which it did: what is drawn from then on is the same
 
     def begin(self, total: int) -> None:
         """Start counting after a preparation of unknown length."""
@@ -51,12 +52,13 @@ class Phase(tqdm):
     @property
     def format_dict(self) -> dict[str, Any]:
         told: dict[str, Any] = super().format_dict
-        seconds, left = told["elapsed"] - self.before, ""
+        elapsed = told["elapsed"] if self.ended is None else self.ended
+        seconds, left = elapsed - self.before, ""
         share = f"{self.n:,}" if self.total is None else f"{100 * self.n / max(1, self.total):3.0f}%"
         speed = "" if self.unit == NO_UNIT or not self.n or not seconds else f", {_speed(self.n / seconds, self.unit)}"
         if self.total and 0 < self.n < self.total:
             left = f", about {duration(seconds * (self.total - self.n) / self.n)} left"
-        spent = f"{duration(told['elapsed'])}{speed}"
+        spent = f"{duration(elapsed)}{speed}"
         return {**told, "share": share, "left": speed + left, "note": self.note, "spent": spent}
 
     def reach(self, place: int) -> None:
@@ -87,5 +89,5 @@ def phase(title: str, total: int | None, stream: TextIO | None = None, unit: str
         options |= {"file": WholeLines(stream), "ncols": 200, "mininterval": SECONDS_BETWEEN_LINES}
     with Phase(total=total, desc=title, bar_format=GOING_ON, miniters=1, unit=unit, **options) as line:
         yield line
-        line.bar_format = DONE
+        line.bar_format, line.ended = DONE, line.format_dict["elapsed"]
         line.refresh()

@@ -1,5 +1,6 @@
 """Rows, and models that match sentences with pictures: tiny, made in code, with random weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from transformers import (
     SiglipModel,
 )
 
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from recipes_minigpt4 import cli
 from recipes_minigpt4.curation.rows import CuratedRow
 from recipes_minigpt4.evaluation.questions import Picture
-from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
+from recipes_minigpt4.tiny import LANGUAGE_BACKBONE, VISION_BACKBONE
 from recipes_minigpt4.tiny.scenes import evaluation_scenes
 
 
@@ -65,6 +68,38 @@ def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def describing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An adapter on the embedded world's parts, whose projection is new: it says something about any picture."""
+    torch.manual_seed(0)
+    places = {"vision": str(VISION_BACKBONE), "language_model": str(LANGUAGE_BACKBONE)}
+    model = MiniGPT4ForConditionalGeneration.from_backbones(**places, qformer=places["vision"])
+    processor = MiniGPT4Processor.from_backbones(**places, config=model.config, chat_template="vicuna_v0_alignment")
+    folder = str(tmp_path_factory.mktemp("describing"))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+GOOD = "In the picture there is a large {} shape on a plain background, and nothing else can be seen in it."
+
+
+@pytest.fixture
+def curate_tiny(describing: str, tmp_path: Path) -> Callable[..., Path]:
+    """`curate_tiny(*options)`: a folder of `minigpt4 curate` about scenes, whose mender says the same of all."""
+
+    def run(*more: str) -> Path:
+        line = {"answer": GOOD.format("red")}
+        (tmp_path / "mender.jsonl").write_text(json.dumps(line) + "\n")
+        folder = tmp_path / "curated-tiny"
+        options = {"--model": describing, "--dataset_name": "tiny", "--mender": f"stub:{tmp_path / 'mender.jsonl'}",
+                   "--output_dir": str(folder), "--max_new_tokens": "4", "--device": "cpu"}  # fmt: skip
+        assert cli.main(["curate", *(text for pair in options.items() for text in pair), *more]) == 0
+        return folder
+
+    return run
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ def test_modules_are_commands_of_their_own(tmp_path: Path) -> None:
 # ---- configurations -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if "stage" in name and "blip2" not in name])
 def test_shipped_configurations_parse(name: str) -> None:
     module = stage1_pretrain if "stage1" in name else stage2_finetune
     text = shipped_configs()[name].read_text(encoding="utf-8")
