@@ -104,7 +104,7 @@ def read_makers(folder: Path) -> Makers:
         settings={
             **made.get("sampling", {}),
             "continued_up_to": made.get("continue_up_to"),
-            **{f"mend_{name}": value for name, value in made.get("mending", {}).items()},
+            **dict(zip(("mend_temperature", "mend_max_tokens"), made.get("mending", ()), strict=False)),
         },
         dataset=str(names.get("dataset", "")),
     )

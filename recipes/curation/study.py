@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: if there is no model, or the folder cannot be written.
     """
-    args = build_parser().parse_args(arguments)
+    args = parse(arguments)
     if not (args.model / "config.json").is_file():
         raise RecipeError(f"There is no model in {args.model}; run `minigpt4 demo`, or name another with --model.")
     folder = prepare_folder(args.output_dir, parts=())
@@ -82,6 +82,16 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     replace_text(folder / "tables.md", tables(results))
     print((folder / "tables.md").read_text(encoding="utf-8"), flush=True)
     return results
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """
+    Read the arguments.
+
+    Raises:
+        RecipeError: if they are not understood.
+    """
+    return build_parser().parse_args(arguments)
 
 
 def build_parser() -> CommandParser:
@@ -313,4 +323,7 @@ def _rule_row(name: str, counts: Mapping[str, int]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except RecipeError as error:
+        raise SystemExit(f"{error}") from None

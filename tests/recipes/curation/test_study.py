@@ -10,9 +10,8 @@ from typing import Any
 
 import PIL.Image
 import pytest
-import torch
+from chat_models import save_ours
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from recipes_minigpt4.curation import curate, study
 from recipes_minigpt4.curation.describe import Draft
 from recipes_minigpt4.curation.matching import open_matcher
@@ -23,7 +22,6 @@ from recipes_minigpt4.curation.scripted_mender import MANNERS, mend, tidy
 from recipes_minigpt4.curation.source import scenes_of
 from recipes_minigpt4.curation.truth import defects, false_share, is_flawless, statements
 from recipes_minigpt4.evaluation.speakers import SpeakerOptions
-from recipes_minigpt4.tiny import LANGUAGE_BACKBONE, VISION_BACKBONE
 from recipes_minigpt4.tiny.metrics import is_failure
 from recipes_minigpt4.tiny.scenes import Scene, Thing, describe, draw_scene
 from recipes_minigpt4.utils.errors import RecipeError
@@ -39,13 +37,7 @@ COUNT = 24  # scenes of the miniature
 @pytest.fixture(scope="module")
 def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model on the embedded world's parts, whose projection is new."""
-    torch.manual_seed(0)
-    parts = {"vision": str(VISION_BACKBONE), "language_model": str(LANGUAGE_BACKBONE)}
-    model = MiniGPT4ForConditionalGeneration.from_backbones(**parts, qformer=str(VISION_BACKBONE))
-    folder = tmp_path_factory.mktemp("stage1")
-    model.save_pretrained(folder)
-    MiniGPT4Processor.from_backbones(**parts, config=model.config).save_pretrained(folder)
-    return folder
+    return Path(save_ours(tmp_path_factory.mktemp("stage1")))
 
 
 # ---- the mender -----------------------------------------------------------------------------------------------------
