@@ -199,11 +199,11 @@ def test_a_study_without_a_model_says_what_to_do(tmp_path: Path) -> None:
 def test_a_real_language_model_mends(stage1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as SmolLM2-135M-Instruct: every draft is answered and judged, and a second start asks nothing."""
     monkeypatch.setattr(curate, "open_describer", lambda *_: Teller())
-    arguments = {"model": stage1, "match": stage1, "num_samples": 6, "output_dir": tmp_path / "curated"}
-    arguments |= {"mender": f"local:{os.environ['MENDER_FOLDER']}", "mender_device": "cpu"}
+    arguments = {"model": stage1, "match": stage1, "num_samples": 3, "output_dir": tmp_path / "curated"}
+    arguments |= {"mender": f"local:{os.environ['MENDER_FOLDER']}", "mender_device": "cpu", "mend_max_tokens": 80}
     told = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     funnel = curate.main(["--config", "tiny_curate", *told])
-    assert funnel.described == funnel.mended == 6
+    assert funnel.described == funnel.mended == 3
     written = [tmp_path / "curated" / name for name in ("mended.jsonl", "rows.jsonl")]
     before = [path.read_text() for path in written]
     for row in read_rows(tmp_path / "curated"):
