@@ -23,7 +23,7 @@ class LikelihoodMatcher:
 
     Args:
         speaker: the model. It may be the one that has described: no other has to be had.
-        others: a few pictures of the same kind.
+        others: pictures of the same kind, at least one.
     """
 
     most_tokens = MOST_TOKENS

@@ -1,6 +1,6 @@
 """How well sentences fit a picture: CLIP, SigLIP and their like, BLIP-2's matching head, or a model of our own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,14 +108,16 @@ def _starts(texts: Sequence[Sequence[str]]) -> list[int]:
     return list(accumulate((len(of_picture) for of_picture in texts), initial=0))[:-1]
 
 
-def open_matcher(name: str, options: SpeakerOptions, others: Sequence[PIL.Image.Image] = ()) -> Matcher:
+def open_matcher(
+    name: str, options: SpeakerOptions, others: Callable[[], Sequence[PIL.Image.Image]] = list
+) -> Matcher:
     """
     Load a model that tells how well texts fit pictures.
 
     Args:
         name: folder or repository; `owner/name@revision` for one of its revisions.
         options: see `SpeakerOptions`.
-        others: a few pictures, for a model that compares.
+        others: opens a few pictures, for a model that compares.
 
     Raises:
         RecipeError: if it cannot be loaded, or is no such model.
@@ -126,7 +128,7 @@ def open_matcher(name: str, options: SpeakerOptions, others: Sequence[PIL.Image.
     try:
         config = AutoConfig.from_pretrained(place, **trusted)
         if config.model_type == MiniGPT4Config.model_type:
-            return LikelihoodMatcher(ChatSpeaker.load(name, options), others)
+            return LikelihoodMatcher(ChatSpeaker.load(name, options), others())
         is_blip = config.model_type == "blip-2"
         kind: Any = Blip2ForImageTextRetrieval if is_blip else AutoModel
         told = {} if is_blip else trusted

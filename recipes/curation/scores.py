@@ -56,7 +56,7 @@ def scored(
             if args.match:
                 options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
                 others = sorted(rows, key=lambda row: row.picture)[:OTHERS]
-                matcher = open_matcher(args.match, options, [_open(folder, row) for row in others])
+                matcher = open_matcher(args.match, options, lambda: [_open(folder, row) for row in others])
                 told.append(match_rows(folder, with_text, matcher, step, args.batch_size))
                 made["match"] = {"name": args.match, "revision": matcher.revision}
                 del matcher  # before a local judge needs the room
