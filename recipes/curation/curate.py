@@ -33,11 +33,13 @@ from recipes_minigpt4.curation.options import PARSERS, build_parser
 from recipes_minigpt4.curation.rows import CuratedRow, write_rows
 from recipes_minigpt4.curation.rules import chosen_text, verdicts
 from recipes_minigpt4.curation.scores import scored
+from recipes_minigpt4.curation.scripted_mender import scripted_mender
 from recipes_minigpt4.curation.source import SCENES, Source
 from recipes_minigpt4.curation.store import Record, held
 from recipes_minigpt4.evaluation.questions import Sampling
 from recipes_minigpt4.evaluation.speakers import SpeakerOptions
 from recipes_minigpt4.llm.client import Client, client_options, open_client
+from recipes_minigpt4.utils.embedded_world import TINY
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.files import prepare_folder, replace_text, write_json, writing
 from recipes_minigpt4.utils.runs import quiet
@@ -145,7 +147,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def open_mender(args: argparse.Namespace, folder: Path) -> Client:
     """Who mends; answers are kept in the folder, unless another one is named."""
-    return open_client(args.mender, client_options(args, "mender_", cache=args.mender_cache or folder / "answers"))
+    options = client_options(args, "mender_", cache=args.mender_cache or folder / "answers")
+    return scripted_mender(options) if args.mender == TINY else open_client(args.mender, options)
 
 
 def open_describer(args: argparse.Namespace, prompts: Mapping[str, str]) -> Describer:

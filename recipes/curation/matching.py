@@ -1,6 +1,6 @@
-"""How well sentences fit a picture: CLIP, SigLIP and their like, or BLIP-2's matching head; all of transformers."""
+"""How well sentences fit a picture: CLIP, SigLIP and their like, BLIP-2's matching head, or a model of our own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +9,9 @@ import PIL.Image
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Blip2ForImageTextRetrieval
 
-from recipes_minigpt4.evaluation.speakers import SpeakerOptions, revision_of
+from modeling_minigpt4 import MiniGPT4Config
+from recipes_minigpt4.curation.likelihood import LikelihoodMatcher
+from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions, revision_of
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -106,13 +108,16 @@ def _starts(texts: Sequence[Sequence[str]]) -> list[int]:
     return list(accumulate((len(of_picture) for of_picture in texts), initial=0))[:-1]
 
 
-def open_matcher(name: str, options: SpeakerOptions) -> Matcher:
+def open_matcher(
+    name: str, options: SpeakerOptions, others: Callable[[], Sequence[PIL.Image.Image]] = list
+) -> Matcher:
     """
     Load a model that tells how well texts fit pictures.
 
     Args:
         name: folder or repository; `owner/name@revision` for one of its revisions.
         options: see `SpeakerOptions`.
+        others: opens a few pictures, for a model that compares.
 
     Raises:
         RecipeError: if it cannot be loaded, or is no such model.
@@ -122,6 +127,8 @@ def open_matcher(name: str, options: SpeakerOptions) -> Matcher:
     trusted = {"revision": revision or None, "trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(place, **trusted)
+        if config.model_type == MiniGPT4Config.model_type:
+            return LikelihoodMatcher(ChatSpeaker.load(name, options), others())
         is_blip = config.model_type == "blip-2"
         kind: Any = Blip2ForImageTextRetrieval if is_blip else AutoModel
         told = {} if is_blip else trusted
@@ -136,7 +143,7 @@ def open_matcher(name: str, options: SpeakerOptions) -> Matcher:
         lacks = f"lacks {sorted(loaded['missing_keys'])[0]}" if loaded["missing_keys"] else f"is a {config.model_type}"
         raise RecipeError(
             f"--match {name} {lacks}, so it does not tell how well a text fits a picture; name a CLIP, a SigLIP, or a "
-            "BLIP-2 with its matching head, such as Salesforce/blip2-itm-vit-g."
+            "BLIP-2 with its matching head, such as Salesforce/blip2-itm-vit-g, or a model of stage 1."
         )
     text_config = config.qformer_config if is_blip else config.text_config
     model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

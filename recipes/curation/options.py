@@ -66,13 +66,17 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     describing.add_argument("--describe_prompt", type=Path, metavar="FILE", help="other words than the paper's")
     describing.add_argument("--continue_prompt", type=Path, metavar="FILE", help="other words than the paper's")
     mending = parser.add_argument_group("mend")
-    mending.add_argument("--mender", metavar="MENDER", help="local:MODEL, openai:MODEL or stub:FILE")
+    mending.add_argument("--mender", metavar="MENDER", help="local:MODEL, openai:MODEL, stub:FILE; `tiny`: of scenes")
     mending.add_argument("--mend_prompt", type=Path, metavar="FILE", help="other words than the paper's")
     mending.add_argument("--mend_temperature", type=in_range(NOT_NEGATIVE, float), default=0.7, help="default: 0.7")
     mending.add_argument("--mend_max_tokens", type=in_range(COUNT), default=200, help="of an answer; default: 200")
     add_client_options(mending, "mender_")
     scoring = parser.add_argument_group("score, which drops nothing by itself")
-    scoring.add_argument("--match", metavar="MODEL", help="CLIP, SigLIP, or BLIP-2's matching head, for each sentence")
+    scoring.add_argument(
+        "--match",
+        metavar="MODEL",
+        help="CLIP, SigLIP, BLIP-2's matching head, or a model of stage 1, for each sentence",
+    )
     scoring.add_argument("--score_judge", metavar="JUDGE", help="who gives 1 to 5 for relevance, correctness and form")
     scoring.add_argument("--score_with_picture", action="store_true", help="show the judge the picture, if it can see")
     scoring.add_argument("--score_prompt", type=Path, metavar="FILE", help="what the judge is told")

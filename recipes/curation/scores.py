@@ -26,6 +26,7 @@ from recipes_minigpt4.utils.progress import phase
 
 
 STEP = "scores"
+OTHERS = 2  # pictures that a model which describes is shown in the place of the right one
 Scores = Mapping[str, Mapping[str, float]]  # digest → name → number
 
 
@@ -53,9 +54,9 @@ def scored(
     if args.match or args.score_judge:
         with Step(folder, STEP) as step:
             if args.match:
-                matcher = open_matcher(
-                    args.match, SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
-                )
+                options = SpeakerOptions(args.device, args.dtype, args.batch_size, args.trust_remote_code)
+                others = sorted(rows, key=lambda row: row.picture)[:OTHERS]
+                matcher = open_matcher(args.match, options, lambda: [_open(folder, row) for row in others])
                 told.append(match_rows(folder, with_text, matcher, step, args.batch_size))
                 made["match"] = {"name": args.match, "revision": matcher.revision}
                 del matcher  # before a local judge needs the room

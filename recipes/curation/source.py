@@ -18,7 +18,7 @@ from recipes_minigpt4.data.files import open_dataset, refuse_address, root_reaso
 from recipes_minigpt4.data.webdataset import Outage, expand, find, groups_of, tars_named
 from recipes_minigpt4.evaluation.questions import Picture
 from recipes_minigpt4.evaluation.tables import BESIDE, Places, find_rows, picture_in
-from recipes_minigpt4.tiny.scenes import draw_scene, sample_scenes
+from recipes_minigpt4.tiny.scenes import Scene, draw_scene, sample_scenes
 from recipes_minigpt4.utils.embedded_world import TINY
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.redaction import redact
@@ -183,10 +183,15 @@ class Source:
             ) from error
 
     def _scenes(self) -> Pictures:
-        rng = random.Random(f"curation, seed {self.seed}")
-        scenes = sample_scenes(rng, self.scenes, lambda scene: not scene.is_reserved and not scene.has_held_out_pair)
+        scenes = scenes_of(self.seed, self.scenes)
         drawn = ((str(place), Picture(f"scene {place}", draw_scene(scene))) for place, scene in enumerate(scenes))
         return Pictures(drawn, self.scenes)
+
+
+def scenes_of(seed: int, count: int) -> list[Scene]:
+    """The scenes of the embedded world that a curation draws, as stage 2 may: none that an evaluation asks for."""
+    rng = random.Random(f"curation, seed {seed}")
+    return sample_scenes(rng, count, lambda scene: not scene.is_reserved and not scene.has_held_out_pair)
 
 
 def pictures_below(folder: Path, split: str) -> list[Path]:

@@ -125,7 +125,7 @@ class ChatSpeaker:
             torch.manual_seed(int(questions[start].key[:8], 16))
             batch = slice(start, start + together)
             told += self.complete(texts[batch], pictures[batch], sampling)
-        scores = self._likelihoods(questions, texts, pictures)
+        scores = self.likelihoods([question.choices for question in questions], texts, pictures)
         return [Said(text, finished, of_choices) for (text, finished), of_choices in zip(told, scores, strict=True)]
 
     @torch.inference_mode()
@@ -164,12 +164,13 @@ class ChatSpeaker:
         ends = self.model.generation_config.eos_token_id
         return {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id} - {None}
 
-    def _likelihoods(
-        self, questions: Sequence[Question], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
+    @torch.inference_mode()
+    def likelihoods(
+        self, choices: Sequence[Sequence[str]], texts: Sequence[str], pictures: Sequence[PIL.Image.Image]
     ) -> list[tuple[float, ...]]:
-        """Log-likelihood per token of each question's choices: of what follows the tokens that all begin with."""
-        pairs = [(place, choice) for place, question in enumerate(questions) for choice in question.choices]
-        scores: list[list[float]] = [[] for _ in questions]
+        """Log-likelihood per token of each prompt's choices: of what follows the tokens that all begin with."""
+        pairs = [(place, choice) for place, of_text in enumerate(choices) for choice in of_text]
+        scores: list[list[float]] = [[] for _ in texts]
         for start in range(0, len(pairs), self.batch_size):
             batch = pairs[start : start + self.batch_size]
             seen = [pictures[place] for place, _ in batch]
