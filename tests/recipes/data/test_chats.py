@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from coloured import COLOURS
 from damaged import write_tar
 from PIL import Image
 
@@ -18,7 +19,6 @@ from recipes_minigpt4.data.sources import load_pairs
 from recipes_minigpt4.utils.errors import RecipeError
 
 
-COLOURS = [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -26,15 +26,6 @@ CHATML = (
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three pictures of one colour each."""
-    (folder := tmp_path / "data").mkdir()
-    for number, colour in enumerate(COLOURS):
-        Image.new("RGB", (8, 6), colour).save(folder / f"{number}.png")
-    return folder
 
 
 def llava(*turns: str, **row: object) -> dict:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from coloured import COLOURS
 from damaged import jpeg, write_tar
 from hub_server import HubServer
-from PIL import Image
 
 from recipes_minigpt4 import stage1_pretrain
 from recipes_minigpt4.data.arguments import DataArguments
@@ -24,19 +24,9 @@ from recipes_minigpt4.utils.errors import RecipeError
 
 
 CAPTIONS = ["a red square", "a green square", "a blue square"]
-COLOURS = [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three pictures of one colour each."""
-    (folder := tmp_path / "data").mkdir()
-    for number, colour in enumerate(COLOURS):
-        Image.new("RGB", (8, 6), colour).save(folder / f"{number}.png")
-    return folder
 
 
 def jsonl(folder: Path, image: str, text: str, /, **others: object) -> Path:
