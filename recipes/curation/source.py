@@ -105,7 +105,8 @@ class Source:
             return Pictures(drawn, len(files))
         if self.streaming:
             return Pictures(self._shuffled(self._of_stream()))
-        return self._of_rows(*find_rows(Places([self.name], self.images, self.split, self.config, self.revision)))
+        places = Places([self.name], self.images, self.split, self.config, self.revision, option="--dataset_name")
+        return self._of_rows(*find_rows(places))
 
     def _refuse_split(self) -> None:
         if self.split != "train":

@@ -15,6 +15,7 @@ from datasets import Image
 from processing_minigpt4.image_opening_minigpt4 import inline_picture
 from recipes_minigpt4.data.columns import IMAGE_ENDINGS, PICTURES
 from recipes_minigpt4.data.files import (
+    FILE_TYPES,
     file_type,
     open_binary,
     open_dataset,
@@ -40,6 +41,7 @@ class Places:
         split, config, revision: of a dataset.
         num_samples: how many rows are taken; None for all.
         seed: of which.
+        option: the one that names them, for what is told to people.
     """
 
     names: Sequence[str]
@@ -49,6 +51,7 @@ class Places:
     revision: str | None = None
     num_samples: int | None = None
     seed: int = 0
+    option: str = "--data"
 
 
 def open_rows(places: Places) -> list[dict[str, Any]]:
@@ -73,6 +76,9 @@ def find_rows(places: Places) -> tuple[Sequence[Mapping[str, Any]], Path]:
         RecipeError: if there are none, or they cannot be read.
     """
     files = [Path(name).expanduser() for name in places.names]
+    for file in files:  # whose name tells that it is no dataset of the Hub
+        if file.suffix.lower() in FILE_TYPES and not file.exists():
+            raise RecipeError(f"There is no file {file}; write its path anew.")
     folder = places.images or (files[0].parent if files[0].is_file() else files[0])
     rows: Sequence[dict[str, Any]]
     contents = [_read_json(file) for file in files if file.is_file() and file.suffix.lower() == ".json"]
@@ -164,7 +170,7 @@ def _dataset_rows(places: Places) -> Sequence[dict[str, Any]]:
                 name, Path(name).expanduser(), places.config, places.split, places.revision, streaming=False
             )
     except RecipeError as error:
-        raise RecipeError(str(error).replace("--dataset_name", "--data")) from error
+        raise RecipeError(str(error).replace("--dataset_name", places.option)) from error
     return _undecoded(data)
 
 

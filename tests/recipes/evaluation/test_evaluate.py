@@ -236,7 +236,7 @@ def test_a_suite_that_needs_a_judge_says_so(run: Callable, parrots: dict, capsys
         ({"models": "a/b=1"}, "--models a/b=1 has no label"),
         ({"models": "one=1 one=2"}, "--models names one twice"),
         ({"data": "chair=x"}, "The suite failures has no data; name any pictures: .* with --data failures=PLACE"),
-        ({"data": "nowhere.json"}, "nowhere.json"),
+        ({"data": "nowhere.json"}, "There is no file nowhere.json; write its path anew"),
         ({"more": ("--judge", "words", "words")}, "--judge names words twice; --judge_repeats 2 asks a judge twice"),
     ],
 )

@@ -400,8 +400,12 @@ def test_ctrl_c_ends_at_once_and_loses_nothing(server: ChatServer, connect: Call
     server.next(times=20, hang=True)
     requests = [ask(text) for text in "abcdefghij"]
     client = connect(cache=tmp_path, timeout=60)
-    with pytest.raises(KeyboardInterrupt):
-        list(client.ask(requests))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which workers of pytest-xdist ignore
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(client.ask(requests))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(server.seen) == 6
     server._plans.clear()
     again = list(connect(cache=tmp_path).ask(requests))
