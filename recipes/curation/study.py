@@ -105,7 +105,7 @@ def build_parser() -> CommandParser:
     add("--seeds", type=in_range(SEED), nargs="+", default=[0, 1, 2], help="of scenes and training; default: 0 1 2")
     add("--num_samples", type=in_range(COUNT), default=200, help="scenes that are curated; default: %(default)s")
     add("--rows", type=in_range(COUNT), default=80, help="that each choice trains on; default: %(default)s")
-    add("--max_steps", type=in_range(COUNT), default=30, help="of stage 2; default: %(default)s")
+    add("--max_steps", type=in_range(COUNT), default=60, help="of stage 2; default: %(default)s")
     add("--batch_size", type=in_range(COUNT), default=8, help="rows of a step; default: %(default)s")
     add("--num_scenes", type=in_range(COUNT), default=100, help="that are described then; default: %(default)s")
     return parser
