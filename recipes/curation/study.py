@@ -1,7 +1,7 @@
 """What curation is worth, measured where truth is known: in the embedded world.
 
     minigpt4 demo                                     # writes demo-output/
-    python -m recipes_minigpt4.curation.study         # about 5 minutes on a free core; goes on where it was stopped
+    python -m recipes_minigpt4.curation.study         # about 6 minutes on a free core; goes on where it was stopped
 
 For each seed, `tiny_curate` makes rows out of other scenes. Then it is counted how many sentences are false after
 each step and what each rule found, and stage 2 is trained on several choices of the rows, all with as many steps. The
