@@ -47,9 +47,10 @@ def tidy(draft: str) -> str:
     whole = whole or [sentence for part in parts for sentence in _sentences_about(part)]
     openings = [part for part in whole if "background" in part]
     others = [part for part in whole if "background" not in part]
-    things, told = [], set()
+    things: list[str] = []
+    told: set[tuple[str, ...]] = set()
     for part in (part for part in others if named_objects(part)):
-        says = set(placed_objects(part)) or set(named_objects(part))
+        says: set[tuple[str, ...]] = {*placed_objects(part)} or {*named_objects(part)}
         if not says <= told:
             things.append(part)
         told |= says

@@ -1,7 +1,7 @@
 """What curation is worth, measured where truth is known: in the embedded world.
 
     minigpt4 demo                                     # writes demo-output/
-    python -m recipes_minigpt4.curation.study         # about 5 minutes on a free core; goes on where it was stopped
+    python -m recipes_minigpt4.curation.study         # about 6 minutes on a free core; goes on where it was stopped
 
 For each seed, `tiny_curate` makes rows out of other scenes. Then it is counted how many sentences are false after
 each step and what each rule found, and stage 2 is trained on several choices of the rows, all with as many steps. The
@@ -105,7 +105,7 @@ def build_parser() -> CommandParser:
     add("--seeds", type=in_range(SEED), nargs="+", default=[0, 1, 2], help="of scenes and training; default: 0 1 2")
     add("--num_samples", type=in_range(COUNT), default=200, help="scenes that are curated; default: %(default)s")
     add("--rows", type=in_range(COUNT), default=80, help="that each choice trains on; default: %(default)s")
-    add("--max_steps", type=in_range(COUNT), default=30, help="of stage 2; default: %(default)s")
+    add("--max_steps", type=in_range(COUNT), default=60, help="of stage 2; default: %(default)s")
     add("--batch_size", type=in_range(COUNT), default=8, help="rows of a step; default: %(default)s")
     add("--num_scenes", type=in_range(COUNT), default=100, help="that are described then; default: %(default)s")
     return parser
