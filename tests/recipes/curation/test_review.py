@@ -29,6 +29,9 @@ from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.journal import read_journal
 
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
+
 Deck = dict[str, Any]
 KEPT, DROPPED = Decision("keep"), Decision("drop")
 TEXTS = (  # draft, mended, verdicts, score

@@ -394,18 +394,15 @@ def test_every_raw_answer_is_kept(server: ChatServer, connect: Callable, tmp_pat
     assert useful["raw"] == completion(server.seen[0], "A") and useful["key"] == useless["key"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_at_once_and_loses_nothing(server: ChatServer, connect: Callable, tmp_path: Path) -> None:
     server.next(times=5)
     server.next(call=lambda: os.kill(os.getpid(), signal.SIGINT), hang=True)
     server.next(times=20, hang=True)
     requests = [ask(text) for text in "abcdefghij"]
     client = connect(cache=tmp_path, timeout=60)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which workers of pytest-xdist ignore
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            list(client.ask(requests))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        list(client.ask(requests))
     assert len(server.seen) == 6
     server._plans.clear()
     again = list(connect(cache=tmp_path).ask(requests))
