@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from recipes_minigpt4.cli import main as run_command
+from recipes_minigpt4.configs import shipped_configs
 from recipes_minigpt4.evaluation import evaluate
-from recipes_minigpt4.evaluation.replies import Said
+from recipes_minigpt4.evaluation.evaluate_options import parse
+from recipes_minigpt4.evaluation.judging import ModelJudge
+from recipes_minigpt4.evaluation.opening import place_of
+from recipes_minigpt4.evaluation.questions import Picture
+from recipes_minigpt4.evaluation.replies import Said, reply_to
+from recipes_minigpt4.evaluation.suites import SUITES
 from recipes_minigpt4.evaluation.words import words_of
+from recipes_minigpt4.llm.stub import stub_client
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.journal import Journal
 
@@ -104,6 +112,14 @@ def test_fields_of_a_file_are_options_and_the_command_line_wins(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
     told = evaluate.main(["--config", str(tmp_path / "run.yaml"), "--num_samples", "3"])
     assert told["suites"]["failures"]["pictures"] == 3 and list(parrots) == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if "evaluate" in name])
+def test_shipped_configurations_are_understood(name: str) -> None:
+    args = parse(["--config", name])
+    assert args.models and args.suites
+    for suite in args.suites:
+        assert place_of(SUITES[suite](), args.data)
 
 
 # ---- going on -------------------------------------------------------------------------------------------------------
@@ -219,6 +235,18 @@ def test_a_judge_is_asked_once_and_what_it_does_not_answer_is_counted(
     assert first == pytest.approx(sum(said) / (24 - sum(silent))) and 0 < first < 1
     again = run("--num_samples", 24, "--judge", f"stub:{stub}", suites="coverage", data="tiny")
     assert again["suites"]["coverage"] == told
+
+
+def test_repeats_give_the_answer_of_the_majority(run: Callable, parrots: dict) -> None:
+    """Asked three times, the judge says yes twice; of two answers that differ neither counts."""
+    said = ["1: yes 2: yes 3: no", "1: no 2: yes 3: no", "1: yes 2: yes 3: no"]
+    for repeats, expected in ((3, (True, True, False)), (2, (None, True, False))):
+        client = stub_client(lambda request: said[request.seed or 0], name=f"stub {repeats}")
+        judge, suite = ModelJudge(client, repeats), SUITES["coverage"]()
+        question = suite.questions({"image": Picture("a", Image.new("RGB", (8, 8))), "captions": ["a", "b", "c"]})[0]
+        (verdict,) = judge.verdicts(suite, [suite.case(reply_to(question, "1", Said("A reply.")))])
+        assert verdict == expected
+        assert judge.agreement == pytest.approx(7 / 9 if repeats == 3 else 2 / 3)
 
 
 def test_a_suite_that_needs_a_judge_says_so(run: Callable, parrots: dict, capsys: pytest.CaptureFixture) -> None:
