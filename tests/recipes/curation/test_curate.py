@@ -223,7 +223,7 @@ def test_ctrl_c_ends_politely_and_tells_how_to_go_on(
     assert describer.asked == 6 and mender.asked == 6 + (where == "mend") and len(run.lines("rows")) == 6
 
 
-WATCHED = ("recipes_minigpt4/curation/", "recipes_minigpt4/llm/", "utils/journal.py", "utils/files.py")
+WATCHED = ("/curation/", "/llm/", "utils/journal.py", "utils/files.py")  # of an installed package or a checkout
 
 
 def start_and_die(run: Run, line: int, told: Path) -> int:
