@@ -177,6 +177,8 @@ class ChatSpeaker:
             # Pads behind: BLIP-2's processor would put those in front between picture and words.
             prompts = self._inputs([texts[place] for place, _ in batch], seen, "right")
             inputs = self._inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
+            # The Q-Former of InstructBLIP reads the question, and no answer to it.
+            inputs.update({name: value for name, value in prompts.items() if name.startswith("qformer_")})
             logits = self.model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
             for row, (place, _) in enumerate(batch):
                 prompt, ids = (side["input_ids"][row][side["attention_mask"][row] > 0] for side in (prompts, inputs))
@@ -220,7 +222,12 @@ class BlipSpeaker(ChatSpeaker):
         return str(BLIP2[self.model.config.model_type] if template is None else template).format(question.prompt)
 
     def _processed(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], **options: Any) -> Any:
-        return self.processor(text=list(texts), images=list(pictures), **options)
+        inputs = self.processor(text=list(texts), images=list(pictures), **options)
+        if tokenizer := getattr(self.processor, "qformer_tokenizer", None):
+            # The Q-Former of InstructBLIP counts its positions from the left, pads included.
+            read = tokenizer(list(texts), **{**options, "padding_side": "right"})
+            inputs.update({f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")})
+        return inputs
 
 
 def generation_options(sampling: Sampling) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Models of every kind that `minigpt4 evaluate` asks: ours, LLaVA, BLIP-2; tiny, with random weights."""
+"""Models of every kind that `minigpt4 evaluate` asks: ours, LLaVA, BLIP-2, InstructBLIP; tiny, with random weights."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chat_models import save_llava, save_ours
+from chat_models import save_instructblip, save_llava, save_ours
 
 from recipes_minigpt4.evaluation.blip2 import tiny_blip2
 from recipes_minigpt4.evaluation.questions import Picture, Question, Sampling
@@ -31,6 +31,12 @@ def blip2(tmp_path_factory: pytest.TempPathFactory) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def instructblip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """transformers' InstructBLIP with the embedded world's tokenizer."""
+    return save_instructblip(tmp_path_factory.mktemp("instructblip"))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ WRITTEN = {
     "ours": "###Human: <Img><image></Img> What is this? ###Assistant: ",
     "llava": "user: <image>What is this? assistant:",
     "blip2": "Question: What is this? Answer:",
+    "instructblip": "What is this?",
 }
 CPU = SpeakerOptions("cpu", "float32")
 
@@ -72,10 +73,12 @@ def test_choices_are_scored_by_their_likelihood_per_token(folder: str, ask_about
     speaker = open_speaker(folder, CPU)
     (said,) = told(speaker, [question])
     prompt, picture = speaker.written(question), question.picture.open()
-    first = speaker._inputs([prompt], [picture])["input_ids"]
+    asked = speaker._inputs([prompt], [picture])
+    first = asked["input_ids"]
     for choice, score in zip(choices, said.scores, strict=True):
         whole = prompt + ("" if prompt.endswith(" ") else " ") + choice
         inputs = speaker._inputs([whole], [picture])
+        inputs.update({name: asked[name] for name in asked if name.startswith("qformer_")})  # which sees no answer
         ids = inputs["input_ids"][0]
         same = next(place for place in range(len(ids)) if place >= first.shape[1] or ids[place] != first[0, place])
         labels = inputs["input_ids"].clone()
