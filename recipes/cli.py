@@ -38,6 +38,10 @@ COMMANDS = {
         "recipes_minigpt4.curation.curate",
         "make stage 2's data from pictures: describe, mend, filter, review, export",
     ),
+    "describe": ("recipes_minigpt4.serving.describe", "describe pictures, in batches, into a file or the terminal"),
+    "chat": ("recipes_minigpt4.serving.chat", "talk to a model about pictures, in the terminal"),
+    "app": ("recipes_minigpt4.serving.app", "show models on a page: chat, compare, look at what they look at"),
+    "serve": ("recipes_minigpt4.serving.serve", "serve a model to clients that speak OpenAI's language"),
     "ablate": (
         "recipes_minigpt4.evaluation.ablate",
         "run the paper's variants in miniature and compare them with the paper",
@@ -56,6 +60,7 @@ OPTIONS = {
     "push": "recipes_minigpt4.hub.options",
     "evaluate": "recipes_minigpt4.evaluation.options",
     "curate": "recipes_minigpt4.curation.options",
+    **dict.fromkeys(("describe", "chat", "app", "serve"), "recipes_minigpt4.serving.options"),
     "ablate": "recipes_minigpt4.evaluation.options",
     "benchmark": "recipes_minigpt4.benchmark.options",
 }
@@ -65,6 +70,7 @@ GO_ON = {
     "stage2": "--resume_from_checkpoint auto goes on from the last checkpoint, if one was saved",
     "evaluate": "the same command goes on where it was",
     "curate": "the same command goes on where it was",
+    "describe": "with --output, the same command goes on where it was",
     "ablate": "the same command goes on where it was",
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")

@@ -25,9 +25,9 @@ LAYERS = {  # room → the rooms it may import
     **dict.fromkeys(("data", "hub"), CORE | UTILS),
     "training": TRAINING,
     **dict.fromkeys(STAGES, TRAINING | {"training", "cli"}),
-    **dict.fromkeys(("planning", "serving", "tiny"), ABOVE_STAGES),  # what trains for real knows `tiny` by name only
+    **dict.fromkeys(("planning", "tiny"), ABOVE_STAGES),  # what trains for real knows `tiny` by name only
     **dict.fromkeys(("evaluation", "benchmark", "examples"), ABOVE_STAGES | {"tiny"}),
-    "curation": ABOVE_STAGES | {"tiny", "evaluation"},
+    **dict.fromkeys(("curation", "serving"), ABOVE_STAGES | {"tiny", "evaluation"}),  # which ask the same models
 }
 MODULES = {
     ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(".__init__"): path
