@@ -80,7 +80,7 @@ PATHS = {  # options of the stages that take files or folders, among other thing
     "output_dir", "panel_images", "resume_from_checkpoint",
 }  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
-NO_TRAINING = ("convert", "push")  # commands that need none of these
+NO_TRAINING = ("convert", "push", "describe", "chat", "app", "serve")  # commands that need none of these
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Chats with models of other kinds, computed anew every turn: transformers has no cache of a chat that fits them all."""
+"""Chats with models of other kinds, computed anew every turn."""
 
 import time
 from collections.abc import Sequence
