@@ -60,6 +60,7 @@ def too_many_words(model: MiniGPT4ForConditionalGeneration, inputs: dict[str, An
 # ---- torch.compile ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("model", [False], ids=[""], indirect=True)
 @torch.no_grad()
 def test_one_compiled_model_takes_any_pictures_and_rows(model, make_inputs) -> None:
     graphs = Graphs()
@@ -78,7 +79,7 @@ def loss_of_labels(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def loss_of_answers(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    outputs = model(**inputs, answers=torch.tensor([7, 3, 20]), answer_positions=torch.tensor([6, 15, 30]))
+    outputs = model(**inputs, answers=torch.tensor([7, 3, 20]), answer_positions=torch.tensor([2, 10, 20]))
     assert not (outputs.entropy.requires_grad or outputs.is_top1.requires_grad)
     return -(outputs.log_probs - outputs.entropy + outputs.is_top1).mean()
 
