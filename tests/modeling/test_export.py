@@ -44,10 +44,11 @@ class Graphs(list[torch.fx.GraphModule]):
 
 
 def as_features(model: MiniGPT4ForConditionalGeneration, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same inputs with stored features instead of pixels."""
+    """The same inputs with features instead of pixels, laid out in memory as stored ones are."""
     rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
     with torch.no_grad():
-        return {**rest, "vision_features": model.model.encode_images(inputs["pixel_values"]).last_hidden_state}
+        features = model.model.encode_images(inputs["pixel_values"]).last_hidden_state
+    return {**rest, "vision_features": features.contiguous()}
 
 
 def too_many_words(model: MiniGPT4ForConditionalGeneration, inputs: dict[str, Any]) -> dict[str, Any]:
