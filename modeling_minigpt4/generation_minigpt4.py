@@ -42,7 +42,8 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states of shape (rows, heads, tokens, channels); returns all that there are."""
-        if not self.is_initialized or torch.is_grad_enabled():
+        # A compiler does not know where in memory tensors lie.
+        if not self.is_initialized or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._rooms: list[torch.Tensor | None] = [None, None]
             found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return found

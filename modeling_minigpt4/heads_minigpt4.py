@@ -90,7 +90,8 @@ def score_answers(
         Log-probabilities of the tokens, and without gradient the entropy of what was predicted, both in nats, and
         whether a token is the most likely one; all of shape (tokens,), float32.
     """
-    if not any(parameter.requires_grad for parameter in head.parameters()):
+    # A compiler fuses the lines below by itself, and cannot look into gradients that are computed inside.
+    if not (torch.compiler.is_compiling() or any(parameter.requires_grad for parameter in head.parameters())):
         return FrozenHeadScores.apply(hidden_states, answers, head, text_config)
     log_probs = adjust_logits(head(hidden_states), text_config).float().log_softmax(-1)
     answers = answers.to(log_probs.device)

@@ -247,7 +247,7 @@ def test_unclear_inputs_are_refused(model, make_inputs) -> None:
             model(**arguments)
 
 
-# ---- attention, checkpointing, compilation ------------------------------------------------------------------------
+# ---- attention, checkpointing -------------------------------------------------------------------------------------
 
 
 def gradients(model: MiniGPT4ForConditionalGeneration, inputs: dict) -> dict[str, torch.Tensor]:
@@ -300,24 +300,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_inputs
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     # All at once: some have no gradient but what is left by rounding, such as biases of keys.
     assert_close(*(torch.cat([each[name].flatten() for name in expected]) for each in (found, expected)))
-
-
-def test_compiled_forward_agrees(make_model, make_inputs) -> None:
-    """The graph is traced as for inductor, but run by PyTorch itself: code generation takes minutes on a CPU."""
-    model = make_model(text={"num_hidden_layers": 1}, vision={"num_hidden_layers": 1})
-    model.freeze_backbones()
-    inputs = make_inputs(model, ROWS["different_numbers"])
-    plain = model(**inputs, labels=inputs["input_ids"])
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=False, backend="eager")
-    outputs = compiled(**inputs, labels=inputs["input_ids"])
-    assert_close(outputs.logits, plain.logits)
-    assert_close(outputs.loss, plain.loss)
-    outputs.loss.backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, gradient in gradients(model, inputs).items():
-        assert_close(found[name], gradient)
-    torch._dynamo.reset()
 
 
 # ---- embeddings ---------------------------------------------------------------------------------------------------
@@ -438,16 +420,3 @@ def test_the_projection_stays_in_float32(make_model, make_inputs, cast: str) -> 
         outputs = model(**make_inputs(model, ROWS["one_picture"]))
         assert outputs.logits.dtype == low
         assert outputs.logits.isfinite().all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("qformer", [True, False])
-def test_a_compiled_model_is_one_graph_and_gives_the_same(qformer: bool, make_model, make_inputs) -> None:
-    model = make_model(qformer=qformer)
-    inputs = {**make_inputs(model, [[1, "image", 8, 30, 31]]), "use_cache": False}
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_close(compiled(**inputs).logits, model(**inputs).logits)
-    short = {**inputs, "input_ids": inputs["input_ids"].clone()}
-    short["input_ids"][0, 1] = 5
-    with pytest.raises(RuntimeError, match="Image features and image tokens do not match"):
-        compiled(**short)
