@@ -4,7 +4,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-from processing_minigpt4 import MiniGPT4DataCollator, MiniGPT4ImageProcessor, MiniGPT4Processor
+from processing_minigpt4 import MiniGPT4DataCollator, MiniGPT4ImageProcessor, MiniGPT4Processor, ReplyStreamer
 
 from .configuration_minigpt4 import MiniGPT4Config
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
@@ -34,5 +34,6 @@ __all__ = [
     "MiniGPT4Model",
     "MiniGPT4PreTrainedModel",
     "MiniGPT4Processor",
+    "ReplyStreamer",
     "__version__",
 ]
