@@ -13,7 +13,6 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .backbones import (
     HERE,
     HUB_OPTIONS,
-    PARTS,
     Checkpoint,
     check_shapes,
     collect,
@@ -21,7 +20,6 @@ from .backbones import (
     fetch_options,
     hub_only,
     load_backbone_config,
-    normalize_source,
     part_of,
 )
 from .checks_minigpt4 import check_dtype, check_part
@@ -38,6 +36,7 @@ from .patches_minigpt4 import default_fields
 from .peft_minigpt4 import find_peft_folder
 from .projector_minigpt4 import new_projection, start_at_words
 from .remote_code_minigpt4 import read_parts, take_code
+from .sources_minigpt4 import moved_backbones, normalize_source
 from .unchanged_minigpt4 import Provided, remember_backbones
 
 
@@ -131,8 +130,6 @@ class CompositionMixin(PreTrainedModel):
         """
         load = super().from_pretrained
         check_dtype(kwargs)
-        if unknown := sorted(set(map(str, backbones or {})) - set(PARTS)):
-            raise ValueError(f"`backbones` names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
         adapter, pretrained_model_name_or_path = find_peft_folder(pretrained_model_name_or_path, kwargs)
         where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):
@@ -253,10 +250,7 @@ def find_parts(
     for part, source in config.backbones.items():
         if source["name_or_path"] == HERE:
             config.backbones[part] = _inside(whole["name_or_path"], source, where)
-    for part, source in (backbones or {}).items():
-        # Of where it was, only what tells the weights apart still holds.
-        known = {"fingerprint": config.backbones.get(part, {}).get("fingerprint")}
-        config.backbones[part] = {**known, **normalize_source(source)}
+    config.backbones = moved_backbones(config.backbones, backbones or {})
     read_parts(config, whole, hub_only(where), trusted)
 
 

@@ -46,6 +46,7 @@ from .remote_code_minigpt4 import (
     local_references,
     parts_without_place,
 )
+from .sources_minigpt4 import moved_backbones
 
 
 # transformers 4.57 leaves "blip_2_vision_model" out of CONFIG_MAPPING, so these two are looked up here first.
@@ -257,6 +258,8 @@ class MiniGPT4Config(PretrainedConfig):
         """
         A configuration from its fields; see [`~transformers.PretrainedConfig.from_dict`].
 
+        `backbones`, which Auto classes hand on to here, names parts that have moved, as in `from_pretrained`.
+
         Raises:
             ValueError: for the fields of another model, which transformers would take for none and fill with defaults.
         """
@@ -265,6 +268,8 @@ class MiniGPT4Config(PretrainedConfig):
                 f"This is a {kind!r} model and no MiniGPT-4; a vision encoder and a language model are joined by "
                 "`MiniGPT4ForConditionalGeneration.from_backbones`."
             )
+        if moved := kwargs.pop("backbones", None):
+            config_dict = {**config_dict, "backbones": moved_backbones(config_dict.get("backbones") or {}, moved)}
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from processing_minigpt4 import MiniGPT4Processor
 
-from .backbones import HERE, load_backbone_config, normalize_source
+from .backbones import HERE, load_backbone_config
 from .configuration_minigpt4 import MiniGPT4Config
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from .original_names_minigpt4 import (
@@ -32,6 +32,7 @@ from .original_names_minigpt4 import (
     part_of_original,
     rename,
 )
+from .sources_minigpt4 import normalize_source
 
 
 VISION_FOLDER = "vision"  # of a converted folder whose vision side came in files

@@ -48,6 +48,7 @@ from .projector_minigpt4 import Float32Linear, build_projection, first_layer
 from .quantization_minigpt4 import QuantizationMixin
 from .remote_code_minigpt4 import read_parts  # noqa: F401  # likewise
 from .saving_minigpt4 import SavingMixin
+from .sources_minigpt4 import normalize_source  # noqa: F401  # likewise
 from .unchanged_minigpt4 import tied_to
 
 

@@ -22,8 +22,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
-from modeling_minigpt4.backbones import Checkpoint, normalize_source
+from modeling_minigpt4 import AutoModelForVision2Seq, MiniGPT4ForConditionalGeneration, MiniGPT4Model
+from modeling_minigpt4.backbones import Checkpoint
+from modeling_minigpt4.sources_minigpt4 import normalize_source
 
 
 PROJECTION = {"model.language_projection.weight", "model.language_projection.bias"}
@@ -151,7 +152,8 @@ def test_an_adapter_holds_the_projection_and_nothing_else(adapter) -> None:
         "modeling_minigpt4.py", "backbones.py", "generation_minigpt4.py", "heads_minigpt4.py", "labels_minigpt4.py",
         "checks_minigpt4.py", "compat_minigpt4.py", "composition_minigpt4.py", "digest_minigpt4.py",
         "freezing_minigpt4.py", "patches_minigpt4.py", "peft_minigpt4.py", "projector_minigpt4.py",
-        "quantization_minigpt4.py", "remote_code_minigpt4.py", "saving_minigpt4.py", "unchanged_minigpt4.py",
+        "quantization_minigpt4.py", "remote_code_minigpt4.py", "saving_minigpt4.py", "sources_minigpt4.py",
+        "unchanged_minigpt4.py",
     }  # fmt: skip
     assert sum(file.stat().st_size for file in adapter.glob("*.safetensors")) < 3000
 
@@ -354,6 +356,8 @@ def test_a_renamed_backbone_is_named_with_its_remedy(own, tmp_path, make_inputs)
     again = load(adapter, backbones={"language_model": moved})
     assert_close(score(again, make_inputs), expected)
     assert again.config.backbones["language_model"]["name_or_path"] == str(moved)
+    by_auto_class = AutoModelForVision2Seq.from_pretrained(adapter, backbones={"language_model": moved})
+    assert_close(score(by_auto_class.eval(), make_inputs), expected)
 
 
 @pytest.mark.parametrize("which", ["language_model", "vision", "adapter"])
