@@ -44,6 +44,18 @@ def _app(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or repository; NAME=MODEL tells what clients call it")
+    add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
+    add("--port", type=in_range(PORT), default=8000, help="default: %(default)s; 0: any that is free")
+    add("--api_key", metavar="KEY", help="what clients have to send; better: the variable MINIGPT4_API_KEY")
+    add("--allow_origins", nargs="+", default=[], metavar="URL", help="web pages that may ask, or *; default: none")
+    add("--engine", default="transformers", choices=("transformers", "vllm"), help="default: %(default)s")
+    add("--max_picture_mb", type=in_range(POSITIVE, float), default=20.0, help="of a file; default: %(default)s")
+    add("--max_megapixels", type=in_range(POSITIVE, float), default=50.0, help="of a picture; default: %(default)s")
+    add("--fetch_seconds", type=in_range(POSITIVE, float), default=10.0, help="for an address; default: %(default)s")
+    add("--allow_private_addresses", action="store_true", help="fetch pictures from this machine and its network too")
+    add("engine_arguments", nargs="*", metavar="ARGUMENT", help="behind --: what the engine vllm takes besides")
     add_model_options(parser)
 
 
