@@ -22,5 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.engine == "vllm":
         from recipes_minigpt4.serving.serve_vllm import serve
 
-        return int(serve(args))
+        if code := serve(args):
+            raise SystemExit(code)
+        return 0
     raise NotImplementedError

@@ -23,7 +23,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 PIECE = 1 << 16  # bytes
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Content types of servers that do not tell what they send.
-UNTOLD = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+UNTOLD = ("", "application/octet-stream", "binary/octet-stream")
 
 
 class PictureError(ValueError):
