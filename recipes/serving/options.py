@@ -64,9 +64,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="NAME", help="where models compute: cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as stored")
-    add(
-        "--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8"
-    )
+    add("--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 
