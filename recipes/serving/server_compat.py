@@ -1,5 +1,6 @@
 """The server of transformers, which is another one in transformers 4: the one place that knows both."""
 
+import contextlib
 import copy
 import inspect
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ def build_app(loaded: Loaded) -> Any:
         return _app_4(loaded) if IS_TRANSFORMERS_4 else _app_5(loaded)
     except ImportError as error:
         raise RecipeError(
-            f"Serving needs the extra [serve] ({error}), so run `pip install \"minigpt4-transformers[serve]\"`; "
+            f'Serving needs the extra [serve] ({error}), so run `pip install "minigpt4-transformers[serve]"`; '
             "transformers has to be 4.57, or 5.24 or later."
         ) from error
 
@@ -105,8 +106,6 @@ class QuietModel(RequestModel):
         return copy.deepcopy(self.loaded.model.generation_config)
 
     def generate(self, **given: Any) -> Any:  # type: ignore[override]
-        try:
+        with contextlib.suppress(Exception):  # told by whoever reads the stream
             super().generate(**given)
-        except Exception:
-            pass  # told by whoever reads the stream
         return SimpleNamespace(past_key_values=None)

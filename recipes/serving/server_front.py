@@ -1,7 +1,8 @@
-"""What stands in front of the server of transformers: keys, errors in one sentence, pictures, and where replies end."""
+"""What stands in front of the server of transformers: keys, pictures, errors in one sentence, and where replies end."""
 
 import asyncio
 import hmac
+import io
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -27,7 +28,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 CHAT = "/v1/chat/completions"
 ROUTES = {CHAT: "POST", "/v1/models": "GET", "/health": "GET"}
-MAX_BODY = 256_000_000  # bytes
+MAX_PARTS = 4  # a request may be as large as this many of the largest pictures
+MAX_WAITING = 64  # requests at a time
 FETCHERS = 16  # pictures that are fetched at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that other programs open
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class FrontSettings:
     """
 
     api_key: str | None = field(default=None, repr=False)
-    limits: FetchLimits = FetchLimits()
+    limits: FetchLimits = field(default_factory=FetchLimits)
     megapixels: float = 50.0
 
 
@@ -54,8 +56,6 @@ def open_picture(address: str, settings: FrontSettings) -> PIL.Image.Image:
     Raises:
         PictureError: if there is none, or it is over a limit.
     """
-    import io
-
     content = fetch_picture(address, settings.limits)
     shown = "A picture in a data URI" if address[:5].lower() == "data:" else f"The picture {address[:200]}"
     PIL.Image.init()
@@ -87,6 +87,9 @@ class Front:
     def __init__(self, app: Any, loaded: Loaded, settings: FrontSettings) -> None:
         self.app, self.loaded, self.settings = app, loaded, settings
         self.fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="pictures")
+        self.preparing = ThreadPoolExecutor(1, thread_name_prefix="prompts")  # tokenizers are no good at two at a time
+        self.most = MAX_PARTS * settings.limits.bytes * 4 // 3  # in base64
+        self.waiting = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,21 +133,22 @@ class Front:
     async def _chat(self, scope: Message, receive: Receive, send: Send) -> None:
         if _header(scope, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
             raise RefusedError("Send the request as JSON, with the header `Content-Type: application/json`.", 415)
-        body = await _body(receive)
+        if self.waiting >= MAX_WAITING:
+            raise RefusedError(f"{MAX_WAITING} requests are waiting already; come again later.", 429)
+        self.waiting += 1
+        watch = None
         try:
-            asked = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise RefusedError("The body of the request is no JSON.") from error
-        exchange = read_request(asked, self.loaded.name)
-        watch = asyncio.create_task(_watch(receive, exchange))
-        try:
-            await self._open_pictures(exchange)
+            exchange = read_request(_json(await _body(receive, self.most)), self.loaded.name)
+            watch = asyncio.create_task(_watch(receive, exchange))
+            await self._prepare(exchange)
             await self._reply(scope, exchange, watch, send)
         finally:
-            watch.cancel()
+            self.waiting -= 1
+            if watch is not None:
+                watch.cancel()
 
-    async def _open_pictures(self, exchange: Exchange) -> None:
-        """Put the pictures of the chat in the place of their addresses."""
+    async def _prepare(self, exchange: Exchange) -> None:
+        """Put the pictures of the chat in the place of their addresses, and make tensors of it."""
         loop, images = asyncio.get_running_loop(), exchange.images
         calls = [partial(open_picture, image.pop("url"), self.settings) for image in images]
         try:
@@ -153,6 +157,10 @@ class Front:
             raise RefusedError(str(error), param="messages", code="invalid_image_url") from error
         for image, picture in zip(images, opened, strict=True):
             image["image"] = picture
+        try:
+            await loop.run_in_executor(self.preparing, self.loaded.prepare, exchange)
+        except Exception as error:
+            raise as_refused(error) from error
 
     async def _reply(self, scope: Message, exchange: Exchange, watch: asyncio.Task, send: Send) -> None:
         """Let the server of transformers answer, and send on what it says."""
@@ -181,7 +189,8 @@ class _Sending:
     def __init__(self, exchange: Exchange, writer: Writer, send: Send) -> None:
         self.exchange, self.writer, self.send = exchange, writer, send
         self.status, self.streamed, self.begun = 500, False, False
-        self.pieces, self.text, self.body = Pieces(), [], b""
+        self.pieces, self.body = Pieces(), b""
+        self.text: list[str] = []
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -241,18 +250,25 @@ def _header(scope: Message, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
 
 
-async def _body(receive: Receive) -> bytes:
-    """The body of a request."""
+async def _body(receive: Receive, most: int) -> bytes:
+    """The body of a request, of at most so many bytes."""
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise RefusedError("The request has no end.")
         body += message.get("body", b"")
-        if len(body) > MAX_BODY:
-            raise RefusedError(f"The request is larger than {MAX_BODY // 1_000_000} MB, the most that is taken.", 413)
+        if len(body) > most:
+            raise RefusedError(f"The request is larger than {most / 1e6:.0f} MB, the most that is taken.", 413)
         if not message.get("more_body"):
             return bytes(body)
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError("The body of the request is no JSON.") from error
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
@@ -263,7 +279,7 @@ async def _watch(receive: Receive, exchange: Exchange) -> None:
 
 
 async def _send_json(send: Send, status: int, value: Any) -> None:
-    body = json.dumps(value, ensure_ascii=False).encode()
+    body = json.dumps(value, ensure_ascii=False).encode(errors="replace")
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

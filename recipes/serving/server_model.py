@@ -3,6 +3,7 @@
 import contextvars
 import inspect
 import secrets
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import GenerationConfig
 
 from modeling_minigpt4.checks_minigpt4 import max_positions
 from recipes_minigpt4.serving.server_requests import Exchange, RefusedError
-from recipes_minigpt4.serving.talk import DRAWING, Stopped
+from recipes_minigpt4.serving.talk import Stopped
 
 
 LEAST = 1024  # tokens that a reply may have if nobody says how many, as in transformers' own server
@@ -33,11 +34,13 @@ class Loaded:
     name: str
     model: Any
     processor: Any
-    card: dict[str, Any] = field(init=False)  # of `/v1/models`
+    # One reply at a time: torch draws from one source of random numbers in a process.
+    busy: threading.Lock = field(default_factory=threading.Lock)
 
-    def __post_init__(self) -> None:
-        card = {"id": self.name, "object": "model", "created": 0, "owned_by": "minigpt4"}
-        object.__setattr__(self, "card", card)
+    @property
+    def card(self) -> dict[str, Any]:
+        """What `/v1/models` tells."""
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "minigpt4"}
 
     @property
     def positions(self) -> int | None:
@@ -49,6 +52,29 @@ class Loaded:
         """The text that ends a reply, beside tokens that do."""
         return getattr(self.processor, "separator", None)
 
+    def prepare(self, exchange: Exchange) -> None:
+        """
+        Make tensors of a request's chat, whose pictures are open.
+
+        Raises:
+            RefusedError: if it leaves no room for a reply.
+            ValueError: if the chat template does not take it.
+        """
+        inputs = self.processor.apply_chat_template(
+            exchange.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
+        exchange.prompt_tokens = int(inputs["input_ids"].shape[-1])
+        if self.positions is not None and exchange.prompt_tokens >= self.positions:
+            raise RefusedError(
+                f"The chat has {exchange.prompt_tokens:,} tokens, pictures included, but the model has "
+                f"{self.positions:,} positions, a reply included; shorten it, or leave out earlier turns.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        exchange.inputs = inputs.to(self.model.device, self.model.dtype)
+
     def of_request(self) -> tuple[Any, Any]:
         """Model and processor for the request under way."""
         exchange = EXCHANGE.get()
@@ -56,7 +82,7 @@ class Loaded:
 
 
 class RequestProcessor:
-    """The processor, which knows the chat and looks whether it fits."""
+    """The processor, which has written the chat of the request already."""
 
     def __init__(self, loaded: Loaded, exchange: Exchange) -> None:
         self.loaded, self.exchange = loaded, exchange
@@ -65,27 +91,8 @@ class RequestProcessor:
         return getattr(self.loaded.processor, name)
 
     def apply_chat_template(self, conversation: Any = None, **options: Any) -> Any:
-        """
-        Tensors of the chat of the request, whatever chat is given.
-
-        Raises:
-            RefusedError: if it leaves no room for a reply.
-        """
-        model, exchange = self.loaded.model, self.exchange
-        inputs = self.loaded.processor.apply_chat_template(
-            exchange.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        if "token_type_ids" not in inspect.signature(model.forward).parameters:
-            inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
-        exchange.prompt_tokens, positions = int(inputs["input_ids"].shape[-1]), self.loaded.positions
-        if positions is not None and exchange.prompt_tokens >= positions:
-            raise RefusedError(
-                f"The chat has {exchange.prompt_tokens:,} tokens, pictures included, but the model has {positions:,} "
-                "positions, a reply included; shorten it, or leave out earlier turns.",
-                param="messages",
-                code="context_length_exceeded",
-            )
-        return inputs.to(model.device, model.dtype)
+        """Tensors of the chat of the request, whatever chat is given."""
+        return self.exchange.inputs
 
     def decode(self, ids: Any, **options: Any) -> Any:
         """Text as it is: what ends a reply is seen to later."""
@@ -122,9 +129,11 @@ class RequestModel:
         """
         exchange, inputs = self.exchange, {key: value for key, value in given.items() if torch.is_tensor(value)}
         configure(generation_config, exchange, self.loaded.positions)
-        beams = generation_config.num_beams > 1
+        beams = (generation_config.num_beams or 1) > 1
         try:
-            with DRAWING, torch.inference_mode():
+            with self.loaded.busy, torch.inference_mode():
+                if exchange.gone.is_set():
+                    raise RefusedError("The client has gone.", 499)
                 seed = exchange.numbers.get("seed")
                 torch.manual_seed(secrets.randbits(63) if seed is None else int(seed))
                 ids: torch.Tensor = self.loaded.model.generate(
@@ -150,9 +159,7 @@ class RequestModel:
     def _count(self, reply: list[int], config: GenerationConfig) -> None:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self.exchange.new_tokens = len(reply)
-        self.exchange.cut_short = len(reply) >= (config.max_new_tokens or 0) and reply[-1:] != [] and (
-            reply[-1] not in ends
-        )
+        self.exchange.cut_short = len(reply) >= (config.max_new_tokens or 0) and not set(ends) & set(reply[-1:])
 
 
 def configure(config: GenerationConfig, exchange: Exchange, positions: int | None) -> None:

@@ -112,7 +112,7 @@ class Writer:
 
     @staticmethod
     def _event(value: dict[str, Any]) -> bytes:
-        return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+        return b"data: " + json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n\n"
 
 
 class Pieces:

@@ -11,6 +11,7 @@ from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, 
 ROLES = ("system", "developer", "user", "assistant")
 MAX_PICTURES = 16
 MAX_STOPS = 16
+MAX_CHARACTERS = 1_000_000  # of a chat, which no window of a model holds
 WHOLE = Range("a whole number of at most 63 bits", lambda value: abs(value) < 2**63 and value == int(value))
 FINITE = Range("a number", lambda value: True)
 # Field → what it may be. The second half is of generate's own language, which clients send as `extra_body`.
@@ -89,6 +90,7 @@ class Exchange:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     numbers: dict[str, float] = field(default_factory=dict)
+    inputs: Any = None  # tensors of the chat
     gone: threading.Event = field(default_factory=threading.Event)  # nobody waits for the reply any more
     error: Exception | None = None  # of the model
     prompt_tokens: int = 0
@@ -154,7 +156,7 @@ def _check_plain(key: str, value: Any) -> None:
         return
     if key in PLAIN:
         raise RefusedError(
-            f"This server cannot do `{key}` as {str(value)[:40]!r}; leave it out.", param=key, code="unsupported_value"
+            f"`{key}` cannot be {str(value)[:40]} here; leave it out.", param=key, code="unsupported_value"
         )
     raise RefusedError(f"The request has an unknown field `{key[:60]}`; leave it out.", param=key[:60])
 
@@ -186,6 +188,10 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
     if pictures > MAX_PICTURES:
         raise _wrong(f"has {pictures} pictures; {MAX_PICTURES} is the most")
+    if (
+        length := sum(len(part.get("text", "")) for message in messages for part in message["content"])
+    ) > MAX_CHARACTERS:
+        raise _wrong(f"has {length:,} characters; {MAX_CHARACTERS:,} is the most")
     return messages
 
 
@@ -206,7 +212,7 @@ def _message(place: int, message: Any) -> dict[str, Any]:
 def _part(place: int, part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
+        return {"type": "text", "text": part["text"].encode(errors="replace").decode()}  # half a character is none
     if kind == "image_url":
         address = part.get("image_url")
         address = address.get("url") if isinstance(address, Mapping) else address

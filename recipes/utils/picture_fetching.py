@@ -74,7 +74,9 @@ def fetch_picture(address: str, limits: FetchLimits | None = None) -> bytes:
         content, place = _one_hop(place, limits, deadline)
         if content is not None:
             return content
-    raise PictureError(f"The picture {address} is not to be had: its address leads on more than {MAX_REDIRECTS} times.")
+    raise PictureError(
+        f"The picture {address} is not to be had: its address leads on more than {MAX_REDIRECTS} times."
+    )
 
 
 def _inline(address: str, limits: FetchLimits) -> bytes:
@@ -186,9 +188,7 @@ def _connect(host: str, port: int, secure: bool, limits: FetchLimits, deadline: 
     raise failed
 
 
-def _content(
-    response: http.client.HTTPResponse, shown: str, limits: FetchLimits, expired: threading.Event
-) -> bytes:
+def _content(response: http.client.HTTPResponse, shown: str, limits: FetchLimits, expired: threading.Event) -> bytes:
     """The body of an answer, if it looks like a picture."""
     if response.status != 200:
         raise PictureError(f"{shown}: the address answers {response.status} {response.reason}".rstrip() + ".")
