@@ -1,4 +1,4 @@
-"""What stands in front of the server of transformers: keys, pictures, errors in one sentence, and where replies end."""
+"""What stands in front of the server of transformers: keys, pictures, errors in a sentence, and where replies end."""
 
 import asyncio
 import hmac
