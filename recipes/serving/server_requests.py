@@ -188,9 +188,8 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
     if pictures > MAX_PICTURES:
         raise _wrong(f"has {pictures} pictures; {MAX_PICTURES} is the most")
-    if (
-        length := sum(len(part.get("text", "")) for message in messages for part in message["content"])
-    ) > MAX_CHARACTERS:
+    length = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+    if length > MAX_CHARACTERS:
         raise _wrong(f"has {length:,} characters; {MAX_CHARACTERS:,} is the most")
     return messages
 
