@@ -6,6 +6,7 @@ between leads nowhere. Proxies of the environment are not used.
 
 import base64
 import binascii
+import contextlib
 import http.client
 import ipaddress
 import socket
@@ -23,7 +24,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 PIECE = 1 << 16  # bytes
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Content types of servers that do not tell what they send.
-UNTOLD = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+UNTOLD = ("", "application/octet-stream", "binary/octet-stream")
 
 
 class PictureError(ValueError):
@@ -62,7 +63,7 @@ def fetch_picture(address: str, limits: FetchLimits | None = None) -> bytes:
         limits: see `FetchLimits`.
 
     Raises:
-        PictureError: if it names nothing that may be fetched, or nothing that looks like a picture, or is over a limit.
+        PictureError: if it names nothing that may be fetched, nothing that looks like a picture, or is over a limit.
     """
     limits = limits or FetchLimits()
     address = address.strip()
@@ -74,7 +75,7 @@ def fetch_picture(address: str, limits: FetchLimits | None = None) -> bytes:
         content, place = _one_hop(place, limits, deadline)
         if content is not None:
             return content
-    raise PictureError(f"The picture {address} is not to be had: its address leads on more than {MAX_REDIRECTS} times.")
+    raise PictureError(f"{_failure(address)}: its address leads on more than {MAX_REDIRECTS} times.")
 
 
 def _inline(address: str, limits: FetchLimits) -> bytes:
@@ -106,7 +107,7 @@ def _too_large(what: str, limits: FetchLimits) -> PictureError:
 
 def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes | None, str]:
     """What an address answers: content, or the address that it leads to."""
-    shown = f"The picture {address[:200]} is not to be had"
+    shown = _failure(address)
     parts, host, port = _split(address, shown)
     expired = threading.Event()
     try:
@@ -118,10 +119,8 @@ def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes 
 
     def expire() -> None:
         expired.set()
-        try:
+        with contextlib.suppress(OSError, AttributeError):  # it has ended by itself
             connection.sock.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):  # it has ended by itself
-            pass
 
     watch = threading.Timer(max(deadline - time.monotonic(), 0), expire)
     watch.daemon = True
@@ -144,6 +143,10 @@ def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes 
         connection.close()
 
 
+def _failure(address: str) -> str:
+    return f"The picture {address[:200]} is not to be had"
+
+
 def _split(address: str, shown: str) -> tuple[urllib.parse.SplitResult, str, int]:
     """The parts of an address that may be asked, its host and its port."""
     try:
@@ -153,7 +156,7 @@ def _split(address: str, shown: str) -> tuple[urllib.parse.SplitResult, str, int
         raise PictureError(f"{shown}: its address cannot be read.") from error
     if parts.scheme not in ("http", "https"):
         raise PictureError(
-            f"A picture is named as {address[:60]!r}; pictures come by http:, https: or data: addresses, not from files."
+            f"A picture is named as {address[:60]!r}; they come by http:, https: or data: addresses, not from files."
         )
     if not parts.hostname or parts.username is not None or parts.password is not None:
         raise PictureError(f"{shown}: its address has {'a password' if parts.hostname else 'no host'}.")
@@ -186,9 +189,7 @@ def _connect(host: str, port: int, secure: bool, limits: FetchLimits, deadline: 
     raise failed
 
 
-def _content(
-    response: http.client.HTTPResponse, shown: str, limits: FetchLimits, expired: threading.Event
-) -> bytes:
+def _content(response: http.client.HTTPResponse, shown: str, limits: FetchLimits, expired: threading.Event) -> bytes:
     """The body of an answer, if it looks like a picture."""
     if response.status != 200:
         raise PictureError(f"{shown}: the address answers {response.status} {response.reason}".rstrip() + ".")
