@@ -15,6 +15,9 @@ ABOUT = {
 }
 
 
+PROMPT = "Describe this image in detail."  # of stage 2
+
+
 def build_parser(command: str) -> argparse.ArgumentParser:
     """The parser of a command of this room."""
     parser = CommandParser(prog=f"minigpt4 {command}", description=ABOUT[command])
@@ -23,10 +26,26 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _describe(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PICTURE", help="files, folders and what is in them, patterns, addresses, or -")
+    add("--model", required=True, metavar="MODEL", help="folder or repository")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="default: %(default)s")
+    add("--output", metavar="FILE", help="JSON lines, to which a later run adds what is missing; -: standard output")
+    add("--batch_size", type=in_range(COUNT), default=8, help="pictures at once; default: %(default)s")
+    add("--max_new_tokens", type=in_range(COUNT), default=300, help="the most of a reply; default: %(default)s")
+    add("--num_beams", type=in_range(COUNT), default=1, help="default: %(default)s")
+    add("--temperature", type=in_range(NOT_NEGATIVE, float), default=0.0, help="0: no draws; default: %(default)s")
     add_model_options(parser)
 
 
 def _chat(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or repository; LABEL=MODEL tells what it is called")
+    add("--image", nargs="+", action="extend", default=[], metavar="PICTURE", help="files or addresses to begin with")
+    add("--compare", nargs="+", action="extend", default=[], metavar="MODEL", help="others that answer beside it")
+    add("--prompt", metavar="TEXT", help="ask this and end; so does text on standard input")
+    add("--load", metavar="FILE", help="go on with a chat that /save wrote")
+    add("--stats", action="store_true", help="tokens and time behind each reply")
     add_model_options(parser)
     add_reply_options(parser)
 
@@ -64,7 +83,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="NAME", help="where models compute: cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as stored")
-    add("--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8")
+    add("--quantization", choices=("bnb-int8", "bnb-nf4", "torchao-int8"), help="of the language model")
+    for part in ("vision", "qformer", "language_model"):
+        add(f"--{part}", metavar="PLACE", help=f"where the {part.replace('_', ' ')} is now, if it has moved")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 
