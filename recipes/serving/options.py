@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, NUMBER, PORT, POSITIVE, SEED, SHARE, Range, in_range
 
 
 ABOUT = {
@@ -89,13 +89,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 
+# Field of `ReplySettings` → its range, its kind, its default, and what it is.
+REPLY_FIELDS: dict[str, tuple[Range, type, float | None, str]] = {
+    "temperature": (NOT_NEGATIVE, float, 1.0, "0: no draws"),
+    "top_p": (SHARE, float, 0.9, "share of the likeliest tokens that are drawn from"),
+    "num_beams": (COUNT, int, 1, "beams of the search"),
+    "repetition_penalty": (POSITIVE, float, 1.05, "what a word of the reply loses that comes again"),
+    "length_penalty": (NUMBER, float, 1.0, "what beams gain by length"),
+    "max_new_tokens": (COUNT, int, 300, "the most of a reply"),
+    "seed": (SEED, int, None, "of the draws"),
+}
+
+
 def add_reply_options(parser: argparse.ArgumentParser) -> None:
-    """How replies are made: the fields of `ReplySettings`, which has the defaults."""
-    add = parser.add_argument
-    add("--temperature", type=in_range(NOT_NEGATIVE, float), default=1.0, help="0: no draws; default: %(default)s")
-    add("--top_p", type=in_range(SHARE, float), default=0.9, help="default: %(default)s")
-    add("--num_beams", type=in_range(COUNT), default=1, help="default: %(default)s")
-    add("--repetition_penalty", type=in_range(POSITIVE, float), default=1.05, help="default: %(default)s")
-    add("--length_penalty", type=float, default=1.0, help="of beams; default: %(default)s")
-    add("--max_new_tokens", type=in_range(COUNT), default=300, help="the most of a reply; default: %(default)s")
-    add("--seed", type=in_range(SEED), help="of the draws; default: others every time")
+    """How replies are made: the fields of `ReplySettings`."""
+    for name, (allowed, kind, default, about) in REPLY_FIELDS.items():
+        told = "others every time" if default is None else "%(default)s"
+        parser.add_argument(
+            f"--{name}", type=in_range(allowed, kind), default=default, help=f"{about}; default: {told}"
+        )

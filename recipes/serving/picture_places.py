@@ -42,7 +42,7 @@ class Place:
         if is_address(self.name):
             return Picture(self.name, fetch_picture(self.name, LIMITS))
         if not os.path.isfile(self.name):
-            raise ValueError("there is no such file")
+            raise ValueError("there is no such file" if not os.path.exists(self.name) else "it is no file")
         return Picture(self.name, Path(self.name))
 
 
