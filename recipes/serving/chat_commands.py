@@ -14,11 +14,11 @@ from recipes_minigpt4.utils.ranges import is_in
 
 
 HELP = """\
-/image PICTURE…     files or addresses for the next question, or drag them here
+/image PICTURE…     files or addresses for your next question, or drag them
 /retry              ask the last question once more
 /undo [TURNS]       take the last question and its reply back
 /reset              begin anew, without pictures
-/set [NAME=VALUE…]  how replies are made: temperature=0.7 beams=4; alone: show it
+/set [NAME=VALUE…]  how replies are made: temperature=0.7 beams=4; alone: show
 /stats              tell tokens and time behind each reply, or no longer
 /save FILE          write the chat into a file of JSON
 /load FILE          go on with a chat from a file

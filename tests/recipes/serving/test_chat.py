@@ -351,6 +351,8 @@ def test_words_and_files_are_completed(folder: Path) -> None:
 STARTED = """
 import sys, time
 from recipes_minigpt4 import cli
+from recipes_minigpt4.utils.quiet import silence_libraries
+silence_libraries([])
 from recipes_minigpt4.serving import talk
 
 stops = talk.Stopped.__call__
@@ -410,7 +412,7 @@ def test_a_chat_in_a_terminal(terminal: PseudoTerminal, ours: str, talkers, scen
     whole = Talk(talkers["ours"])
     assert "".join(whole.ask("Describe it.", scenes[:1], ReplySettings(0, repetition_penalty=1.5)))
     assert (tokens := whole.conversation.turns[0].new_tokens) > 20
-    shown = terminal.wait_for("> ")
+    shown = terminal.wait_for("\r\n> ")
     assert f"ours: {ours} on " in shown and "With your next question: a.png" in shown and "Traceback" not in shown
     terminal.type("Describe it.\r")
     terminal.wait_for("it.\r\n")

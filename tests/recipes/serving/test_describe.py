@@ -248,6 +248,8 @@ def test_mistakes_are_told_in_one_sentence(arguments, told, album, ours, capsys)
 
 KILLED = """
 import os, signal, sys
+from recipes_minigpt4.utils.quiet import silence_libraries
+silence_libraries([])
 from recipes_minigpt4.evaluation.replies import Said
 from recipes_minigpt4.serving import describe, models
 

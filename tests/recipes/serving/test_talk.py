@@ -17,7 +17,7 @@ from recipes_minigpt4.evaluation.questions import Picture, Question, Sampling
 from recipes_minigpt4.serving import talk as talk_module
 from recipes_minigpt4.serving.models import ModelOptions, Talker, check_labels, open_talker, split_label
 from recipes_minigpt4.serving.settings import Draws, ReplySettings
-from recipes_minigpt4.serving.talk import Talk, within
+from recipes_minigpt4.serving.talk import Talk
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -54,11 +54,6 @@ def test_a_reply_comes_in_pieces_and_is_what_the_model_says(kind, settings, talk
     (turn,) = talk.conversation.turns
     assert 1 <= turn.new_tokens <= 12 and turn.encoded_pictures == 1 and turn.seconds > 0
     assert turn.prompt_tokens < turn.computed_tokens
-
-
-def test_white_space_around_a_reply_is_not_shown() -> None:
-    assert list(within([" ", "\n A", " ", "b ", " ", "c", " \n"])) == ["A", " b", "  c"]
-    assert list(within(["", " "])) == []
 
 
 # ---- draws ----------------------------------------------------------------------------------------------------------
