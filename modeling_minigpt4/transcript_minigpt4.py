@@ -1,8 +1,9 @@
 """A chat as text and as token ids: how much of one that was computed begins another, whatever its ids."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from processing_minigpt4.conversations_minigpt4 import SEGMENT_MARK, without_marks
@@ -55,15 +56,16 @@ class Transcript:
         cuts |= {at: count - gone + kept for at, count in other.cuts.items() if at > place}
         return replace(other, ids=self.ids[:kept] + other.ids[gone:], cuts=cuts)
 
-    def with_reply(self, ids: list[int], decode: Callable[[list[int]], str], image_token: str) -> "Transcript":
+    def with_reply(self, ids: list[int], processor: Any) -> "Transcript":
         """The same with the ids of a reply behind it, whose text goes as far as ids and text tell the same."""
         if not isinstance(self.text, str):
             cuts = {count: count for count in range(len(self.ids) + len(ids) + 1)}
             return replace(self, text=[*self.text, *ids], ids=self.ids + ids, cuts=cuts)
+        decode = partial(processor.decode, clean_up_tokenization_spaces=False)
         whole = decode(ids)
         # Bytes that are no character, what passes for a picture, and what the processor takes out.
         odd = [place for place, one in enumerate(whole) if one == "\ufffd" or one != without_marks(one)]
-        usable = whole[: min([len(whole), *odd])].partition(image_token)[0]
+        usable = whole[: min([len(whole), *odd])].partition(processor.image_token)[0]
         start, before, cuts = len(self.text), len(self.ids), dict(self.cuts)
         if cuts.get(start) == before:  # not where the tokenizer has put an end there, as some do
             for count in range(1, len(ids) + 1):

@@ -546,20 +546,37 @@ def test_an_assistant_may_have_eyes_of_its_own(seeing: bool, chat: Chat, make_mo
     assistant = make_model(text=text, seed=1) if seeing else blind
     talk, same = chat.begin(), chat.begin()
     for question in (("What?", [chat.picture("red")]), ("Why?", [])):
-        assert talk.ask(*question, assistant_model=assistant) == same.ask(*question)
-    assert talk.turns[-1].encoded_pictures == 1
+        with counted(chat.model) as counts:
+            reply = talk.ask(*question, assistant_model=assistant)
+        assert reply == same.ask(*question)
+        assert counts.pictures == talk.turns[-1].encoded_pictures == 1
+    heard = Heard()
+    talk.ask("And?", streamer=heard)
+    assert fresh(chat, heard.prompt, [chat.picture("red")]) == heard.ids
 
 
-def test_a_language_model_that_forgets_is_asked_anew(make_chat: Callable) -> None:
-    """Layers that see a window only have let go of what the next turn would need."""
-    chat = make_chat("byte_level", "vicuna_v0", model_type="mistral", sliding_window=7)
-    talk, red, heard = chat.begin(), chat.picture("red"), Heard()
-    talk.ask("What?", [red])
-    with counted(chat.model) as counts:
-        talk.ask("Why?", streamer=heard)
-    assert fresh(chat, heard.prompt, [red]) == heard.ids
-    assert counts.pictures == 0
-    assert counts.tokens == talk.turns[-1].computed_tokens >= len(heard.prompt)
+@pytest.mark.parametrize("window", [7, 165, 1000])
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
+def test_a_language_model_that_forgets(model_type: str, window: int, make_chat: Callable) -> None:
+    """Layers that see a window only have let go of what a next turn would need, once their window is full."""
+    fields = {"model_type": model_type, "sliding_window": window, "head_dim": 8}
+    chat = make_chat("byte_level", "vicuna_v0", **fields)
+    talk, red, seen, cheap = chat.begin(), chat.picture("red"), [], []
+    for number in range(4):
+        given = {"num_beams": 2} if number == 2 else {}
+        with counted(chat.model) as counts, recorded(chat.model) as calls:
+            talk.ask("Why?", [red] if number in (0, 2) else [], **given)
+        seen += [red] if number in (0, 2) else []
+        ((prompt, said),) = calls
+        assert fresh(chat, prompt, seen, **given) == said
+        assert counts.pictures == (number == 0)
+        assert counts.tokens == talk.turns[-1].computed_tokens
+        cheap.append(counts.tokens < len(prompt))
+    assert cheap == [False, window > 7, window > 165, window > 165], [turn.prompt_tokens for turn in talk.turns]
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("Why is it so?", streamer=Heard(2))
+    talk.ask("Why?", streamer=(heard := Heard()))
+    assert fresh(chat, heard.prompt, seen) == heard.ids
 
 
 def test_the_window_of_the_language_model(make_chat: Callable) -> None:
