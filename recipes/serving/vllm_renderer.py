@@ -1,4 +1,4 @@
-"""Chats to ids inside vLLM, by the processor that made the ids of training: the same dummy prefixes, the same places."""
+"""Chats to ids inside vLLM, by the processor that made those of training: the same places, the same dummy prefixes."""
 
 import threading
 from typing import Any
