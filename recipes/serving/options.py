@@ -1,9 +1,10 @@
 """What the commands of this room take. Importing this file is cheap."""
 
 import argparse
+from pathlib import Path
 
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, in_range
 
 
 ABOUT = {
@@ -31,10 +32,30 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _app(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="folders or repositories; LABEL=MODEL tells what it is called")
+    add("--examples", type=Path, metavar="DIR", help="folder of pictures that people may begin with")
+    add("--output_dir", type=Path, default=Path("app"), metavar="DIR", help="for votes; default: %(default)s")
+    add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
+    add("--port", type=in_range(PORT), default=7860, help="default: %(default)s; 0: any that is free")
+    add("--share", action="store_true", help="make it public, through a tunnel of Gradio's")
     add_model_options(parser)
+    add_reply_options(parser)
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or repository; NAME=MODEL tells what clients call it")
+    add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
+    add("--port", type=in_range(PORT), default=8000, help="default: %(default)s; 0: any that is free")
+    add("--api_key", metavar="KEY", help="what clients have to send; better: the variable MINIGPT4_API_KEY")
+    add("--allow_origins", nargs="+", default=[], metavar="URL", help="web pages that may ask, or *; default: none")
+    add("--engine", default="transformers", choices=("transformers", "vllm"), help="default: %(default)s")
+    add("--max_picture_mb", type=in_range(POSITIVE, float), default=20.0, help="of a file; default: %(default)s")
+    add("--max_megapixels", type=in_range(POSITIVE, float), default=50.0, help="of a picture; default: %(default)s")
+    add("--fetch_seconds", type=in_range(POSITIVE, float), default=10.0, help="for an address; default: %(default)s")
+    add("--allow_private_addresses", action="store_true", help="fetch pictures from this machine and its network too")
+    add("engine_arguments", nargs="*", metavar="ARGUMENT", help="behind --: what the engine vllm takes besides")
     add_model_options(parser)
 
 
@@ -43,9 +64,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="NAME", help="where models compute: cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as stored")
-    add(
-        "--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8"
-    )
+    add("--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 
