@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 
 
 ARCHITECTURE = "MiniGPT4ForConditionalGeneration"
@@ -33,6 +34,12 @@ def register() -> None:
         RENDERER_REGISTRY.register(MODE, f"{_HERE}.vllm_renderer", "MiniGPT4Renderer")
         TokenizerRegistry.register(MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     MODELS_CONFIG_MAP[ARCHITECTURE] = Settings
+    if os.environ.get("VLLM_MEDIA_CONNECTOR") == MODE:
+        from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+        from recipes_minigpt4.serving.vllm_pictures import PictureConnector
+
+        MEDIA_CONNECTOR_REGISTRY.register(MODE)(PictureConnector)
 
 
 class Settings:
