@@ -51,7 +51,7 @@ def _app(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=Path, metavar="DIR", help="folder of pictures that people may begin with")
     add("--output_dir", type=Path, default=Path("app"), metavar="DIR", help="for votes; default: %(default)s")
     add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
-    add("--port", type=in_range(PORT), default=7860, help="default: %(default)s; 0: any that is free")
+    add("--port", type=in_range(PORT), help="default: 7860, or the next that is free; 0: any")
     add("--share", action="store_true", help="make it public, through a tunnel of Gradio's")
     add_model_options(parser)
     add_reply_options(parser)

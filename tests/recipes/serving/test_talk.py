@@ -79,7 +79,7 @@ def test_draws_follow_temperature_and_share() -> None:
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_seed_gives_the_same_reply_while_others_draw(kind, num_beams, talkers, scenes) -> None:
     def draw(seed: int | None) -> str:
-        settings = ReplySettings(temperature=1.5, top_p=1.0, num_beams=num_beams, max_new_tokens=10, seed=seed)
+        settings = ReplySettings(temperature=3.0, top_p=1.0, num_beams=num_beams, max_new_tokens=10, seed=seed)
         return reply(Talk(talkers[kind]), settings, scenes[0])
 
     alone = [draw(seed) for seed in (1, 2)]
@@ -208,7 +208,7 @@ def test_another_chat_model_sees_the_whole_chat_and_all_pictures(talkers, scenes
     second = reply(talk, GREEDY, scenes[1], "And this?")
     speaker = talkers["llava"].speaker
     text = f"user: <image>{ASKED} assistant: {first} user: <image>And this? assistant:"
-    inputs = speaker.processor(text=[text], images=[scenes[:2]], return_tensors="pt")
+    inputs = speaker.on_device(speaker.processor(text=[text], images=[scenes[:2]], return_tensors="pt"))
     ids = speaker.model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert second == speaker.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert talk.conversation.turns[1].encoded_pictures == 2
