@@ -134,7 +134,7 @@ class Front:
         if _header(scope, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
             raise RefusedError("Send the request as JSON, with the header `Content-Type: application/json`.", 415)
         if self.waiting >= MAX_WAITING:
-            raise RefusedError(f"{MAX_WAITING} requests are waiting already; come again later.", 429)
+            raise RefusedError(f"There are {MAX_WAITING} requests waiting already; come again later.", 429)
         self.waiting += 1
         watch = None
         try:
