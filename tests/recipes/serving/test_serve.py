@@ -8,11 +8,15 @@ import json
 import logging
 import os
 import random
+import re
+import shlex
 import signal
 import socket
+import struct
 import threading
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from transformers import GenerationConfig
 
@@ -31,9 +36,6 @@ from recipes_minigpt4.serving.server_replies import Ending
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.picture_fetching import FetchLimits
 
-
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
 
 KEY = "a-key-of-many-letters"
 PAGE = "https://page.example"
@@ -130,6 +132,13 @@ def data_uri(picture: Image.Image, kind: str = "PNG") -> str:
     file = io.BytesIO()
     picture.save(file, kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A small PNG file that says it is of another size."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    small = base64.b64decode(data_uri(Image.new("RGB", (4, 4))).partition(",")[2])
+    return small[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + small[33:]
 
 
 def user(*parts: Any, role: str = "user") -> dict:
@@ -379,6 +388,7 @@ def test_a_chat_that_cannot_be_answered_is_told(chat: Any, told: str, stream: bo
         ("data:image/png;base64,A?", "damaged"),
         ("BROKEN", "is damaged"),
         ("LARGE", "64 x 64 pixels; 0.003 million is the most"),
+        ("BOMB", "far too many pixels"),
         ("HEAVY", "larger than 0.01 MB"),
         ("http://127.0.0.1:9/a.png", "private network"),
         ("http://metadata.invalid/a.png", "host is unknown"),
@@ -396,6 +406,7 @@ def test_a_picture_that_is_not_to_be_had_is_told(address, told, server: Server, 
     others = {
         "BROKEN": whole[: len(whole) // 2 // 4 * 4],
         "LARGE": data_uri(small),
+        "BOMB": "data:image/png;base64," + base64.b64encode(png_of(60_000, 60_000)).decode(),
         "HEAVY": data_uri(noise),
         "POSTSCRIPT": "data:image/eps;base64," + base64.b64encode(file.getvalue()).decode(),
     }
@@ -581,6 +592,27 @@ def test_evaluate_gets_the_replies_of_the_model(ours: str, server: Server, setti
         return sorted((told["key"], told["text"], told["finished"]) for told in map(json.loads, lines))
 
     assert replies("here") == replies("there") and len(replies("there")) >= 3
+
+
+def test_the_client_code_of_the_page_runs(
+    server: Server, settings, scenes, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    settings(api_key=None)
+    (tmp_path / "demo-output").mkdir()
+    scenes[0].save(tmp_path / "demo-output" / "scene.png")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(serve.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (curl,) = re.findall(r"^```sh\n(curl.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    there = {"http://127.0.0.1:8000": server.place, '"adapter"': f'"{NAME}"'}
+    for text, other in there.items():
+        assert text in code and text in curl
+        code, curl = code.replace(text, other), curl.replace(text, other)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == local(server, [user(scenes[0], "Describe this image in detail.")])
+    _, address, _, header, _, body = shlex.split(curl)
+    status, told, _ = server.get(address.removeprefix(server.place), "POST", body=body, **dict([header.split(": ")]))
+    assert status == 200 and told["choices"][0]["message"]["content"]
 
 
 # ---- beginning ------------------------------------------------------------------------------------------------------
