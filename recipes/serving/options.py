@@ -65,7 +65,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     add("--api_key", metavar="KEY", help="what clients have to send; better: the variable MINIGPT4_API_KEY")
     add("--allow_origins", nargs="+", default=[], metavar="URL", help="web pages that may ask, or *; default: none")
     add("--engine", default="transformers", choices=("transformers", "vllm"), help="default: %(default)s")
-    parser.epilog = "What stands behind -- is for the engine vllm, as in: -- --max-model-len 2048"
+    parser.epilog = "What stands behind -- is for the engine vllm, as in: -- --seed 1"
     add("--max_picture_mb", type=in_range(POSITIVE, float), default=20.0, help="of a file; default: %(default)s")
     add("--max_megapixels", type=in_range(POSITIVE, float), default=50.0, help="of a picture; default: %(default)s")
     add("--fetch_seconds", type=in_range(POSITIVE, float), default=10.0, help="for an address; default: %(default)s")
