@@ -16,6 +16,8 @@ from recipes_minigpt4.serving.vllm_model import load_processor
 
 # The prompt needs to know where pictures are, not what they show: their pixels are made elsewhere, once.
 BLANK = PIL.Image.new("RGB", (1, 1))
+# What vLLM tells a chat template, beside variables that the template itself names.
+OPTIONS = ("add_generation_prompt", "continue_final_message", "tools", "documents")
 
 
 class MiniGPT4Renderer(HfRenderer):  # type: ignore[misc]
@@ -35,13 +37,15 @@ class MiniGPT4Renderer(HfRenderer):  # type: ignore[misc]
 
     def _ids_of(self, conversation: list[Any], params: Any) -> list[int]:
         """The ids of a chat, image tokens included."""
-        options = {name: value for name, value in params.chat_template_kwargs.items() if value is not None}
-        for name in ("tokenize", "return_dict", "return_tensors", "images", "text"):
-            options.pop(name, None)
+        template = params.chat_template or self.processor.chat_template
+        given = params.chat_template_kwargs.items()
+        options = {
+            name: value for name, value in given if value is not None and (name in OPTIONS or name in str(template))
+        }
         chat = [{**message, "content": _with_pictures(message.get("content"))} for message in conversation]
         with self._one_at_a_time:
             inputs = self.processor.apply_chat_template(
-                chat, chat_template=params.chat_template, tokenize=True, return_dict=True, **options
+                chat, chat_template=params.chat_template, **{**options, "tokenize": True, "return_dict": True}
             )
         (ids,) = inputs["input_ids"]
         return list(ids)
