@@ -38,8 +38,8 @@ pytestmark = [
 
 KEY = "a-key-of-tests"
 NEW_TOKENS = 24
-START_SECONDS = 300
-STOP_SECONDS = 90
+START_SECONDS = 600
+STOP_SECONDS = 120
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Served:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=120)
 
     def ask(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         options = {"temperature": 0, "max_tokens": NEW_TOKENS, **options}
@@ -89,7 +89,12 @@ def save_sentence_pieces(folder: Path) -> None:
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(place)
+    language_model = LlamaForCausalLM(config)
+    # Bytes that are no text have other replacements one by one, as vLLM writes them, than together.
+    pieces = [number for token, number in tokenizer.get_vocab().items() if token.startswith("<0x")]
+    with torch.no_grad():
+        language_model.lm_head.weight[pieces] = 0
+    language_model.save_pretrained(place)
     save(folder, str(place), "vicuna_v0")
 
 
