@@ -228,7 +228,11 @@ def test_a_whole_folder_is_served_as_it_is_at_a_free_port(
 
 
 def ask(
-    path: str, body: bytes = b"{}", headers: list[tuple[bytes, bytes]] | None = None, kind: str = "http"
+    path: str,
+    body: bytes = b"{}",
+    headers: list[tuple[bytes, bytes]] | None = None,
+    kind: str = "http",
+    method: str = "POST",
 ) -> tuple[int, Any]:
     """The status, and what vLLM was given or the sentence that the client gets."""
     sent: list[Any] = []
@@ -253,7 +257,7 @@ def ask(
         sent.append(message)
 
     headers = [(b"content-length", str(len(body)).encode()), *(headers or [])]
-    scope = {"type": kind, "path": path, "method": "POST", "headers": headers}
+    scope = {"type": kind, "path": path, "method": method, "headers": headers}
     asyncio.run(vllm_front.Front(app)(scope, receive, send))
     if sent[0]["type"] == "websocket.close":
         return sent[0]["code"], None
@@ -303,6 +307,7 @@ def test_the_key_is_asked_for_everywhere_but_for_health(monkeypatch: pytest.Monk
             assert "API key is wrong or missing" in reason
         assert ask(path, headers=[(b"authorization", b"Bearer a key")])[0] == 200
     assert ask("/health")[0] == 200
+    assert ask(CHAT, method="OPTIONS")[0] == 200  # of browsers, before they send it
     monkeypatch.delenv("VLLM_API_KEY")
     assert ask(CHAT)[0] == 200
 
