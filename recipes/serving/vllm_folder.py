@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
+from transformers.utils.hub import extract_commit_hash
 
 from modeling_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor, __version__
 from modeling_minigpt4.peft_minigpt4 import ADAPTER_CONFIG, ADAPTER_FOLDER, find_file, is_wrapper
@@ -63,13 +64,14 @@ def whole_folder(name: str, trust_remote_code: bool = False, cache: Path | None 
         separator = processor.separator
     except Exception as error:  # transformers and the Hub say in many ways that something is not there
         raise RecipeError(f"{name} cannot be served by vLLM ({one_line(error)}).") from error
-    found = getattr(config, "_commit_hash", None) or revision
+    if (file := find_file(place, "config.json", {"revision": revision})) is not None:
+        revision = extract_commit_hash(file, None) or revision  # of now, whatever becomes of the branch
     if not config.backbones and find_file(place, ADAPTER_CONFIG, {"revision": revision}, ADAPTER_FOLDER) is None:
-        return Whole(place, found, separator, _dtype(config))
-    target = (cache or Path(HF_HOME) / "minigpt4" / "whole") / _key(place, found)
+        return Whole(place, revision, separator, _dtype(config))
+    target = (cache or Path(HF_HOME) / "minigpt4" / "whole") / _key(place, revision)
     if not target.is_dir():
         with _told(target), _lock(target):
-            _write(place, processor, target, trusted)
+            _write(place, processor, target, {**trusted, "revision": revision})
     return Whole(str(target), None, separator, _dtype(MiniGPT4Config.from_pretrained(target)))
 
 

@@ -9,7 +9,7 @@ from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
 from recipes_minigpt4.serving.vllm_front import LIMITS
-from recipes_minigpt4.utils.picture_fetching import FetchLimits, fetch_picture
+from recipes_minigpt4.utils.picture_fetching import FetchLimits, PictureError, fetch_picture
 
 
 class PictureConnector(MediaConnector):  # type: ignore[misc]
@@ -24,7 +24,12 @@ class PictureConnector(MediaConnector):  # type: ignore[misc]
         """
         content = fetch_picture(image_url, FetchLimits(**json.loads(os.environ.get(LIMITS, "{}"))))
         reader = ImageMediaIO(**({"image_mode": image_mode} | self.media_io_kwargs.get("image", {})))
-        return reader.load_bytes(content)
+        try:
+            return reader.load_bytes(content)
+        except ValueError as error:
+            shown = "A picture in a data URI" if image_url[:5].lower() == "data:" else f"The picture {image_url[:200]}"
+            reason = "is damaged or in no format that is known here" if error.__cause__ else f"is refused ({error})"
+            raise PictureError(f"{shown} {reason}.") from error
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> PIL.Image.Image:
         """The same, in a thread."""

@@ -19,7 +19,7 @@ def register() -> None:
 
     vLLM runs this whatever it serves, so a release of it that has no such places gets a warning and no error.
     """
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in NEEDED if not is_there(name)]:
         logger.warning("MiniGPT-4 cannot be served: this release of vLLM has no %s.", ", ".join(missing))
         return
     from vllm.model_executor.models import ModelRegistry
@@ -40,6 +40,14 @@ def register() -> None:
         from recipes_minigpt4.serving.vllm_pictures import PictureConnector
 
         MEDIA_CONNECTOR_REGISTRY.register(MODE)(PictureConnector)
+
+
+def is_there(module: str) -> bool:
+    """Whether a module can be imported, by its place."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of what it lies in
+        return False
 
 
 class Settings:

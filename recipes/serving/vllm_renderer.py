@@ -1,5 +1,6 @@
 """Chats to ids inside vLLM, by the processor that made those of training: the same places, the same dummy prefixes."""
 
+import re
 import threading
 from typing import Any
 
@@ -16,6 +17,9 @@ from recipes_minigpt4.serving.vllm_model import load_processor
 
 # The prompt needs to know where pictures are, not what they show: their pixels are made elsewhere, once.
 BLANK = PIL.Image.new("RGB", (1, 1))
+OPTIONS = {"add_generation_prompt", "continue_final_message", "tools", "documents"}
+# What is no option of a template though its name may stand there.
+NOT_OPTIONS = {"messages", "images", "videos", "audio", "text", "segment_mark", "tokenize", "return_dict"}
 
 
 class MiniGPT4Renderer(HfRenderer):  # type: ignore[misc]
@@ -35,13 +39,12 @@ class MiniGPT4Renderer(HfRenderer):  # type: ignore[misc]
 
     def _ids_of(self, conversation: list[Any], params: Any) -> list[int]:
         """The ids of a chat, image tokens included."""
-        options = {name: value for name, value in params.chat_template_kwargs.items() if value is not None}
-        for name in ("tokenize", "return_dict", "return_tensors", "images", "text"):
-            options.pop(name, None)
+        template = params.chat_template or self.processor.chat_template
+        options = options_of(str(template), params.chat_template_kwargs)
         chat = [{**message, "content": _with_pictures(message.get("content"))} for message in conversation]
         with self._one_at_a_time:
             inputs = self.processor.apply_chat_template(
-                chat, chat_template=params.chat_template, tokenize=True, return_dict=True, **options
+                chat, chat_template=params.chat_template, **{**options, "tokenize": True, "return_dict": True}
             )
         (ids,) = inputs["input_ids"]
         return list(ids)
@@ -105,6 +108,12 @@ class MiniGPT4Renderer(HfRenderer):  # type: ignore[misc]
         """See that ids are words, or places of pictures."""
         place = self.processor.image_token_id
         super().validate_token_ids([token for token in token_ids if token != place], parameter=parameter)
+
+
+def options_of(template: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What of `chat_template_kwargs` is for the template: what every template knows, and variables of its own."""
+    own = {name for name in given if name not in NOT_OPTIONS and re.search(rf"\b{re.escape(name)}\b", template)}
+    return {name: value for name, value in given.items() if value is not None and name in own | OPTIONS}
 
 
 def _with_pictures(content: Any) -> Any:
