@@ -1,5 +1,6 @@
 """A chat with the model, turn by turn: questions with pictures, replies, one more try, and the way back."""
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Conversation:
     ) -> str:
         """The reply to messages that end with a question; what was said changes at the very end only."""
         start = time.perf_counter()
-        options = {**self._checked(options), "streamer": streamer}
+        options = self._checked({**options, "streamer": streamer})
         anew = self._option("use_cache", options) is False or any(self._option(name, options) for name in ANEW)
         transcript, place = write_transcript(self.processor, messages), 0
         if self._memory is not None and not anew:
@@ -165,7 +166,7 @@ class Conversation:
 
         said = found.sequences[0, length:].tolist()
         reply: str = self.processor.post_process_image_text_to_text([said])[0]
-        memory = None if anew else self._remembered(found, transcript, said)
+        memory = self._memory if anew else self._remembered(found, transcript, said)
         turn = Turn(length, computed, len(said), encoded, time.perf_counter() - start)
         self._memory, self._features = memory, list(zip(pictures, features, strict=True))
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
@@ -186,8 +187,10 @@ class Conversation:
             raise ValueError(f"A conversation gives `{given[0]}` to the model itself; leave it out.")
         if (replies := self._option("num_return_sequences", options) or 1) != 1:
             raise ValueError(f"A conversation goes on from one reply, so `num_return_sequences` cannot be {replies}.")
+        if options["streamer"] is not None and (beams := self._option("num_beams", options) or 1) > 1:
+            raise ValueError(f"A `streamer` hears one reply, and not {beams} beams; leave one of them out.")
         more = {"tokenizer": self.processor.tokenizer} if self._option("stop_strings", options) else {}
-        return {**more, **options, "return_dict_in_generate": True}
+        return _with({**more, **options}, "return_dict_in_generate", True)
 
     def _within_window(self, length: int, options: dict[str, Any]) -> dict[str, Any]:
         """Options with which a reply ends where the language model has no more positions."""
@@ -200,7 +203,7 @@ class Conversation:
             )
         if limit is None or wanted is None or options.get("max_length") is not None or length + wanted <= limit:
             return options
-        return {**options, "max_new_tokens": limit - length}
+        return _with(options, "max_new_tokens", limit - length)
 
     def _pixels(self, pictures: list[Any]) -> torch.Tensor:
         processor = self.processor.image_processor
@@ -264,6 +267,15 @@ class Conversation:
     def _decoded(self, ids: list[int]) -> str:
         text: str = self.processor.decode(ids, clean_up_tokenization_spaces=False)
         return text
+
+
+def _with(options: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Options with one more, which goes into the caller's generation config if there is one."""
+    if (config := options.get("generation_config")) is None:
+        return {**options, name: value}
+    config = copy.deepcopy(config)
+    setattr(config, name, value)
+    return {**{key: given for key, given in options.items() if key != name}, "generation_config": config}
 
 
 def _check(model: Any, processor: Any) -> None:

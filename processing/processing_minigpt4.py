@@ -400,6 +400,8 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
                 )
         if kwargs.get("tokenize") and "segment_mark" in template:
             kwargs["segment_mark"] = SEGMENT_MARK
+        elif "segment_mark" not in template:
+            kwargs.pop("segment_mark", None)  # which only some templates know
         with RENDERING:
             return super().apply_chat_template(chats if batched else chats[0], chat_template=template, **kwargs)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, NUMBER, PORT, POSITIVE, SEED, SHARE, Range, in_range
 
 
 ABOUT = {
@@ -26,6 +26,7 @@ class EngineParser(CommandParser):
         found, unknown = super().parse_known_args(words[:end], namespace)
         found.engine_arguments = words[end + 1 :]
         return found, unknown
+PROMPT = "Describe this image in detail."  # of stage 2
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -37,10 +38,26 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _describe(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PICTURE", help="files, folders and what is in them, patterns, addresses, or -")
+    add("--model", required=True, metavar="MODEL", help="folder or repository")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="default: %(default)s")
+    add("--output", metavar="FILE", help="JSON lines, to which a later run adds what is missing; -: standard output")
+    add("--batch_size", type=in_range(COUNT), default=8, help="pictures at once; default: %(default)s")
+    add("--max_new_tokens", type=in_range(COUNT), default=300, help="the most of a reply; default: %(default)s")
+    add("--num_beams", type=in_range(COUNT), default=1, help="default: %(default)s")
+    add("--temperature", type=in_range(NOT_NEGATIVE, float), default=0.0, help="0: no draws; default: %(default)s")
     add_model_options(parser)
 
 
 def _chat(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or repository; LABEL=MODEL tells what it is called")
+    add("--image", nargs="+", action="extend", default=[], metavar="PICTURE", help="files or addresses to begin with")
+    add("--compare", nargs="+", action="extend", default=[], metavar="MODEL", help="others that answer beside it")
+    add("--prompt", metavar="TEXT", help="ask this and end; so does text on standard input")
+    add("--load", metavar="FILE", help="go on with a chat that /save wrote")
+    add("--stats", action="store_true", help="tokens and time behind each reply")
     add_model_options(parser)
     add_reply_options(parser)
 
@@ -78,17 +95,28 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="NAME", help="where models compute: cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as stored")
-    add("--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8")
+    add("--quantization", choices=("bnb-int8", "bnb-nf4", "torchao-int8"), help="of the language model")
+    for part in ("vision", "qformer", "language_model"):
+        add(f"--{part}", metavar="PLACE", help=f"where the {part.replace('_', ' ')} is now, if it has moved")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 
+# Field of `ReplySettings` → its range, its kind, its default, and what it is.
+REPLY_FIELDS: dict[str, tuple[Range, type, float | None, str]] = {
+    "temperature": (NOT_NEGATIVE, float, 1.0, "0: no draws"),
+    "top_p": (SHARE, float, 0.9, "share of the likeliest tokens that are drawn from"),
+    "num_beams": (COUNT, int, 1, "beams of the search"),
+    "repetition_penalty": (POSITIVE, float, 1.05, "what a word of the reply loses that comes again"),
+    "length_penalty": (NUMBER, float, 1.0, "what beams gain by length"),
+    "max_new_tokens": (COUNT, int, 300, "the most of a reply"),
+    "seed": (SEED, int, None, "of the draws"),
+}
+
+
 def add_reply_options(parser: argparse.ArgumentParser) -> None:
-    """How replies are made: the fields of `ReplySettings`, which has the defaults."""
-    add = parser.add_argument
-    add("--temperature", type=in_range(NOT_NEGATIVE, float), default=1.0, help="0: no draws; default: %(default)s")
-    add("--top_p", type=in_range(SHARE, float), default=0.9, help="default: %(default)s")
-    add("--num_beams", type=in_range(COUNT), default=1, help="default: %(default)s")
-    add("--repetition_penalty", type=in_range(POSITIVE, float), default=1.05, help="default: %(default)s")
-    add("--length_penalty", type=float, default=1.0, help="of beams; default: %(default)s")
-    add("--max_new_tokens", type=in_range(COUNT), default=300, help="the most of a reply; default: %(default)s")
-    add("--seed", type=in_range(SEED), help="of the draws; default: others every time")
+    """How replies are made: the fields of `ReplySettings`."""
+    for name, (allowed, kind, default, about) in REPLY_FIELDS.items():
+        told = "others every time" if default is None else "%(default)s"
+        parser.add_argument(
+            f"--{name}", type=in_range(allowed, kind), default=default, help=f"{about}; default: {told}"
+        )
