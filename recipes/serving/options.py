@@ -1,7 +1,9 @@
 """What the commands of this room take. Importing this file is cheap."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 from recipes_minigpt4.utils.command_line import CommandParser
 from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, NUMBER, PORT, POSITIVE, SEED, SHARE, Range, in_range
@@ -15,12 +17,22 @@ ABOUT = {
 }
 
 
+class EngineParser(CommandParser):
+    """A parser that leaves what stands behind `--` to an engine, word by word, as `engine_arguments`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        found, unknown = super().parse_known_args(words[:end], namespace)
+        found.engine_arguments = words[end + 1 :]
+        return found, unknown
 PROMPT = "Describe this image in detail."  # of stage 2
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """The parser of a command of this room."""
-    parser = CommandParser(prog=f"minigpt4 {command}", description=ABOUT[command])
+    kind = EngineParser if command == "serve" else CommandParser
+    parser = kind(prog=f"minigpt4 {command}", description=ABOUT[command])
     {"describe": _describe, "chat": _chat, "app": _app, "serve": _serve}[command](parser)
     return parser
 
@@ -70,11 +82,11 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     add("--api_key", metavar="KEY", help="what clients have to send; better: the variable MINIGPT4_API_KEY")
     add("--allow_origins", nargs="+", default=[], metavar="URL", help="web pages that may ask, or *; default: none")
     add("--engine", default="transformers", choices=("transformers", "vllm"), help="default: %(default)s")
+    parser.epilog = "What stands behind -- is for the engine vllm, as in: -- --seed 1"
     add("--max_picture_mb", type=in_range(POSITIVE, float), default=20.0, help="of a file; default: %(default)s")
     add("--max_megapixels", type=in_range(POSITIVE, float), default=50.0, help="of a picture; default: %(default)s")
     add("--fetch_seconds", type=in_range(POSITIVE, float), default=10.0, help="for an address; default: %(default)s")
     add("--allow_private_addresses", action="store_true", help="fetch pictures from this machine and its network too")
-    add("engine_arguments", nargs="*", metavar="ARGUMENT", help="behind --: what the engine vllm takes besides")
     add_model_options(parser)
 
 

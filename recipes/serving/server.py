@@ -27,7 +27,7 @@ def build(args: argparse.Namespace) -> Any:
     start, (label, name) = time.perf_counter(), split_label(args.model)
     options = SpeakerOptions(args.device, args.dtype, 1, args.trust_remote_code, args.quantization)
     # Not as a talker, whose penalties are those of the original's demo: replies are those of `generate`.
-    speaker = open_speaker(name, options)
+    speaker = None if name.startswith("openai:") else open_speaker(name, options)
     if not isinstance(speaker, ChatSpeaker) or isinstance(speaker, BlipSpeaker):
         raise RecipeError(f"{name} is no chat model that can be loaded here, and clients send chats; name one.")
     print(Talker(label, name, speaker, time.perf_counter() - start).about, flush=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import io
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -11,11 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import PIL.Image
-
-from processing_minigpt4.image_opening_minigpt4 import open_image
 from recipes_minigpt4.serving.server_compat import PLACEHOLDER
 from recipes_minigpt4.serving.server_model import EXCHANGE, Loaded
+from recipes_minigpt4.serving.server_pictures import open_picture
 from recipes_minigpt4.serving.server_replies import Pieces, Writer
 from recipes_minigpt4.serving.server_requests import Exchange, RefusedError, check_model, read_request
 from recipes_minigpt4.utils.errors import one_line
@@ -31,7 +28,6 @@ ROUTES = {CHAT: "POST", "/v1/models": "GET", "/health": "GET"}
 MAX_PARTS = 4  # a request may be as large as this many of the largest pictures
 MAX_WAITING = 64  # requests at a time
 FETCHERS = 16  # pictures that are fetched at a time
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that other programs open
 logger = logging.getLogger(__name__)
 
 
@@ -47,31 +43,6 @@ class FrontSettings:
     api_key: str | None = field(default=None, repr=False)
     limits: FetchLimits = field(default_factory=FetchLimits)
     megapixels: float = 50.0
-
-
-def open_picture(address: str, settings: FrontSettings) -> PIL.Image.Image:
-    """
-    The picture behind an address, upright.
-
-    Raises:
-        PictureError: if there is none, or it is over a limit.
-    """
-    content = fetch_picture(address, settings.limits)
-    shown = "A picture in a data URI" if address[:5].lower() == "data:" else f"The picture {address[:200]}"
-    PIL.Image.init()
-    try:
-        image = PIL.Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in PIL.Image.OPEN])
-    except Exception as error:  # Pillow's decoders raise errors of many types
-        raise PictureError(f"{shown} is in no format that is known here ({', '.join(FORMATS)}).") from error
-    if image.width * image.height > settings.megapixels * 1e6:
-        raise PictureError(
-            f"{shown} has {image.width} x {image.height} pixels; {settings.megapixels:g} million is the most."
-        )
-    try:
-        opened: PIL.Image.Image = open_image(image, keep_transparency=True)
-    except ValueError as error:
-        raise PictureError(f"{shown} is damaged.") from error
-    return opened
 
 
 class Front:
@@ -134,7 +105,7 @@ class Front:
         if _header(scope, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
             raise RefusedError("Send the request as JSON, with the header `Content-Type: application/json`.", 415)
         if self.waiting >= MAX_WAITING:
-            raise RefusedError(f"{MAX_WAITING} requests are waiting already; come again later.", 429)
+            raise RefusedError(f"There are {MAX_WAITING} requests waiting already; come again later.", 429)
         self.waiting += 1
         watch = None
         try:
@@ -148,19 +119,23 @@ class Front:
                 watch.cancel()
 
     async def _prepare(self, exchange: Exchange) -> None:
-        """Put the pictures of the chat in the place of their addresses, and make tensors of it."""
-        loop, images = asyncio.get_running_loop(), exchange.images
-        calls = [partial(open_picture, image.pop("url"), self.settings) for image in images]
+        """Fetch the pictures of the chat, and make tensors of it."""
+        loop, addresses = asyncio.get_running_loop(), [image["url"] for image in exchange.images]
+        calls = [partial(fetch_picture, address, self.settings.limits) for address in addresses]
         try:
-            opened = await asyncio.gather(*(loop.run_in_executor(self.fetchers, call) for call in calls))
+            contents = await asyncio.gather(*(loop.run_in_executor(self.fetchers, call) for call in calls))
+            await loop.run_in_executor(self.preparing, self._open, exchange, contents)
         except PictureError as error:
             raise RefusedError(str(error), param="messages", code="invalid_image_url") from error
-        for image, picture in zip(images, opened, strict=True):
-            image["image"] = picture
-        try:
-            await loop.run_in_executor(self.preparing, self.loaded.prepare, exchange)
         except Exception as error:
             raise as_refused(error) from error
+
+    def _open(self, exchange: Exchange, contents: list[bytes]) -> None:
+        """Open the pictures of a chat, and make tensors of it: of one chat at a time, as pictures are large."""
+        for image, content in zip(exchange.images, contents, strict=True):
+            image["image"] = open_picture(content, image.pop("url"), self.settings.megapixels)
+        self.loaded.prepare(exchange)
+        exchange.messages.clear()
 
     async def _reply(self, scope: Message, exchange: Exchange, watch: asyncio.Task, send: Send) -> None:
         """Let the server of transformers answer, and send on what it says."""

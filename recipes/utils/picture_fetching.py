@@ -113,7 +113,7 @@ def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes 
     try:
         connection = _connect(host, port, parts.scheme == "https", limits, deadline)
     except PictureError as error:
-        raise PictureError(f"{shown}: {error}") from error
+        raise PictureError(f"{shown}: {error}.") from error
     except OSError as error:
         raise PictureError(f"{shown}: {_reason(error, limits)}.") from error
 
