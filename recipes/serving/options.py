@@ -26,6 +26,10 @@ class EngineParser(CommandParser):
         found, unknown = super().parse_known_args(words[:end], namespace)
         found.engine_arguments = words[end + 1 :]
         return found, unknown
+
+
+# Parts of our models that may have moved → what people call them.
+PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
 PROMPT = "Describe this image in detail."  # of stage 2
 
 
@@ -96,8 +100,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME", help="where models compute: cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as stored")
     add("--quantization", choices=("bnb-int8", "bnb-nf4", "torchao-int8"), help="of the language model")
-    for part in ("vision", "qformer", "language_model"):
-        add(f"--{part}", metavar="PLACE", help=f"where the {part.replace('_', ' ')} is now, if it has moved")
+    for part, words in PARTS.items():
+        add(f"--{part}", metavar="PLACE", help=f"where the {words} is now, if it has moved")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 

@@ -252,7 +252,8 @@ def test_a_model_has_a_label_and_says_what_it_is(talkers: dict[str, Talker], our
     assert talkers["ours"].label == "ours" and split_label(f"mine={ours}") == ("mine", ours)
     assert split_label("you/it@main") == ("it@main", "you/it@main")
     about = talkers["ours"].about
-    assert about.startswith(f"ours: {ours} on language model llama") and "float32 on cpu, loaded in " in about
+    parts = "vision encoder blip2, Q-Former blip2, language model llama"
+    assert about.startswith(f"ours: {ours} on {parts}; float32 on cpu, loaded in ")
     assert "a blip-2;" in talkers["blip2"].about
     with pytest.raises(RecipeError, match="Two models are called ours; write LABEL="):
         check_labels([ours, "runs/ours"])
