@@ -64,6 +64,9 @@ class Conversation:
         model ([`MiniGPT4ForConditionalGeneration`]): who answers.
         processor ([`MiniGPT4Processor`]): the processor of that model, with a chat template.
         system: system text, instead of the template's own.
+        retokenize: tokenize earlier replies anew, as a fresh start does, and do not keep them as the model spelt them.
+            The text is the same, but a model may go on from other tokens in other words. Each turn then computes the
+            reply before it once more.
 
     Attributes:
         messages: what was said, as chat templates take it; pictures are PIL images.
@@ -73,11 +76,10 @@ class Conversation:
         ValueError: if model and processor do not go together, or there is no chat template.
     """
 
-    def __init__(self, model: Any, processor: Any, system: str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any, system: str | None = None, *, retokenize: bool = False) -> None:
         _check(model, processor)
-        self.model = model
-        self.processor = processor
-        self.system = system
+        self.model, self.processor = model, processor
+        self.system, self.retokenize = system, retokenize
         self.messages: list[dict[str, Any]] = []
         self.turns: list[Turn] = []
         self._memory: Memory | None = None
@@ -149,7 +151,7 @@ class Conversation:
         anew = self._option("use_cache", options) is False or any(self._option(name, options) for name in ANEW)
         transcript, place = write_transcript(self.processor, messages), 0
         if self._memory is not None and not anew and can_be_cut(self._memory.cache):
-            place = self._memory.transcript.shared(transcript, self._memory.length)
+            place = self._memory.transcript.shared(transcript, self._memory.length, self.retokenize)
             transcript = self._memory.transcript.continued(transcript, place)
         length, kept = len(transcript.ids), transcript.cuts[place]
         options = self._within_window(length, options)

@@ -31,14 +31,15 @@ class Transcript:
     cuts: dict[int, int]
     pictures: list[tuple[int, Any]]
 
-    def shared(self, other: "Transcript", length: int) -> int:
+    def shared(self, other: "Transcript", length: int, same_ids: bool = False) -> int:
         """
         The place up to which the first `length` ids stand for what `other` begins with.
 
-        At least one id of `other` is left, for the next token to be computed from.
+        At least one id of `other` is left, for the next token to be computed from. With `same_ids`, those before are
+        the ids of `other` too, and not others that stand for the same text.
         """
-        pairs = enumerate(zip(self.text, other.text, strict=False))
-        end = next((at for at, (one, another) in pairs if one != another), min(len(self.text), len(other.text)))
+        end = _shared(self.text, other.text)
+        length = min(length, _shared(self.ids, other.ids)) if same_ids else length
         for (place, one), (_, another) in zip(self.pictures, other.pictures, strict=False):
             if one is not another:
                 end = min(end, place)
@@ -117,6 +118,12 @@ def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
     """The pictures of a chat, in their order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     return [part.get("image", part) for part in parts if part.get("type") == "image"]
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements of two sequences are the same from the first on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (here, there) in pairs if here != there), min(len(one), len(other)))
 
 
 def _cuts(text: str, spans: list[tuple[int, int]]) -> dict[int, int]:

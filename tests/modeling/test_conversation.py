@@ -241,6 +241,24 @@ def test_a_second_turn_computes_what_is_new(kind: str, template: str, make_chat:
     assert talk.messages[0]["content"][0]["image"] is red
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+def test_replies_that_are_tokenized_anew_are_followed_by_those_of_a_fresh_start(
+    kind: str, template: str, make_chat: Callable
+) -> None:
+    chat = make_chat(kind, template)
+    talk, red = chat.begin(retokenize=True), chat.picture("red")
+    for number, text in enumerate(("What?", "What colour is it?", "Why?")):
+        with counted(chat.model) as counts, recorded(chat.model) as calls:
+            talk.ask(text, [] if number else [red], num_beams=1 + number % 2)
+        ((prompt, said),) = calls
+        assert prompt == written(chat, talk.messages[:-1])
+        assert fresh(chat, prompt, [red], num_beams=1 + number % 2) == said
+        assert counts.pictures == (number == 0)
+        assert counts.tokens == talk.turns[-1].computed_tokens
+        assert number == 0 or counts.tokens < len(prompt) - len(written(chat, talk.messages[:1])) + 3 * WORDS
+
+
 REPLIES = {
     "with_a_space": "The cat ###",
     "with_a_full_stop": "The cat.###",
