@@ -7,6 +7,7 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 from processing_minigpt4 import MiniGPT4DataCollator, MiniGPT4ImageProcessor, MiniGPT4Processor
 
 from .configuration_minigpt4 import MiniGPT4Config
+from .conversation_minigpt4 import Conversation, Turn
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
 from .version import __version__
 
@@ -27,6 +28,7 @@ for _auto_class in {AutoModelForImageTextToText, AutoModelForVision2Seq, AutoMod
 
 __all__ = [
     "AutoModelForVision2Seq",
+    "Conversation",
     "MiniGPT4Config",
     "MiniGPT4DataCollator",
     "MiniGPT4ForConditionalGeneration",
@@ -34,5 +36,6 @@ __all__ = [
     "MiniGPT4Model",
     "MiniGPT4PreTrainedModel",
     "MiniGPT4Processor",
+    "Turn",
     "__version__",
 ]

@@ -1,9 +1,10 @@
 """What the commands of this room take. Importing this file is cheap."""
 
 import argparse
+from pathlib import Path
 
 from recipes_minigpt4.utils.command_line import CommandParser
-from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, in_range
+from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, in_range
 
 
 ABOUT = {
@@ -31,7 +32,15 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _app(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="folders or repositories; LABEL=MODEL tells what it is called")
+    add("--examples", type=Path, metavar="DIR", help="folder of pictures that people may begin with")
+    add("--output_dir", type=Path, default=Path("app"), metavar="DIR", help="for votes; default: %(default)s")
+    add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
+    add("--port", type=in_range(PORT), default=7860, help="default: %(default)s; 0: any that is free")
+    add("--share", action="store_true", help="make it public, through a tunnel of Gradio's")
     add_model_options(parser)
+    add_reply_options(parser)
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
