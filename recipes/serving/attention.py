@@ -5,8 +5,9 @@ model itself, so others may use it meanwhile.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def look_at(model: Any, pixel_values: torch.Tensor) -> Look:
         for number, layer in enumerate(ours.qformer.encoder.layer):
             _hear(layer.attention, queries.append)
             if layer.has_cross_attention:
-                _hear(layer.crossattention, lambda weights, number=number: picture.__setitem__(number, weights))
+                _hear(layer.crossattention, partial(picture.__setitem__, number))
     ours.get_image_features(pixel_values=pixel_values)
     return _look(model.config, encoded[0], pixel_values.shape[-2:], tuple(queries), picture or None)
 
@@ -141,21 +142,18 @@ def _look(config: Any, encoded: torch.Tensor, size: Any, queries: Any, picture: 
 def _seeing(model: Any) -> Any:
     """The module with the vision side."""
     for module in model.modules():
-        is_ours = getattr(getattr(module, "config", None), "model_type", None) == "minigpt4"
-        if hasattr(module, "vision_model") and (is_ours or isinstance(getattr(module, "qformer", None), Blip2QFormerModel)):
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        knows = kind == "minigpt4" or isinstance(getattr(module, "qformer", None), Blip2QFormerModel)
+        if knows and hasattr(module, "vision_model"):
             return module
     raise RecipeError(
         f"A model of the kind {model.config.model_type} cannot be looked into here; MiniGPT-4 and BLIP-2 can."
     )
 
 
-def _hear(attention: nn.Module, tell: Any) -> None:
+def _hear(attention: Any, tell: Callable[[torch.Tensor], object]) -> None:
     """Have an attention of a private copy tell its weights, the mean over heads, whenever it computes."""
-
-    def told(module: nn.Module, args: Any, output: Any) -> None:
-        tell(output[1][0].float().mean(0).cpu())
-
-    attention.attention.register_forward_hook(told)
+    attention.attention.register_forward_hook(lambda _, __, output: tell(output[1][0].float().mean(0).cpu()))
 
 
 def private_copy(module: nn.Module, shared: Iterable[nn.Module] = ()) -> Any:

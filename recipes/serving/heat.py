@@ -5,7 +5,11 @@ import PIL.Image
 
 
 STEPS = 256
-LIGHTNESS, CHROMA, HUE = (0.28, 0.92), (0.09, 0.16), (285.0, 95.0)  # from nothing to all, as OKLCH has them; violet–yellow
+LIGHTNESS, CHROMA, HUE = (
+    (0.28, 0.92),
+    (0.09, 0.16),
+    (285.0, 95.0),
+)  # from nothing to all, as OKLCH has them; violet–yellow
 
 
 def _colors() -> np.ndarray:
