@@ -19,6 +19,7 @@ import modeling_minigpt4  # noqa: F401  # registers the model with the Auto clas
 from recipes_minigpt4.evaluation.api_speaker import ApiSpeaker
 from recipes_minigpt4.evaluation.questions import Question, Sampling
 from recipes_minigpt4.evaluation.replies import Said
+from recipes_minigpt4.training.quantization import quantization_config
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -37,12 +38,14 @@ class SpeakerOptions:
         dtype: that of the weights; `auto` for the one that is stored.
         batch_size: questions at once. Greedy replies do not depend on it.
         trust_remote_code: run code that comes with a model.
+        quantization: of the language model of ours, by a name that `training/quantization.py` knows.
     """
 
     device: str | None = None
     dtype: str = "auto"
     batch_size: int = 8
     trust_remote_code: bool = False
+    quantization: str | None = None
 
 
 class Speaker(Protocol):
@@ -85,13 +88,17 @@ class ChatSpeaker:
         """
         place, revision = _place(name)
         trusted = {"trust_remote_code": options.trust_remote_code, "revision": revision}
+        device = device_of(options)
+        chosen = {"dtype": options.dtype, **trusted}
+        if options.quantization is not None:
+            chosen |= _quantized(name, options, device)
         try:
             processor: Any = AutoProcessor.from_pretrained(place, **trusted)
-            model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=options.dtype, **trusted)
+            model: Any = AutoModelForImageTextToText.from_pretrained(place, **chosen)
         except Exception as error:  # transformers and the Hub say in many ways that something is not there
             raise RecipeError(f"The model {name} cannot be loaded ({one_line(error)}).") from error
         cls.check_template(name, processor)
-        model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        model = (model if options.quantization else model.to(device)).eval()
         return cls(model, processor, revision_of(name, model.config), options.batch_size)
 
     @classmethod
@@ -146,7 +153,7 @@ class ChatSpeaker:
             vision_features: `last_hidden_state` of `encode_images` for the pictures, for a model that takes it, so
                 that its vision side has nothing to do.
         """
-        inputs = self._inputs(texts, pictures)
+        inputs = self.inputs(texts, pictures)
         if vision_features is not None:
             inputs.pop("pixel_values")
             inputs["vision_features"] = vision_features
@@ -175,8 +182,8 @@ class ChatSpeaker:
             batch = pairs[start : start + self.batch_size]
             seen = [pictures[place] for place, _ in batch]
             # Pads behind: BLIP-2's processor would put those in front between picture and words.
-            prompts = self._inputs([texts[place] for place, _ in batch], seen, "right")
-            inputs = self._inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
+            prompts = self.inputs([texts[place] for place, _ in batch], seen, "right")
+            inputs = self.inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
             # The Q-Former of InstructBLIP reads the question, and no answer to it.
             inputs.update({name: value for name, value in prompts.items() if name.startswith("qformer_")})
             logits = self.model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
@@ -187,9 +194,14 @@ class ChatSpeaker:
                 scores[place].append(float(told.gather(-1, ids[first:, None]).mean()))
         return [tuple(of_choices) for of_choices in scores]
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
-        """Tensors on the model's device."""
-        inputs = self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
+    def inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
+        """Prompts, as `written` gives them, and a picture for each, as tensors on the model's device."""
+        return self.on_device(
+            self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
+        )
+
+    def on_device(self, inputs: Any) -> Any:
+        """What a processor has made, as the model takes it."""
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
         return inputs.to(self.model.device, self.model.dtype)
@@ -246,6 +258,34 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two lists begin with alike."""
     length = min(len(one), len(other) - 1)
     return next((place for place in range(length) if one[place] != other[place]), length)
+
+
+def device_of(options: SpeakerOptions) -> str:
+    """
+    Where models compute.
+
+    Raises:
+        RecipeError: if this machine has no such place.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch says in many ways that a device is not there
+        reason = one_line(error).split(". ")[0].split(": ")[0]
+        raise RecipeError(f"--device {device} is not there ({reason}); name cpu or another one.") from error
+    return device
+
+
+def _quantized(name: str, options: SpeakerOptions, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of a quantization."""
+    config = _config_of(name, options)
+    if config.model_type != "minigpt4":
+        raise RecipeError(
+            f"--quantization is for models of this package, and {name} is a {config.model_type}; leave it out."
+        )
+    stored = getattr(config, "dtype", None) if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    return {"quantization_config": quantization_config(str(options.quantization), dtype), "device_map": {"": device}}
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,198 @@
 """The tab in which one talks to a model about pictures."""
 
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
 import gradio as gr
 
+from recipes_minigpt4.serving.app_controls import add_reply_controls, settings_of
 from recipes_minigpt4.serving.app_state import AppState
+from recipes_minigpt4.serving.page_chat import PageChat, Question
+from recipes_minigpt4.serving.uploads import ENDINGS, open_uploads, save_shown
+from recipes_minigpt4.utils.errors import one_line
+from recipes_minigpt4.utils.redaction import redact
+
+
+EXAMPLE = "Describe this picture."
+WELCOME = "Add a picture, ask about it, and see the reply grow."
+WRITE = "Ask about the picture, or add more of them"
+PAUSE = 0.05  # seconds between two looks at a reply that grows
+AT_ONCE = 4  # replies; others wait in line
 
 
 def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
     """Add the tab to the page that is being built."""
-    with gr.Tab("Chat"):
-        gr.Chatbot()
+    labels = list(app.talkers)
+    with gr.Tab("Chat", id="chat"):
+        model = gr.Dropdown(
+            labels,
+            value=labels[0],
+            label="Model",
+            info="Another model begins a new chat.",
+            visible=len(labels) > 1,
+            elem_id="chat-model",
+        )
+        log = gr.Chatbot(
+            show_label=False,
+            elem_id="chat-log",
+            height="calc(100vh - 330px)",
+            min_height=260,
+            render_markdown=False,  # what models and people say is text, and never fetches or runs anything
+            latex_delimiters=[],
+            buttons=["copy"],
+            editable="user",
+            feedback_options=None,
+            placeholder=WELCOME,
+            examples=_examples(app),
+        )
+        box = gr.MultimodalTextbox(
+            show_label=False,
+            placeholder=WRITE,
+            elem_id="chat-box",
+            file_count="multiple",
+            file_types=list(ENDINGS),
+            sources=["upload"],
+            max_plain_text_length=100_000,
+        )
+        again = gr.Button("Restart", size="sm", elem_id="chat-restart")
+        controls = add_reply_controls(app.settings)
+    log.keep_in_cache.update(map(str, app.examples))
+    tab = ChatTab(app)
+    busy = {"concurrency_id": "reply", "concurrency_limit": AT_ONCE, "show_progress": "hidden"}
+    quick = {"queue": False, "show_progress": "hidden"}
+    box.submit(tab.ask, [box, model, *controls], [box, log], api_name="ask", **busy)
+    log.retry(tab.retry, controls, [box, log], api_name="retry", **busy)
+    log.edit(tab.edit, controls, [box, log], api_name=False, **busy)
+    log.undo(tab.undo, None, [box, log], api_name="undo", **quick)
+    log.example_select(tab.example, None, box, api_name=False, **quick)
+    box.stop(tab.stop, None, None, api_name="stop", **quick)
+    restart = {"fn": tab.restart, "inputs": None, "outputs": [box, log], **quick}
+    again.click(**restart, api_name="restart")
+    log.clear(**restart, api_name=False)
+    model.change(**restart, api_name=False)
+    page.unload(tab.leave)
+
+
+def _examples(app: AppState) -> list[Any]:
+    return [{"text": EXAMPLE, "display_text": path.stem, "files": [str(path)]} for path in app.examples]
+
+
+class ChatTab:
+    """
+    What the tab does.
+
+    Args:
+        app: what the tabs share.
+    """
+
+    def __init__(self, app: AppState) -> None:
+        self.app = app
+
+    def ask(self, message: dict[str, Any], model: str, *values: Any, request: gr.Request) -> Iterator[Any]:
+        """Ask a question; the text box is emptied, and gets it back if something goes wrong."""
+        chat = self._chat(request)
+        text, uploads = (message or {}).get("text") or "", (message or {}).get("files") or []
+        with self._told(), chat.turn():
+            pictures = open_uploads(uploads, self.app.uploads)
+            shown = tuple(save_shown(picture, self.app.uploads) for picture in pictures)
+            question = Question(text, tuple(uploads), shown)
+            growing = chat.ask(self.app.talkers[model], question, pictures, settings_of(values))
+            yield from self._show(chat, growing, {"text": text, "files": uploads})
+
+    def retry(self, *values: Any, request: gr.Request) -> Iterator[Any]:
+        """Ask the last question once more."""
+        chat = self._chat(request)
+        with self._told(), chat.turn():
+            yield from self._show(chat, chat.retry(settings_of(values)), None)
+
+    def edit(self, *values: Any, request: gr.Request, event: gr.EditData) -> Iterator[Any]:
+        """Ask an earlier question in other words; what came after it is gone."""
+        chat = self._chat(request)
+        with self._told(), chat.turn():
+            turns = len(chat.questions) - int(event.index) // 2  # type: ignore[arg-type]
+            old = chat.undo(turns)
+            pictures = open_uploads(old.uploads, self.app.uploads)
+            question = Question(str(event.value), old.uploads, old.shown)
+            growing = chat.ask(chat.talk.talker, question, pictures, settings_of(values))  # type: ignore[union-attr]
+            yield from self._show(chat, growing, {"text": question.text, "files": list(old.uploads)})
+
+    def undo(self, request: gr.Request) -> tuple[Any, Any]:
+        """Take back the last question, which stands in the text box again."""
+        chat = self._chat(request)
+        with self._told(), chat.turn():
+            question = chat.undo()
+            return {"text": question.text, "files": list(question.uploads)}, _messages(chat.exchanges())
+
+    def restart(self, request: gr.Request) -> tuple[Any, Any]:
+        """Begin anew."""
+        chat = self._chat(request)
+        chat.stop()
+        with self._told(), chat.turn():
+            chat.forget()
+            return _box(), []
+
+    def stop(self, request: gr.Request) -> None:
+        """End the reply that is under way."""
+        self._chat(request).stop()
+
+    def example(self, event: gr.SelectData) -> dict[str, Any]:
+        """Put an example into the text box."""
+        path = self.app.examples[int(event.index)]  # type: ignore[arg-type]
+        return {"text": EXAMPLE, "files": [str(path)]}
+
+    def leave(self, request: gr.Request) -> None:
+        """Forget somebody who has closed the page."""
+        self.app.chats.close(str(request.session_hash))
+
+    def _chat(self, request: gr.Request) -> PageChat:
+        return self.app.chats.of(str(request.session_hash))
+
+    def _show(self, chat: PageChat, growing: Any, message: Any) -> Iterator[Any]:
+        """What the text box and the chat show while a reply grows; afterwards, or if it fails, what they show then."""
+        shown, last = None, 0.0
+        try:
+            with contextlib.closing(growing):
+                for exchanges in growing:
+                    if shown is None:
+                        yield _box(replying=True), _messages(exchanges)
+                    elif time.monotonic() - last > PAUSE:
+                        yield gr.skip(), _messages(exchanges)
+                    else:
+                        continue
+                    shown, last = exchanges, time.monotonic()
+        except Exception:
+            yield _box(message), _messages(chat.exchanges())
+            raise
+        yield _box(), _messages(chat.exchanges())
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell an error to the person in one sentence."""
+        try:
+            yield
+        except ValueError as error:
+            raise gr.Error(f"{one_line(error)}.", print_exception=False) from error
+        except gr.Error:
+            raise
+        except Exception as error:
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+            raise gr.Error(f"{type(error).__name__}: {one_line(error)}.", print_exception=False) from error
+
+
+def _box(message: Any = None, replying: bool = False) -> Any:
+    """The text box, with its button to send or to stop."""
+    return gr.MultimodalTextbox(value=message, submit_btn=not replying, stop_btn=replying)
+
+
+def _messages(exchanges: list[tuple[Question, str]]) -> list[dict[str, Any]]:
+    """Questions and replies as Gradio shows them."""
+    messages: list[dict[str, Any]] = []
+    for question, reply in exchanges:
+        content: list[Any] = [{"path": path} for path in question.shown]
+        messages.append({"role": "user", "content": [*content, *([question.text] if question.text else [])]})
+        messages.append({"role": "assistant", "content": reply})
+    return messages

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes_minigpt4.serving.models import Talker
+from recipes_minigpt4.serving.page_chat import PageChats
 from recipes_minigpt4.serving.settings import ReplySettings
 
 
@@ -18,9 +19,13 @@ class AppState:
         settings: what the controls of replies show at first.
         examples: pictures that people may begin with.
         output_dir: where votes are written.
+        uploads: the folder of what people send and what the page shows; see `uploads.py`.
+        chats: those of the people who look at the page.
     """
 
     talkers: Mapping[str, Talker]
     settings: ReplySettings
     examples: Sequence[Path]
     output_dir: Path
+    uploads: Path
+    chats: PageChats

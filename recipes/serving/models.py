@@ -1,10 +1,16 @@
 """Models that people talk to: ours, any chat model of transformers that sees, and BLIP-2 to compare with."""
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions, open_speaker
 from recipes_minigpt4.utils.errors import RecipeError
+
+
+OURS = "minigpt4"  # our models' type
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,31 @@ class Talker:
         label: what people call it.
         name: folder or repository.
         speaker: asks it in its own words; has `model` and `processor`.
+        seconds: that loading took.
     """
 
     label: str
     name: str
     speaker: ChatSpeaker
+    seconds: float = 0.0
 
     @property
     def is_ours(self) -> bool:
-        return bool(self.speaker.model.config.model_type == "minigpt4")
+        """Whether it is a MiniGPT-4 of this package."""
+        return bool(self.speaker.model.config.model_type == OURS)
+
+    @property
+    def about(self) -> str:
+        """What it is, in a line: its label, parts, type of weights, device, and the time that loading took."""
+        model = self.speaker.model
+        kind = f"{self.name}, a {model.config.model_type}"
+        if backbones := getattr(model.config, "backbones", None):
+            named = [
+                f"{part.replace('_', ' ')} {_short(source['name_or_path'])}" for part, source in backbones.items()
+            ]
+            kind = f"{self.name} on {', '.join(named)}"
+        dtype = str(model.dtype).removeprefix("torch.")
+        return f"{self.label}: {kind}; {dtype} on {model.device}, loaded in {self.seconds:.1f} s"
 
 
 def open_talker(name: str, options: ModelOptions, label: str | None = None) -> Talker:
@@ -57,12 +79,43 @@ def open_talker(name: str, options: ModelOptions, label: str | None = None) -> T
     Raises:
         RecipeError: if it cannot be loaded, or cannot be talked to.
     """
-    if label is None and "=" in name:
-        label, _, name = name.partition("=")
+    start = time.perf_counter()
+    if label is None:
+        label, name = split_label(name)
     if name.startswith("openai:"):
         raise RecipeError(f"{name} is a server, and this command loads the model itself; name a folder or repository.")
-    speaker: Any = open_speaker(name, SpeakerOptions(options.device, options.dtype, 1, options.trust_remote_code))
+    chosen = SpeakerOptions(options.device, options.dtype, 1, options.trust_remote_code, options.quantization)
+    speaker: Any = open_speaker(name, chosen)
     # The original's penalty counts words of the reply alone.
-    if speaker.model.config.model_type == "minigpt4":
+    if speaker.model.config.model_type == OURS:
         speaker.model.generation_config.penalize_prompt = False
-    return Talker(label or name.rstrip("/").rsplit("/", 1)[-1], name, speaker)
+    return Talker(label, name, speaker, time.perf_counter() - start)
+
+
+def split_label(name: str) -> tuple[str, str]:
+    """What people call a model, and its folder or repository, from `LABEL=NAME` or `NAME`."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        label, equals, rest = name.partition("=")
+        if equals and label and rest and "/" not in label:
+            return label, rest
+    return (path.resolve().name if path.exists() else name.rstrip("/").rpartition("/")[2]) or name, name
+
+
+def check_labels(names: Sequence[str]) -> None:
+    """
+    See that people can tell models apart, before any is loaded.
+
+    Raises:
+        RecipeError: if two are called the same.
+    """
+    labels = [split_label(name)[0] for name in names]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise RecipeError(
+            f"Two models are called {twice[0]}; write LABEL={names[labels.index(twice[0])]} to call one otherwise."
+        )
+
+
+def _short(name: str) -> str:
+    """A repository as it is, and the last part of a folder."""
+    return Path(name).name if Path(name).is_absolute() else name

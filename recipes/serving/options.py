@@ -37,7 +37,7 @@ def _app(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=Path, metavar="DIR", help="folder of pictures that people may begin with")
     add("--output_dir", type=Path, default=Path("app"), metavar="DIR", help="for votes; default: %(default)s")
     add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
-    add("--port", type=in_range(PORT), default=7860, help="default: %(default)s; 0: any that is free")
+    add("--port", type=in_range(PORT), help="default: 7860, or the next that is free; 0: any")
     add("--share", action="store_true", help="make it public, through a tunnel of Gradio's")
     add_model_options(parser)
     add_reply_options(parser)
@@ -52,9 +52,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="NAME", help="where models compute: cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as stored")
-    add(
-        "--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8"
-    )
+    add("--quantization", metavar="NAME", help="of the language model: bnb-int8, bnb-nf4, torchao-int8")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 
