@@ -14,7 +14,7 @@ from processing_minigpt4.image_opening_minigpt4 import open_image
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # what cameras, screens and pages make
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what cameras, screens and pages make
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MOST_PIXELS = 50_000_000  # of a picture; larger ones are refused before they are decoded
 MOST_PICTURES = 10  # of a question
