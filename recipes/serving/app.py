@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from recipes_minigpt4.serving.app_chat import add_chat_tab
 from recipes_minigpt4.serving.app_compare import add_compare_tab
 from recipes_minigpt4.serving.app_guard import Guard
+from recipes_minigpt4.serving.app_look import CSS as LOOK_CSS
 from recipes_minigpt4.serving.app_look import add_look_tab
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.models import ModelOptions, Talker, open_talker
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("The page is closed.", file=sys.stderr)
         finally:
             page.chats.close_all()
+            if page.votes is not None:
+                page.votes.close()
             page.close(verbose=False)
 
 
@@ -110,9 +113,9 @@ def build(args: argparse.Namespace, talkers: Mapping[str, Talker]) -> Any:
         gr.Markdown(f"# MiniGPT-4\n{' · '.join(talkers)}", elem_id="title")
         with gr.Tabs():
             add_chat_tab(app, page)
-            add_compare_tab(app, page)
+            votes = add_compare_tab(app, page)
             add_look_tab(app, page)
-    page.chats = app.chats
+    page.chats, page.votes = app.chats, votes
     return page
 
 
@@ -170,7 +173,7 @@ def launch(page: Any, args: argparse.Namespace) -> None:
             footer_links=["api", "gradio", "settings"],
             app_kwargs={"middleware": [Middleware(Guard)]},
             theme=THEME,
-            css=CSS,
+            css=CSS + LOOK_CSS,
         )
     except OSError as error:
         raise RecipeError(

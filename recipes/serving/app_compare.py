@@ -85,8 +85,8 @@ def add_compare_tab(app: AppState, page: gr.Blocks) -> BallotBox | None:
 def _reply(letter: str) -> gr.Textbox:
     return gr.Textbox(
         label=letter.upper(),
-        lines=6,
-        max_lines=24,
+        lines=9,
+        max_lines=9,  # so that the buttons below stand in one row
         interactive=False,
         autoscroll=False,
         elem_id=f"compare-reply-{letter}",
@@ -151,7 +151,7 @@ class CompareTab:
             yield {
                 self.box: _box(replying=True),
                 self.asked: asked,
-                self.note: f"Seed {comparison.settings.seed}.",
+                self.note: _note(comparison, "The models reply …"),
                 self.picture: shown,
                 **self._texts(asked),
                 **dict.fromkeys(self.buttons, gr.Button(interactive=False)),
@@ -165,7 +165,7 @@ class CompareTab:
             ready = comparison.is_whole
             yield {
                 self.box: _box(),
-                self.note: f"Seed {comparison.settings.seed}. {_end(comparison)}",
+                self.note: _note(comparison, _end(comparison)),
                 **self._texts(asked),
                 **dict.fromkeys(self.buttons, gr.Button(interactive=ready)),
             }
@@ -188,7 +188,7 @@ class CompareTab:
             told = {BEST: f"{best} is the best", TIE: "a tie", ALL_BAD: "all are bad"}[kinds[place]]
             text = f"Counted: {told}." if counted else "You have voted on this already; the first vote counts."
             return {
-                self.note: f"Seed {comparison.settings.seed}. {text}",
+                self.note: _note(comparison, text),
                 **self._texts(asked),
                 **dict.fromkeys(self.buttons, gr.Button(interactive=False)),
             }
@@ -202,6 +202,10 @@ class CompareTab:
         titles = [comparison.title(place, asked.voted) for place in range(len(texts))]
         pairs = zip(self.replies, texts, titles, strict=True)
         return {reply: gr.Textbox(value=text, label=title) for reply, text, title in pairs}
+
+
+def _note(comparison: Comparison, text: str) -> str:
+    return f"{text} Seed {comparison.settings.seed}." if comparison.settings.draws else text
 
 
 def _end(comparison: Comparison) -> str:

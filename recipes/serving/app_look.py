@@ -23,6 +23,12 @@ ABOUT = (
     "more of its attention, the mean over heads. Without a Q-Former, an image token is made of the patches that light "
     "up. The encoder has mixed its patches before, so a map is a hint at what a token knows, and no proof."
 )
+LEAST_SIDE = 448  # pixels of the longer side of a large map
+CSS = """
+#look-gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)) !important; }
+#look-gallery img { object-fit: contain; }
+#look-map .icon-button-wrapper, #compare-picture .icon-button-wrapper { display: none; }
+"""
 KEPT = 3600  # seconds that maps are kept after a page was closed
 
 
@@ -66,19 +72,20 @@ def add_look_tab(app: AppState, page: gr.Blocks) -> None:
                     tab.token = gr.Slider(
                         0, 1, 0, step=1, label="Image token", info="0: the mean of all.", elem_id="look-token"
                     )
-                    gr.Markdown(ABOUT)
                 with gr.Column(scale=1, min_width=280):
                     tab.map = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="look-map")
                     tab.told = gr.Markdown(elem_id="look-told")
             tab.gallery = gr.Gallery(
-                label="All image tokens",
+                show_label=False,
                 columns=8,
                 height="auto",
                 allow_preview=False,
                 interactive=False,
                 buttons=[],
+                object_fit="contain",
                 elem_id="look-gallery",
             )
+            gr.Markdown(ABOUT)
     tab.seen = gr.State(None, time_to_live=KEPT)
     busy = {"concurrency_id": "reply", "concurrency_limit": AT_ONCE, "show_progress": "hidden"}
     every = [tab.seen, tab.prompt, tab.shown, tab.number, tab.layer, tab.token, tab.map, tab.told, tab.gallery]
@@ -162,6 +169,6 @@ class LookTab:
 
 
 def _small(picture: PIL.Image.Image) -> PIL.Image.Image:
-    small = picture.copy()
-    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return small
+    """A picture as the page shows it below maps: not too large, and not too small for them."""
+    factor = min(max(LEAST_SIDE / max(picture.size), 1), SHOWN_SIDE / max(picture.size))
+    return picture.resize((max(1, round(picture.width * factor)), max(1, round(picture.height * factor))))
