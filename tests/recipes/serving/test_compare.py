@@ -3,12 +3,14 @@
 import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser
 from PIL import Image
 
 from recipes_minigpt4.evaluation import evaluate
@@ -214,3 +216,120 @@ def test_a_vote_for_nobody_gets_a_sentence(two: dict[str, Talker], tmp_path: Pat
         with pytest.raises(RecipeError, match="is no vote; name the best one, or say tie or bad"):
             box.add(comparison, answer, best)
     assert Told() == Told("", None, None) and not list(tmp_path.iterdir())
+
+
+# ---- on the page ----------------------------------------------------------------------------------------------------
+
+
+GREEDY = (1, 0, 1, 1, 1, 8, None)  # what the controls say, in their order
+
+
+@pytest.fixture(scope="module")
+def served(two: dict[str, Talker], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A page with the models, whose votes are in `folder`."""
+    app_server = pytest.importorskip("app_server")
+    folder = tmp_path_factory.mktemp("votes")
+    with app_server.serve(two, "--output_dir", str(folder)) as page:
+        yield page
+        page.page.votes.close()
+
+
+@pytest.fixture(scope="module")
+def files(scenes: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The pictures as files."""
+    folder = tmp_path_factory.mktemp("files")
+    for number, scene in enumerate(scenes):
+        scene.save(folder / f"scene{number}.png")
+    return sorted(folder.iterdir())
+
+
+def test_two_people_compare_and_vote_at_once(
+    served: Any, files: list[Path], scenes: list[Any], tmp_path: Path
+) -> None:
+    import app_server
+
+    greedy = replace(DRAWN, temperature=0, top_p=1.0, repetition_penalty=1.0)
+    alone = [
+        {label: "".join(Talk(talker).ask(ASKED, [scene], greedy)) for label, talker in served.talkers.items()}
+        for scene in scenes[:2]
+    ]
+
+    def vote(number: int) -> dict[str, str]:
+        with app_server.person(served, tmp_path / str(number)) as client:
+            asked = app_server.message(ASKED, files[number])
+            _, note, _, *hidden = client.predict(asked, True, *GREEDY, api_name="/compare")
+            assert note == "Which reply is the best?" and [one["label"] for one in hidden] == ["A", "B"]
+            note, *shown = client.predict(api_name="/vote_b")
+            labels = {one["label"][:1]: one["label"][3:] for one in shown}
+            assert note == f"Counted: {labels['B']} is the best."
+            assert [one["value"] for one in shown] == [one["value"] for one in hidden]
+            note, *_ = client.predict(api_name="/vote_bad")
+            assert note == "You have voted on this already; the first vote counts."
+            return {labels[one["label"][:1]]: one["value"] for one in shown}
+
+    with ThreadPoolExecutor(2) as people:
+        assert list(people.map(vote, range(2))) == alone
+    numbers = numbers_of(served.page.votes.folder)["suites"]["votes"]
+    assert numbers["pictures"] == 2
+    assert sum(numbers["models"][label]["best"]["value"] for label in LABELS) == 1
+
+
+def test_the_page_says_what_is_missing(served: Any, files: list[Path], tmp_path: Path) -> None:
+    import app_server
+    from gradio_client.exceptions import AppError
+
+    with app_server.person(served, tmp_path) as client:
+        for api, given, told in (
+            ("/vote_a", (), "There is nothing to vote on; ask the models first"),
+            ("/compare", (app_server.message(ASKED), True, *GREEDY), "Models are compared on one picture; add one"),
+            ("/compare", (app_server.message(" ", files[0]), True, *GREEDY), "There is no question; write one"),
+        ):
+            with pytest.raises(AppError, match=told):
+                client.predict(*given, api_name=api)
+
+
+def test_a_stop_ends_all_replies(served: Any, files: list[Path], tmp_path: Path) -> None:
+    import app_server
+    from gradio_client.exceptions import AppError
+
+    with app_server.person(served, tmp_path) as client, app_server.slow(served.talkers["ours"]):
+        job = client.submit(app_server.message(ASKED, files[0]), False, *GREEDY[:5], 400, None, api_name="/compare")
+        app_server.wait_until(lambda: job.outputs())
+        client.predict(api_name="/compare_stop")
+        _, note, _, *replies = job.result(timeout=60)
+        assert note == "Replies were stopped, so there is nothing to vote on; ask again."
+        assert [one["label"] for one in replies] == list(LABELS)  # nobody asked to hide them
+        with pytest.raises(AppError, match="Not all models have replied to their end"):
+            client.predict(api_name="/vote_tie")
+
+
+@pytest.mark.browser
+def test_somebody_votes_in_a_browser(served: Any, files: list[Path], browser: Browser) -> None:
+    before = len(list(votes_in(served.page.votes.folder)))
+    browser.resize(1200, 1000)
+    browser.open(served.url)
+    browser.wait_for("document.querySelectorAll('button[role=tab]').length >= 3")
+    tab = "[...document.querySelectorAll('button[role=tab]')].find((tab) => /Compare/.test(tab.textContent))"
+    browser.evaluate(f"{tab}.click()")
+    browser.wait_for("document.querySelector('#compare-box input[type=file]') !== null")
+    browser.choose_file("#compare-box input[type=file]", files[0])
+    browser.wait_for("document.querySelector('#compare-box .thumbnail-item') !== null")
+    assert browser.evaluate("document.querySelector('#compare-best-a').disabled")
+    browser.click("#compare-box button.submit-button")
+    browser.wait_for("document.querySelector('#compare-note').textContent.includes('Which reply is the best?')")
+    assert browser.evaluate("document.querySelector('#compare-picture img').naturalWidth") > 0
+    browser.evaluate("document.querySelector('#compare-best-a').dispatchEvent(new MouseEvent('dblclick'))")
+    browser.evaluate("[1, 2].forEach(() => document.querySelector('#compare-best-a').click())")
+    browser.wait_for("/Counted|voted on this/.test(document.querySelector('#compare-note').textContent)")
+    title = browser.evaluate("document.querySelector('#compare-reply-a label').textContent").strip()
+    lines = list(votes_in(served.page.votes.folder))
+    assert len(lines) == before + 1 and title == f"A: {lines[-1]['best']}"
+    assert browser.evaluate("document.querySelector('#compare-best-a').disabled")
+    for width in (1200, 400):
+        browser.resize(width, 900)
+        browser.wait_for(f"document.documentElement.scrollWidth <= {width}")
+
+
+def votes_in(folder: Path) -> Iterator[dict[str, Any]]:
+    path = folder / FILE
+    yield from map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
