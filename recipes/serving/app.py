@@ -25,7 +25,7 @@ from recipes_minigpt4.serving.app_guard import Guard
 from recipes_minigpt4.serving.app_look import CSS as LOOK_CSS
 from recipes_minigpt4.serving.app_look import add_look_tab
 from recipes_minigpt4.serving.app_state import AppState
-from recipes_minigpt4.serving.models import ModelOptions, Talker, open_talker
+from recipes_minigpt4.serving.models import ModelOptions, Talker, check_labels, open_talker
 from recipes_minigpt4.serving.options import build_parser
 from recipes_minigpt4.serving.page_chat import PageChats
 from recipes_minigpt4.serving.settings import ReplySettings
@@ -47,9 +47,13 @@ THEME = gr.themes.Soft(
     font_mono=("ui-monospace", "monospace"),
 )
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1200px !important; width: 100% !important; margin: 0 auto !important; }
 #title h1 { margin: 0; font-size: 1.4rem; }
 #title p { margin: 0; }
+#chat-log .example-image { width: 96px; height: 96px; object-fit: cover; }
+#chat-log .example-image-container { width: auto; height: auto; }
+#chat-log .placeholder { text-align: center; padding: 0 1rem; }
+#chat-log [aria-label="Share"], #chat-log > [data-testid="status-tracker"] { display: none; }
 """
 
 
@@ -57,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Load the models and serve the page until Ctrl-C or SIGTERM."""
     args = build_parser("app").parse_args(arguments)
     talkers = open_talkers(args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with upload_folder():
         page = build(args, talkers)
         try:
@@ -67,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("The page is closed.", file=sys.stderr)
         finally:
+            signal.signal(signal.SIGTERM, former)
             page.chats.close_all()
             if page.votes is not None:
                 page.votes.close()
@@ -80,13 +85,12 @@ def open_talkers(args: argparse.Namespace) -> dict[str, Talker]:
     Raises:
         RecipeError: if one cannot be loaded, or two have one label.
     """
+    check_labels(args.models)
     options = ModelOptions(args.device, args.dtype, args.quantization, args.trust_remote_code)
     talkers: dict[str, Talker] = {}
     for name in args.models:
-        print(f"Loading {name} …", flush=True)
         talker = open_talker(name, options)
-        if talker.label in talkers:
-            raise RecipeError(f"Two models are called {talker.label}; name one OTHER={name}.")
+        print(talker.about, flush=True)
         talkers[talker.label] = talker
     return talkers
 

@@ -27,53 +27,55 @@ AT_ONCE = 4  # replies; others wait in line
 def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
     """Add the tab to the page that is being built."""
     labels = list(app.talkers)
-    with gr.Tab("Chat", id="chat"):
-        model = gr.Dropdown(
-            labels,
-            value=labels[0],
-            label="Model",
-            info="Another model begins a new chat.",
-            visible=len(labels) > 1,
-            elem_id="chat-model",
-        )
-        log = gr.Chatbot(
-            show_label=False,
-            elem_id="chat-log",
-            height="calc(100vh - 330px)",
-            min_height=260,
-            render_markdown=False,  # what models and people say is text, and never fetches or runs anything
-            latex_delimiters=[],
-            buttons=["copy"],
-            editable="user",
-            feedback_options=None,
-            placeholder=WELCOME,
-            examples=_examples(app),
-        )
-        box = gr.MultimodalTextbox(
-            show_label=False,
-            placeholder=WRITE,
-            elem_id="chat-box",
-            file_count="multiple",
-            file_types=list(ENDINGS),
-            sources=["upload"],
-            max_plain_text_length=100_000,
-        )
-        again = gr.Button("Restart", size="sm", elem_id="chat-restart")
-        controls = add_reply_controls(app.settings)
+    with gr.Tab("Chat", id="chat"), gr.Row():
+        with gr.Column(scale=3, min_width=300):
+            log = gr.Chatbot(
+                show_label=False,
+                elem_id="chat-log",
+                height="calc(100vh - 290px)",
+                min_height=320,
+                render_markdown=False,  # what models and people say is text, and never fetches or runs anything
+                latex_delimiters=[],
+                buttons=["copy"],
+                editable="user",
+                feedback_options=None,
+                placeholder=WELCOME,
+                examples=_examples(app),
+            )
+            box = gr.MultimodalTextbox(
+                show_label=False,
+                placeholder=WRITE,
+                elem_id="chat-box",
+                file_count="multiple",
+                file_types=list(ENDINGS),
+                sources=["upload"],
+                max_plain_text_length=100_000,
+            )
+        with gr.Column(scale=1, min_width=260):
+            model = gr.Dropdown(
+                labels,
+                value=labels[0],
+                label="Model",
+                info="Another model begins a new chat.",
+                visible=len(labels) > 1,
+                elem_id="chat-model",
+            )
+            again = gr.Button("Restart", elem_id="chat-restart")
+            controls = add_reply_controls(app.settings)
     log.keep_in_cache.update(map(str, app.examples))
     tab = ChatTab(app)
     busy = {"concurrency_id": "reply", "concurrency_limit": AT_ONCE, "show_progress": "hidden"}
     quick = {"queue": False, "show_progress": "hidden"}
     box.submit(tab.ask, [box, model, *controls], [box, log], api_name="ask", **busy)
     log.retry(tab.retry, controls, [box, log], api_name="retry", **busy)
-    log.edit(tab.edit, controls, [box, log], api_name=False, **busy)
+    log.edit(tab.edit, controls, [box, log], api_visibility="private", **busy)
     log.undo(tab.undo, None, [box, log], api_name="undo", **quick)
-    log.example_select(tab.example, None, box, api_name=False, **quick)
+    log.example_select(tab.example, None, box, api_visibility="private", **quick)
     box.stop(tab.stop, None, None, api_name="stop", **quick)
-    restart = {"fn": tab.restart, "inputs": None, "outputs": [box, log], **quick}
-    again.click(**restart, api_name="restart")
-    log.clear(**restart, api_name=False)
-    model.change(**restart, api_name=False)
+    hidden = {"api_visibility": "private"}
+    for trigger, named in ((again.click, {"api_name": "restart"}), (log.clear, hidden), (model.change, hidden)):
+        begun = trigger(tab.restart, None, [box, log], **named, **quick)
+        begun.then(tab.now, None, log, **hidden, **quick)  # last words of a reply that was under way may come later
     page.unload(tab.leave)
 
 
@@ -92,8 +94,22 @@ class ChatTab:
     def __init__(self, app: AppState) -> None:
         self.app = app
 
-    def ask(self, message: dict[str, Any], model: str, *values: Any, request: gr.Request) -> Iterator[Any]:
+    # Gradio gives the names of arguments to those who call the page as an API.
+    def ask(
+        self,
+        request: gr.Request,
+        message: dict[str, Any],
+        model: str,
+        num_beams: float,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
+        length_penalty: float,
+        max_new_tokens: float,
+        seed: float,
+    ) -> Iterator[Any]:
         """Ask a question; the text box is emptied, and gets it back if something goes wrong."""
+        values = (num_beams, temperature, top_p, repetition_penalty, length_penalty, max_new_tokens, seed)
         chat = self._chat(request)
         text, uploads = (message or {}).get("text") or "", (message or {}).get("files") or []
         with self._told(), chat.turn():
@@ -103,13 +119,24 @@ class ChatTab:
             growing = chat.ask(self.app.talkers[model], question, pictures, settings_of(values))
             yield from self._show(chat, growing, {"text": text, "files": uploads})
 
-    def retry(self, *values: Any, request: gr.Request) -> Iterator[Any]:
+    def retry(
+        self,
+        request: gr.Request,
+        num_beams: float,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
+        length_penalty: float,
+        max_new_tokens: float,
+        seed: float,
+    ) -> Iterator[Any]:
         """Ask the last question once more."""
+        values = (num_beams, temperature, top_p, repetition_penalty, length_penalty, max_new_tokens, seed)
         chat = self._chat(request)
         with self._told(), chat.turn():
             yield from self._show(chat, chat.retry(settings_of(values)), None)
 
-    def edit(self, *values: Any, request: gr.Request, event: gr.EditData) -> Iterator[Any]:
+    def edit(self, request: gr.Request, event: gr.EditData, *values: Any) -> Iterator[Any]:
         """Ask an earlier question in other words; what came after it is gone."""
         chat = self._chat(request)
         with self._told(), chat.turn():
@@ -134,6 +161,10 @@ class ChatTab:
         with self._told(), chat.turn():
             chat.forget()
             return _box(), []
+
+    def now(self, request: gr.Request) -> list[dict[str, Any]]:
+        """The chat as it is."""
+        return _messages(self._chat(request).exchanges())
 
     def stop(self, request: gr.Request) -> None:
         """End the reply that is under way."""

@@ -5,9 +5,11 @@ from typing import Any
 import gradio as gr
 
 from recipes_minigpt4.serving.settings import ReplySettings
+from recipes_minigpt4.utils.ranges import MAX_SEED
 
 
 MOST_TOKENS = 2000  # that the slider offers
+ANY_SEED = -1  # shown for None
 
 
 def add_reply_controls(settings: ReplySettings) -> list[Any]:
@@ -20,7 +22,7 @@ def add_reply_controls(settings: ReplySettings) -> list[Any]:
     Returns:
         The controls, as an event takes them for inputs; `settings_of` reads their values.
     """
-    with gr.Accordion("How replies are made", open=False), gr.Row():
+    with gr.Accordion("How replies are made", open=False):
         return [
             gr.Slider(1, 10, settings.num_beams, step=1, label="Beams", info="With several, a reply comes at once."),
             gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature", info="0: the likeliest every time."),
@@ -28,7 +30,14 @@ def add_reply_controls(settings: ReplySettings) -> list[Any]:
             gr.Slider(1, 2, settings.repetition_penalty, step=0.05, label="Repetition penalty"),
             gr.Slider(-2, 2, settings.length_penalty, step=0.1, label="Length penalty", info="For beams."),
             gr.Slider(1, MOST_TOKENS, settings.max_new_tokens, step=1, label="Longest reply", info="In tokens."),
-            gr.Number(settings.seed, precision=0, minimum=0, label="Seed", info="Empty: other draws every time."),
+            gr.Number(
+                ANY_SEED if settings.seed is None else settings.seed,
+                precision=0,
+                minimum=ANY_SEED,
+                maximum=MAX_SEED,
+                label="Seed",
+                info=f"{ANY_SEED}: other draws every time.",
+            ),
         ]
 
 
@@ -42,5 +51,5 @@ def settings_of(values: Any) -> ReplySettings:
         repetition_penalty=float(repetition_penalty),
         length_penalty=float(length_penalty),
         max_new_tokens=int(max_new_tokens),
-        seed=None if seed is None else int(seed),
+        seed=None if seed is None or seed == ANY_SEED else int(seed),
     )

@@ -64,6 +64,11 @@ class PageChat:
         finally:
             self._busy.release()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a reply is under way."""
+        return self._busy.locked()
+
     def stop(self) -> None:
         """End the reply that is under way; what was said stays."""
         self._stop.set()
@@ -180,6 +185,9 @@ class PageChats:
         """Forget everybody."""
         for name in list(self._chats):
             self.close(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._chats
 
     def __len__(self) -> int:
         return len(self._chats)
