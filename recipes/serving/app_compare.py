@@ -11,13 +11,14 @@ from typing import Any
 
 import gradio as gr
 
+from recipes_minigpt4.evaluation.suites.votes import ALL_BAD, BEST, TIE
 from recipes_minigpt4.serving.app_chat import AT_ONCE, PAUSE
 from recipes_minigpt4.serving.app_controls import add_reply_controls, settings_of
 from recipes_minigpt4.serving.app_errors import told_to_people
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.compare import MOST_MODELS, Comparison, answers, new_comparison
 from recipes_minigpt4.serving.uploads import ENDINGS, open_uploads, save_shown
-from recipes_minigpt4.serving.votes import ALL_BAD, BEST, TIE, BallotBox
+from recipes_minigpt4.serving.votes import BallotBox
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -137,8 +138,20 @@ class CompareTab:
         text = f"{len(self.labels)} models answer at once, with the same seed. Vote when all have ended."
         return f"{text} The page compares four; left out: {', '.join(left_out)}." if left_out else text
 
-    def ask(self, message: dict[str, Any], blind: bool, *values: Any) -> Iterator[Any]:
+    def ask(
+        self,
+        message: dict[str, Any],
+        blind: bool,
+        num_beams: float,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
+        length_penalty: float,
+        max_new_tokens: float,
+        seed: float,
+    ) -> Iterator[Any]:
         """Ask all models; replies grow side by side."""
+        values = (num_beams, temperature, top_p, repetition_penalty, length_penalty, max_new_tokens, seed)
         text, uploads = (message or {}).get("text") or "", (message or {}).get("files") or []
         with told_to_people():
             if len(uploads) != 1:

@@ -92,10 +92,10 @@ def add_look_tab(app: AppState, page: gr.Blocks) -> None:
     box.submit(tab.look, [box, model], every, api_name="look", **busy)
     chosen = [tab.seen, tab.number, tab.layer, tab.token]
     for control in (tab.number, tab.layer):
-        control.input(tab.draw, chosen, [tab.map, tab.told, tab.gallery], api_name=False, **busy)
+        control.input(tab.draw, chosen, [tab.map, tab.told, tab.gallery], api_visibility="private", **busy)
     tab.token.input(tab.draw_one, chosen, [tab.map, tab.told], api_name="look_at_token", **busy)
-    tab.gallery.select(tab.choose, None, tab.token, api_name=False, queue=False).then(
-        tab.draw_one, chosen, [tab.map, tab.told], api_name=False, **busy
+    tab.gallery.select(tab.choose, None, tab.token, api_visibility="private", queue=False).then(
+        tab.draw_one, chosen, [tab.map, tab.told], api_visibility="private", **busy
     )
 
 

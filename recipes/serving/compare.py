@@ -4,7 +4,7 @@ import queue
 import random
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import PIL.Image
@@ -108,7 +108,7 @@ def new_comparison(
 
 def answers(
     comparison: Comparison, talkers: Mapping[str, Talker], picture: PIL.Image.Image, stop: threading.Event
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """
     Let all models answer at once. What they say grows in `comparison.told`; each step says that there is more.
 

@@ -14,11 +14,12 @@ from browser import Browser
 from PIL import Image
 
 from recipes_minigpt4.evaluation import evaluate
+from recipes_minigpt4.evaluation.suites.votes import ALL_BAD, BEST, TIE
 from recipes_minigpt4.serving.compare import Comparison, Told, answers, new_comparison
 from recipes_minigpt4.serving.models import Talker
 from recipes_minigpt4.serving.settings import ReplySettings
 from recipes_minigpt4.serving.talk import Talk
-from recipes_minigpt4.serving.votes import ALL_BAD, BEST, FILE, TIE, BallotBox
+from recipes_minigpt4.serving.votes import FILE, BallotBox
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -221,9 +222,6 @@ def test_a_vote_for_nobody_gets_a_sentence(two: dict[str, Talker], tmp_path: Pat
 # ---- on the page ----------------------------------------------------------------------------------------------------
 
 
-GREEDY = (1, 0, 1, 1, 1, 8, None)  # what the controls say, in their order
-
-
 @pytest.fixture(scope="module")
 def served(two: dict[str, Talker], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A page with the models, whose votes are in `folder`."""
@@ -248,16 +246,18 @@ def test_two_people_compare_and_vote_at_once(
 ) -> None:
     import app_server
 
-    greedy = replace(DRAWN, temperature=0, top_p=1.0, repetition_penalty=1.0)
     alone = [
-        {label: "".join(Talk(talker).ask(ASKED, [scene], greedy)) for label, talker in served.talkers.items()}
+        {
+            label: "".join(Talk(talker).ask(ASKED, [scene], app_server.GREEDY))
+            for label, talker in served.talkers.items()
+        }
         for scene in scenes[:2]
     ]
 
     def vote(number: int) -> dict[str, str]:
         with app_server.person(served, tmp_path / str(number)) as client:
             asked = app_server.message(ASKED, files[number])
-            _, note, _, *hidden = client.predict(asked, True, *GREEDY, api_name="/compare")
+            _, note, _, *hidden = client.predict(asked, True, api_name="/compare")
             assert note == "Which reply is the best?" and [one["label"] for one in hidden] == ["A", "B"]
             note, *shown = client.predict(api_name="/vote_b")
             labels = {one["label"][:1]: one["label"][3:] for one in shown}
@@ -281,8 +281,8 @@ def test_the_page_says_what_is_missing(served: Any, files: list[Path], tmp_path:
     with app_server.person(served, tmp_path) as client:
         for api, given, told in (
             ("/vote_a", (), "There is nothing to vote on; ask the models first"),
-            ("/compare", (app_server.message(ASKED), True, *GREEDY), "Models are compared on one picture; add one"),
-            ("/compare", (app_server.message(" ", files[0]), True, *GREEDY), "There is no question; write one"),
+            ("/compare", (app_server.message(ASKED), True), "Models are compared on one picture; add one"),
+            ("/compare", (app_server.message(" ", files[0]), True), "There is no question; write one"),
         ):
             with pytest.raises(AppError, match=told):
                 client.predict(*given, api_name=api)
@@ -293,7 +293,7 @@ def test_a_stop_ends_all_replies(served: Any, files: list[Path], tmp_path: Path)
     from gradio_client.exceptions import AppError
 
     with app_server.person(served, tmp_path) as client, app_server.slow(served.talkers["ours"]):
-        job = client.submit(app_server.message(ASKED, files[0]), False, *GREEDY[:5], 400, None, api_name="/compare")
+        job = client.submit(app_server.message(ASKED, files[0]), False, max_new_tokens=400, api_name="/compare")
         app_server.wait_until(lambda: job.outputs())
         client.predict(api_name="/compare_stop")
         _, note, _, *replies = job.result(timeout=60)
