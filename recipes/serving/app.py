@@ -29,6 +29,7 @@ from recipes_minigpt4.serving.models import ModelOptions, Talker, check_labels, 
 from recipes_minigpt4.serving.options import build_parser
 from recipes_minigpt4.serving.page_chat import PageChats
 from recipes_minigpt4.serving.settings import ReplySettings
+from recipes_minigpt4.serving.space import make_space
 from recipes_minigpt4.serving.uploads import ENDINGS, kept_folder, open_picture, upload_folder
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -60,6 +61,9 @@ CSS = """
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the models and serve the page until Ctrl-C or SIGTERM."""
     args = build_parser("app").parse_args(arguments)
+    if args.space or args.space_dir is not None:
+        print(make_space(args))
+        return
     talkers = open_talkers(args)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with upload_folder():

@@ -39,6 +39,10 @@ def _app(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
     add("--port", type=in_range(PORT), help="default: 7860, or the next that is free; 0: any")
     add("--share", action="store_true", help="make it public, through a tunnel of Gradio's")
+    space = parser.add_argument_group("a Space of the Hub, instead of a page of this machine")
+    space.add_argument("--space", metavar="OWNER/NAME", help="push the page there, in one commit")
+    space.add_argument("--space_dir", type=Path, metavar="DIR", help="write its files here, to look at or to keep")
+    space.add_argument("--private", action="store_true", help="make the Space private")
     add_model_options(parser)
     add_reply_options(parser)
 

@@ -39,7 +39,7 @@ class BallotBox:
 
     def __init__(self, parent: Path, talkers: Mapping[str, Talker]) -> None:
         self._models = {label: (talker.name, str(talker.speaker.revision)) for label, talker in talkers.items()}
-        self._places = _folder_names(list(self._models))
+        self._places = folder_names(list(self._models))
         told = hashlib.sha256(repr(sorted((label, one[1]) for label, one in self._models.items())).encode())
         self.folder = parent / "-".join(["votes", *self._places.values(), told.hexdigest()[:8]])
         self._lock = threading.Lock()
@@ -147,7 +147,7 @@ def _seen_from(label: str, line: Mapping[str, Any]) -> str:
     return BEST if texts[label] == texts[line["best"]] else "other"
 
 
-def _folder_names(labels: list[str]) -> dict[str, str]:
+def folder_names(labels: list[str]) -> dict[str, str]:
     """Label → a name that every disk takes, different for each."""
     names: dict[str, str] = {}
     for label in labels:
