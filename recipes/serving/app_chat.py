@@ -38,6 +38,7 @@ def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
                 latex_delimiters=[],
                 buttons=["copy"],
                 editable="user",
+                group_consecutive_messages=False,  # Gradio (6.31) cannot edit words behind a picture
                 feedback_options=None,
                 placeholder=WELCOME,
                 examples=_examples(app),
@@ -140,8 +141,7 @@ class ChatTab:
         """Ask an earlier question in other words; what came after it is gone."""
         chat = self._chat(request)
         with self._told(), chat.turn():
-            turns = len(chat.questions) - int(event.index) // 2  # type: ignore[arg-type]
-            old = chat.undo(turns)
+            old = chat.undo(_turns_from(chat, int(event.index)))  # type: ignore[arg-type]
             pictures = open_uploads(old.uploads, self.app.uploads)
             question = Question(str(event.value), old.uploads, old.shown)
             growing = chat.ask(chat.talk.talker, question, pictures, settings_of(values))  # type: ignore[union-attr]
@@ -221,9 +221,17 @@ def _box(message: Any = None, replying: bool = False) -> Any:
 
 def _messages(exchanges: list[tuple[Question, str]]) -> list[dict[str, Any]]:
     """Questions and replies as Gradio shows them."""
-    messages: list[dict[str, Any]] = []
-    for question, reply in exchanges:
-        content: list[Any] = [{"path": path} for path in question.shown]
-        messages.append({"role": "user", "content": [*content, *([question.text] if question.text else [])]})
-        messages.append({"role": "assistant", "content": reply})
-    return messages
+    return [message for question, reply in exchanges for message in _exchange(question, reply)]
+
+
+def _exchange(question: Question, reply: str) -> list[dict[str, Any]]:
+    # A message for each picture, as Gradio (6.31) cannot edit words that share one with it.
+    contents: list[Any] = [{"path": path} for path in question.shown] + ([question.text] if question.text else [])
+    asked = [{"role": "user", "content": content} for content in contents]
+    return [*asked, {"role": "assistant", "content": reply}]
+
+
+def _turns_from(chat: PageChat, message: int) -> int:
+    """How many turns there are from that of a message on, where messages are counted as `_messages` writes them."""
+    lengths = [len(_exchange(question, reply)) for question, reply in chat.exchanges()]
+    return sum(message < sum(lengths[: turn + 1]) for turn in range(len(lengths)))
