@@ -25,7 +25,7 @@ from recipes_minigpt4.serving.picture_places import Place, find_pictures
 
 
 PROMPT = "Describe this image in detail."
-SHORT = ("--max_new_tokens", "12")
+SHORT = ("--max_new_tokens", "6")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def expected(talker: Talker, *scenes: Image.Image, **sampling: Any) -> list[str]:
     """What the model says, one picture at a time."""
-    chosen = Sampling(12, **sampling)
+    chosen = Sampling(6, **sampling)
     return [talker.speaker.answer([Question(Picture("", scene), PROMPT, chosen)], [scene])[0].text for scene in scenes]
 
 
