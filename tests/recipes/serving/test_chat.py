@@ -321,6 +321,25 @@ def test_one_question_is_answered_and_that_is_all(loaded, capsys, monkeypatch, t
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["ours", "llava", "blip2"]
 
 
+def test_a_model_that_cannot_answer_does_not_keep_the_others_from_it(loaded, capsys) -> None:
+    assert loaded("blip2", "--compare", "ours", "--prompt", "What?") == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("blip2: \nours: ") and len(printed.out.splitlines()[1]) > 10
+    assert printed.err.splitlines()[-2:] == [
+        "blip2: This model answers questions about pictures only; give it one.",
+        "minigpt4 chat: blip2 could not answer; why is told above.",
+    ]
+
+
+def test_whatever_a_model_raises_ends_no_chat(session, type_lines, monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise KeyError("roles have to alternate")
+
+    monkeypatch.setattr(session.talks["ours"].conversation, "ask", fail)
+    assert type_lines(session, "One?", "Two?") == ["KeyError: 'roles have to alternate'."] * 2
+    assert session.exchanges == []
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
