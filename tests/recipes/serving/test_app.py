@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from app_server import OPTIONS, Served, alone, arguments, message, person, said, serve, slow, wait_until
 
+
 import httpx  # isort: skip
 import PIL.ExifTags
 from gradio_client import Client
