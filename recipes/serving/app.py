@@ -91,7 +91,7 @@ def open_talkers(args: argparse.Namespace) -> dict[str, Talker]:
         RecipeError: if one cannot be loaded, or two have one label.
     """
     check_labels(args.models)
-    options = ModelOptions(args.device, args.dtype, args.quantization, args.trust_remote_code)
+    options = ModelOptions.of(args)
     talkers: dict[str, Talker] = {}
     for name in args.models:
         talker = open_talker(name, options)
