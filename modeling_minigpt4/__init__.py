@@ -4,7 +4,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-from processing_minigpt4 import MiniGPT4DataCollator, MiniGPT4ImageProcessor, MiniGPT4Processor
+from processing_minigpt4 import MiniGPT4DataCollator, MiniGPT4ImageProcessor, MiniGPT4Processor, ReplyStreamer
 
 from .configuration_minigpt4 import MiniGPT4Config
 from .conversation_minigpt4 import Conversation, Turn
@@ -36,6 +36,7 @@ __all__ = [
     "MiniGPT4Model",
     "MiniGPT4PreTrainedModel",
     "MiniGPT4Processor",
+    "ReplyStreamer",
     "Turn",
     "__version__",
 ]

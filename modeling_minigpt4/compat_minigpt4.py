@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import peft as peft_integration
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto import modeling_auto
 from transformers.utils.deprecation import deprecate_kwarg
 
 
@@ -126,6 +128,28 @@ def installed_peft() -> Iterator[None]:
         yield
 
 
+def let_servers_find(model_type: str, class_name: str, model_class: Any = None) -> None:
+    """
+    Enter a model where `transformers serve` looks which class to load.
+
+    The configuration does so before any code of the model has run. 4.57 takes the class from transformers itself;
+    until there is one, it gets the Auto class, which loads it.
+
+    Args:
+        model_type: of the configuration.
+        class_name: of the model.
+        model_class: the model's class, once there is one.
+    """
+    if (names := getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", None)) is not None:
+        names.setdefault(model_type, class_name)
+        return
+    # 4.57 makes a second module `transformers` when processors are imported; its server may have the first.
+    server = sys.modules.get("transformers.commands.serving")
+    for module in (transformers, getattr(server, "transformers", transformers)):
+        if model_class is not None or not hasattr(module, class_name):
+            setattr(module, class_name, model_class or transformers.AutoModelForImageTextToText)
+
+
 def no_split_modules(model: PreTrainedModel) -> list[str]:
     """
     Classes of the layers that this very model is made of, which `device_map` and FSDP handle as one.
@@ -178,6 +202,7 @@ __all__ = [
     "checkpoint_with_gradients_only",
     "installed_peft",
     "keep_qformer_eager",
+    "let_servers_find",
     "no_split_modules",
     "takes_cache",
     "tied_weights_keys",

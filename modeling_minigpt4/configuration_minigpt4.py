@@ -23,7 +23,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checks_minigpt4 import check_joins, is_image_size, is_positive, is_square, is_whole
-from .compat_minigpt4 import CACHE_NAMES, argument_names, autocast_on_meta
+from .compat_minigpt4 import CACHE_NAMES, argument_names, autocast_on_meta, let_servers_find
 from .heads_minigpt4 import decoder_name
 from .patches_minigpt4 import (
     LAYOUTS,
@@ -493,6 +493,7 @@ def _why_not(vision_config: PretrainedConfig, size: tuple[int, int], error: Exce
     )
 
 
+let_servers_find(MiniGPT4Config.model_type, "MiniGPT4ForConditionalGeneration")
 MiniGPT4Config.register_for_auto_class()
 
 __all__ = ["MiniGPT4Config"]

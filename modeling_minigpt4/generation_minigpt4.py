@@ -350,9 +350,15 @@ class MiniGPT4GenerationMixin(GenerationMixin):
 
         `generation_config.penalize_prompt = False` lets `repetition_penalty` count words of the reply alone, as in the
         original; otherwise it counts those of the prompt too, as in transformers.
+
+        Where transformers takes a tokenizer (`stop_strings`, `token_healing`, another model's assistance), a processor
+        does as well.
         """
         if inputs is not None and inputs.is_floating_point():  # as the image-to-text pipeline of 4.57 gives them
             inputs, kwargs["pixel_values"] = None, inputs
+        for name in ("tokenizer", "assistant_tokenizer"):  # servers hand their processor over
+            if hasattr(kwargs.get(name), "tokenizer") and not hasattr(kwargs[name], "get_vocab"):
+                kwargs[name] = kwargs[name].tokenizer
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         pictures = kwargs.get("pixel_values", kwargs.get("vision_features"))
         if pictures is not None and kwargs.get("inputs_embeds") is None:

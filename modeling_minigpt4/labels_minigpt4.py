@@ -11,18 +11,21 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from .compat_minigpt4 import let_servers_find
 from .configuration_minigpt4 import MiniGPT4Config
 
 
-def register_name(model_type: str, class_name: str) -> None:
+def register_name(model_class: Any) -> None:
     """
-    Enter a class in the two tables of names by which transformers tells what a model does.
+    Enter a class in the tables of names by which transformers tells what a model does.
 
-    Trainer shifts labels before it smooths them for classes in the first, and `transformers serve` tells by the other
-    that a model sees.
+    Trainer shifts labels before it smooths them for classes in the first, and `transformers serve` tells by the others
+    which class to load, and that it sees.
     """
+    model_type, class_name = model_class.config_class.model_type, model_class.__name__
     for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         names[model_type] = class_name
+    let_servers_find(model_type, class_name, model_class)
 
 
 def mask_image_labels(

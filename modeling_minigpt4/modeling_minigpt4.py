@@ -541,7 +541,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4GenerationMixin, MiniGPT4PreTrain
         )
 
 
-register_name(MiniGPT4Config.model_type, MiniGPT4ForConditionalGeneration.__name__)
+register_name(MiniGPT4ForConditionalGeneration)
 MiniGPT4Model.register_for_auto_class("AutoModel")
 MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 

@@ -1,5 +1,6 @@
 """Conversations in one form: every message a list of text and image parts, and no text that passes for a picture."""
 
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -25,7 +26,7 @@ def normalize_conversations(conversation: Any, image_token: str) -> tuple[list[l
 
     Args:
         conversation: a list of messages, or a list of such lists; a message has `role` and `content`, which is a
-            string or a list of parts (`text`, `image`, or OpenAI's `image_url`).
+            string or a list of parts (`text`, `image`, OpenAI's `image_url`, or Gradio's files and strings).
         image_token: the placeholder; where a text has it, it is marked as not being a picture.
 
     Returns:
@@ -90,7 +91,9 @@ def _normalize_message(message: Any, image_token: str) -> dict[str, Any]:
     # A `None` comes from APIs and from columns of `datasets`, and means that there is nothing.
     others = {key: value for key, value in message.items() if value is not None and key != "content"}
     normalized: dict[str, Any] = protect_text(others, image_token)
-    content = message.get("content")
+    content = _fields(message.get("content"))
+    if isinstance(content, Mapping) and content.get("type", "file") == "file" and {"path", "file"} & content.keys():
+        content = [content]  # Gradio writes a file alone so
     if isinstance(content, str):
         normalized["content"] = [{"type": "text", "text": protect_text(content, image_token)}]
     elif isinstance(content, (list, tuple)):
@@ -114,7 +117,7 @@ def _normalize_part(part: Any, image_token: str) -> dict[str, Any]:
             f'A part of a message is {_shown(part)}; it must be a dict such as {{"type": "text", "text": "…"}} or '
             '{"type": "image", "image": picture}.'
         )
-    part = {key: _fields(value) for key, value in part.items() if value is not None}
+    part = _from_gradio({key: _fields(value) for key, value in part.items() if value is not None})
     kind = part.get("type", "text" if "text" in part else None)
     if kind == "text" and isinstance(part.get("text"), str):
         return protect_text({**part, "type": "text"}, image_token)
@@ -140,6 +143,37 @@ def _normalize_part(part: Any, image_token: str) -> dict[str, Any]:
         f"A part of a message has the type {kind!r} and the keys {sorted(map(str, part))}; MiniGPT-4 takes text and "
         'images: {"type": "text", "text": "…"} or {"type": "image", "image": picture}.'
     )
+
+
+def _from_gradio(part: dict[str, Any]) -> dict[str, Any]:
+    """The picture that a part of Gradio's histories holds, as a file or as a component; other parts as they are."""
+    kind = part.get("type")
+    if kind == "component":
+        if str(part.get("component")).lower() != "image":
+            raise ValueError(
+                f"A message shows the Gradio component {part.get('component')!r}, which MiniGPT-4 cannot read; leave "
+                "it out of the history, or write what it says as text."
+            )
+        file = part.get("value")
+        if not isinstance(file, Mapping):
+            return {"type": "image", "image": file}
+    elif kind == "file" or (kind is None and "path" in part):
+        file = part.get("file", part)
+    else:
+        return part
+    source = next((key for key in ("path", "url") if isinstance(file, Mapping) and file.get(key)), None)
+    if source is None:
+        raise ValueError(
+            f"A file of a message is {_shown(file)}, which names no picture; pass its `path` or `url`, as in "
+            '{"type": "file", "file": {"path": "cat.png"}}.'
+        )
+    if not str(file.get("mime_type") or "image/").startswith("image/"):
+        name = os.path.basename(str(file.get("orig_name") or without_content(str(file[source]))))
+        raise ValueError(
+            f"The file {name!r} of a message is of the type {file['mime_type']} and no picture; MiniGPT-4 takes text "
+            "and images."
+        )
+    return {"type": "image", source: file[source]}
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,11 @@
 """What a processor's tokenizer knows beside its vocabulary: the image placeholder, and where replies end."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from .chat_templates_minigpt4 import SEPARATOR
+from .replies_minigpt4 import cut_at_last_token, is_response_template, response_template
 
 
 class PlaceholderMixin:
@@ -11,7 +13,8 @@ class PlaceholderMixin:
     Lets the tokenizer of a processor answer for the placeholder, which collators and harnesses look up there.
 
     Only look-ups of that one object know a word more: its vocabulary, what it makes of texts and what it saves stay as
-    they are. Without special tokens, its texts end where the processor's do: before the template's separator.
+    they are. Without special tokens, its texts end where the processor's do: before the template's separator. It also
+    tells transformers 5 where replies end, in its `response_template`, which is saved.
     """
 
     # What the class that this is mixed into brings.
@@ -28,6 +31,19 @@ class PlaceholderMixin:
         tokenizer.convert_tokens_to_ids = self._convert_tokens_to_ids
         tokenizer.convert_ids_to_tokens = self._convert_ids_to_tokens
         tokenizer.decode = self._decode_with_pictures
+        self._teach_end_of_replies()
+
+    def _teach_end_of_replies(self) -> None:
+        """Give the tokenizer a response template if replies end at the separator, and take it away if they do not."""
+        if self.separator is not None:
+            self.tokenizer.response_template = response_template(self.tokenizer)
+        elif is_response_template(getattr(self.tokenizer, "response_template", None)):
+            self.tokenizer.response_template = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "chat_template" and getattr(self, "tokenizer", None) is not None:
+            self._teach_end_of_replies()
 
     def _convert_tokens_to_ids(self, tokens: Any) -> Any:
         """That of the tokenizer, which gives `image_token` its id, unless the vocabulary has such a word."""
@@ -64,12 +80,19 @@ class PlaceholderMixin:
             return self.decode(ids, *args, **kwargs)
         text = type(self.tokenizer).decode(self.tokenizer, token_ids, *args, **kwargs)
         skips = args[0] if args else kwargs.get("skip_special_tokens", False)
-        return self._without_separator(text) if skips else text
+        return self._without_separator(text, ids, kwargs) if skips else text
 
-    def _without_separator(self, text: str) -> str:
-        """A text without the separator at its very end, where the chat template ends replies with one."""
-        ends = text.rstrip().endswith(SEPARATOR) and self.separator is not None
-        return text.rstrip().rstrip(SEPARATOR) if ends else text  # "####" begins with one, where a reply is over
+    def _without_separator(self, text: str, ids: Any, options: Mapping[str, Any]) -> str:
+        """The text of ids up to a separator that ends them, where the chat template ends replies with one."""
+        if SEPARATOR not in text or self.separator is None:
+            return text
+        special = self.tokenizer.all_special_ids
+        said = [token for token in ([ids] if isinstance(ids, int) else ids) if token not in special]
+        pictures = [place for place, token in enumerate(said) if token == self.image_token_id]
+        words = said[pictures[-1] + 1 :] if pictures else said
+        own, options = type(self.tokenizer).decode, {**options, "skip_special_tokens": True}
+        whole, before = (own(self.tokenizer, part, **options) for part in (words, words[:-1]))
+        return cut_at_last_token(text, len(text) - len(whole) + len(before))
 
 
 __all__ = ["PlaceholderMixin"]

@@ -24,6 +24,7 @@ from .image_opening_minigpt4 import Color
 from .image_processing_minigpt4 import MiniGPT4ImageProcessor, flatten_images
 from .placeholder_minigpt4 import PlaceholderMixin
 from .processing_compat_minigpt4 import IS_TRANSFORMERS_4, RENDERING
+from .replies_minigpt4 import close_replies_once, cut_behind_prompt, cut_reply
 from .segments_minigpt4 import Row, decode_ids, encode_rows, padded_length, truncate_rows
 
 
@@ -373,7 +374,8 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
 
         Takes every option of [`~transformers.ProcessorMixin.apply_chat_template`]. Contents may be strings or lists of
         parts; a picture is `{"type": "image"}` with `image`, `url`, `path` or `base64`, or OpenAI's `image_url`, and
-        goes to the place in the message where it stands. `<image>` in the text of a message stays text.
+        goes to the place in the message where it stands. `<image>` in the text of a message stays text. A separator at
+        the end of a reply is written once.
 
         Args:
             conversation: list of messages, or a list of such lists.
@@ -386,6 +388,7 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
         if self.image_token != "<image>":
             template = template.replace("<image>", self.image_token)
         chats, batched = normalize_conversations(conversation, self.image_token)
+        close_replies_once(chats, lambda: separator_of(template, self.tokenizer))
         if kwargs.get("tokenize") and (images := kwargs.pop("images", None)) is not None:
             flat = flatten_images(images)
             if (places := place_images(chats, flat)) != len(flat):
@@ -397,6 +400,8 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
                 )
         if kwargs.get("tokenize") and "segment_mark" in template:
             kwargs["segment_mark"] = SEGMENT_MARK
+        elif "segment_mark" not in template:
+            kwargs.pop("segment_mark", None)  # which only some templates know
         with RENDERING:
             return super().apply_chat_template(chats if batched else chats[0], chat_template=template, **kwargs)
 
@@ -433,7 +438,7 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
         if isinstance(ids, (list, tuple)) and ids and not isinstance(ids[0], int):
             return self.batch_decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
         text = self._decode_row([ids] if isinstance(ids, int) else list(ids), skip_special_tokens, kwargs)
-        return self._without_separator(text) if skip_special_tokens else text
+        return self._without_separator(text, ids, kwargs) if skip_special_tokens else text
 
     def _decode_row(self, ids: list[int], skip_special_tokens: bool, kwargs: dict[str, Any]) -> str:
         placeholder = "" if skip_special_tokens else self.image_token
@@ -456,21 +461,29 @@ class MiniGPT4Processor(ProcessorMixin, PlaceholderMixin):
         Args:
             generated_outputs: ids of shape (batch_size, length) or (length,) as `generate` gives them, with the
                 prompt in front or without.
-            skip_special_tokens: leave out BOS, EOS, pads and image tokens; with `False` the text comes whole.
+            skip_special_tokens: leave out BOS, EOS, pads and image tokens. With `False` they stay, except for EOS and
+                pads behind a reply that the separator could have ended; `decode` gives all of them.
         """
         ids = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
         rows = [ids] if len(ids) and isinstance(ids[0], int) else ids
-        texts = [self._decode_row(list(row), skip_special_tokens, kwargs) for row in rows]
         separator = self.separator
-        if separator is None or not skip_special_tokens:
-            return texts
+        if separator is None:
+            return [self._decode_row(list(row), skip_special_tokens, kwargs) for row in rows]
         opening = reply_opening_of(self._chat_template(None), self.tokenizer)
-        return [
-            _cut_behind_prompt(text, opening, separator)
-            if self._has_prompt(ids, text, opening)
-            else text.partition(separator)[0].strip()
-            for text, ids in zip(texts, rows, strict=True)
-        ]
+        return [self._reply(list(row), opening, separator, skip_special_tokens, kwargs) for row in rows]
+
+    def _reply(
+        self, ids: list[int], opening: str, separator: str, skip_special_tokens: bool, kwargs: dict[str, Any]
+    ) -> str:
+        """The text of a row whose reply the separator ends."""
+        behind = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        while not skip_special_tokens and ids and ids[-1] in behind:
+            del ids[-1]
+        text = self._decode_row(ids, skip_special_tokens, kwargs)
+        if not self._has_prompt(ids, text, opening):
+            return cut_reply(text, separator)
+        cut = cut_behind_prompt(text, opening, separator)
+        return self._without_separator(text, ids, kwargs) if cut is None else cut
 
     def _has_prompt(self, ids: Sequence[int], text: str, opening: str) -> bool:
         """Whether ids begin with BOS, pads aside, or have a picture, as no reply does."""
@@ -522,15 +535,6 @@ def _as_texts(text: Any) -> list[str]:
     if not all(isinstance(entry, str) for entry in texts):
         raise ValueError("`text` must be a string or a list of strings; chats go to `apply_chat_template`.")
     return texts
-
-
-def _cut_behind_prompt(text: str, opening: str, separator: str) -> str:
-    """Prompt and reply, cut where the separator begins in the last reply."""
-    prompt, found, reply = text.rpartition(opening) if opening else (text, "", "")
-    if found:
-        return prompt + opening + reply.partition(separator)[0]
-    stripped = text.rstrip()
-    return stripped.removesuffix(separator) if stripped.endswith(separator) else text
 
 
 def _locate(source: Any) -> tuple[str, dict[str, Any]]:

@@ -76,9 +76,10 @@ GO_ON = {
 TRAIN_MODULES = ("trl", "datasets", "peft")
 EXTRAS = {"app": ("app", ("gradio",))}  # command → the extra that it needs, and the modules of that
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
-PATHS = {  # options of the stages that take files or folders, among other things
-    "accelerate_config", "cache_features", "config", "data", "dataset_name", "image_folder", "model_name_or_path",
-    "output_dir", "panel_images", "resume_from_checkpoint",
+PATHS = {  # options that take files or folders, among other things
+    "accelerate_config", "cache_features", "compare", "config", "data", "dataset_name", "image", "image_folder",
+    "load", "model", "model_name_or_path", "models", "output", "output_dir", "panel_images", "pictures",
+    "resume_from_checkpoint",
 }  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 NO_TRAINING = ("convert", "push", "describe", "chat", "app", "serve")  # commands that need none of these

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from processing_minigpt4 import load_chat_template
+from processing_minigpt4.chat_templates_minigpt4 import SEPARATOR
 from processing_minigpt4.conversations_minigpt4 import SEGMENT_MARK, without_marks
+from processing_minigpt4.replies_minigpt4 import without_separator
 from recipes_minigpt4.data.bad_samples import NO_ANSWER, BadSampleError
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -103,6 +105,7 @@ def chat_text(format: ChatFormat, chat: Sequence[dict[str, Any]], end: str, cut:
     (before, *between), answers = format.pieces(chat)
     text = ChatText("")
     for number, (answer, behind) in enumerate(zip(answers, between, strict=True)):
+        answer = ended_once(answer, format.end)
         if not answer.strip():
             raise BadSampleError(NO_ANSWER)
         before = before.removesuffix(SEGMENT_MARK)
@@ -124,6 +127,11 @@ def chat_text(format: ChatFormat, chat: Sequence[dict[str, Any]], end: str, cut:
             break
         before = rest
     return text
+
+
+def ended_once(answer: str, end: str) -> str:
+    """An answer of the data without the separator (`###`) at its end, where that is what ends answers anyway."""
+    return without_separator(answer) if end.strip() == SEPARATOR else answer
 
 
 def _ended(behind: str, own: str, end: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from processing_minigpt4.image_opening_minigpt4 import open_image, without_conte
 from processing_minigpt4.segments_minigpt4 import encode_rows, tokenize_pieces
 from recipes_minigpt4.data.arguments import DataArguments
 from recipes_minigpt4.data.bad_samples import NO_CAPTION, NO_PICTURE, BadSampleError, picture_error
-from recipes_minigpt4.data.chat_format import ChatFormat, ChatText, chat_format, chat_text
+from recipes_minigpt4.data.chat_format import ChatFormat, ChatText, chat_format, chat_text, ended_once
 from recipes_minigpt4.data.grouping import EXPECTED, Grouping, add_lengths, group_stream
 from recipes_minigpt4.data.sources import PAIR
 from recipes_minigpt4.utils.errors import RecipeError
@@ -222,13 +222,14 @@ class Rows:
 
     def completion(self, text: str | None) -> str:
         """
-        An answer as it is trained: cleaned, ended, and cut to `max_txt_len` tokens.
+        An answer as it is trained: cleaned, ended once, and cut to `max_txt_len` tokens.
 
         Raises:
             BadSampleError: if nothing is left of it.
         """
         text = without_marks(text) if isinstance(text, str) else ""
         text = clean_caption(text) if self.clean else text
+        text = ended_once(text, self.end)
         if not text.strip():
             raise BadSampleError(NO_CAPTION)
         return self.cut(self.start + text + self.end)[0]

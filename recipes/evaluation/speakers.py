@@ -6,8 +6,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration  # which registers it with the Auto classes
 from recipes_minigpt4.evaluation.api_speaker import ApiSpeaker
 from recipes_minigpt4.evaluation.questions import Question, Sampling
 from recipes_minigpt4.evaluation.replies import Said
@@ -39,6 +39,7 @@ class SpeakerOptions:
         batch_size: questions at once. Greedy replies do not depend on it.
         trust_remote_code: run code that comes with a model.
         quantization: of the language model of ours, by a name that `training/quantization.py` knows.
+        backbones: where parts of ours are now, if they have moved, by their names.
     """
 
     device: str | None = None
@@ -46,6 +47,7 @@ class SpeakerOptions:
     batch_size: int = 8
     trust_remote_code: bool = False
     quantization: str | None = None
+    backbones: Mapping[str, str] = field(default_factory=dict)
 
 
 class Speaker(Protocol):
@@ -89,12 +91,14 @@ class ChatSpeaker:
         place, revision = _place(name)
         trusted = {"trust_remote_code": options.trust_remote_code, "revision": revision}
         device = device_of(options)
-        chosen = {"dtype": options.dtype, **trusted}
-        if options.quantization is not None:
-            chosen |= _quantized(name, options, device)
+        chosen: dict[str, Any] = {"dtype": options.dtype, **trusted}
+        if options.quantization is not None or options.backbones:
+            chosen |= _own_options(name, options, device)
         try:
             processor: Any = AutoProcessor.from_pretrained(place, **trusted)
-            model: Any = AutoModelForImageTextToText.from_pretrained(place, **chosen)
+            # The Auto class would take `backbones` for a field of the configuration.
+            kind = MiniGPT4ForConditionalGeneration if options.backbones else AutoModelForImageTextToText
+            model: Any = kind.from_pretrained(place, **chosen)
         except Exception as error:  # transformers and the Hub say in many ways that something is not there
             raise RecipeError(f"The model {name} cannot be loaded ({one_line(error)}).") from error
         cls.check_template(name, processor)
@@ -196,9 +200,9 @@ class ChatSpeaker:
 
     def inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
         """Prompts, as `written` gives them, and a picture for each, as tensors on the model's device."""
-        return self.on_device(
-            self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
-        )
+        # One text is not padded: turning pads on and off is nothing that threads can do at once to a tokenizer.
+        pads = {"padding": len(texts) > 1, "padding_side": padding_side}
+        return self.on_device(self._processed(texts, pictures, return_tensors="pt", **pads))
 
     def on_device(self, inputs: Any) -> Any:
         """What a processor has made, as the model takes it."""
@@ -276,16 +280,18 @@ def device_of(options: SpeakerOptions) -> str:
     return device
 
 
-def _quantized(name: str, options: SpeakerOptions, device: str) -> dict[str, Any]:
-    """What `from_pretrained` is told of a quantization."""
-    config = _config_of(name, options)
+def _own_options(name: str, options: SpeakerOptions, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of what only models of this package know."""
+    config = config_named(name, options)
     if config.model_type != "minigpt4":
-        raise RecipeError(
-            f"--quantization is for models of this package, and {name} is a {config.model_type}; leave it out."
-        )
+        given = "--quantization" if options.quantization else f"--{next(iter(options.backbones))}"
+        raise RecipeError(f"{given} is for models of this package, and {name} is a {config.model_type}; leave it out.")
+    own: dict[str, Any] = {"backbones": dict(options.backbones)} if options.backbones else {}
+    if options.quantization is None:
+        return own
     stored = getattr(config, "dtype", None) if options.dtype == "auto" else getattr(torch, options.dtype)
     dtype = stored if isinstance(stored, torch.dtype) else torch.bfloat16
-    return {"quantization_config": quantization_config(str(options.quantization), dtype), "device_map": {"": device}}
+    return {**own, "quantization_config": quantization_config(options.quantization, dtype), "device_map": {"": device}}
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -304,7 +310,7 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
     """
     if name.startswith("openai:"):
         return ApiSpeaker(name, options.batch_size)
-    config = _config_of(name, options)
+    config = config_named(name, options)
     return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker).load(name, options)
 
 
@@ -315,10 +321,16 @@ def revision_named(name: str, options: SpeakerOptions) -> str:
     Raises:
         RecipeError: if there is no model.
     """
-    return revision_of(name, _config_of(name, options))
+    return revision_of(name, config_named(name, options))
 
 
-def _config_of(name: str, options: SpeakerOptions) -> Any:
+def config_named(name: str, options: SpeakerOptions) -> Any:
+    """
+    The configuration of a folder or repository.
+
+    Raises:
+        RecipeError: if there is no model.
+    """
     place, revision = _place(name)
     try:
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)

@@ -1,12 +1,14 @@
 """Models that people talk to: ours, any chat model of transformers that sees, and BLIP-2 to compare with."""
 
+import argparse
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions, open_speaker
+from recipes_minigpt4.serving.options import PARTS
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -23,12 +25,26 @@ class ModelOptions:
         dtype: that of the weights; `auto` for the one that is stored.
         quantization: a name that `training/quantization.py` knows, for the language model of ours.
         trust_remote_code: run code that comes with a model.
+        backbones: where parts of ours are now, if they have moved, by their names.
     """
 
     device: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
     trust_remote_code: bool = False
+    backbones: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ModelOptions":
+        """Those of a command line (`options.add_model_options`)."""
+        moved = {part: place for part in PARTS if (place := getattr(args, part)) is not None}
+        return cls(args.device, args.dtype, args.quantization, args.trust_remote_code, moved)
+
+    def for_speaker(self, batch_size: int = 1) -> SpeakerOptions:
+        """The same for `open_speaker`."""
+        return SpeakerOptions(
+            self.device, self.dtype, batch_size, self.trust_remote_code, self.quantization, self.backbones
+        )
 
 
 @dataclass(frozen=True)
@@ -59,9 +75,8 @@ class Talker:
         model = self.speaker.model
         kind = f"{self.name}, a {model.config.model_type}"
         if backbones := getattr(model.config, "backbones", None):
-            named = [
-                f"{part.replace('_', ' ')} {_short(source['name_or_path'])}" for part, source in backbones.items()
-            ]
+            places = {words: backbones[part]["name_or_path"] for part, words in PARTS.items() if part in backbones}
+            named = [f"{words} {_short(place)}" for words, place in places.items()]
             kind = f"{self.name} on {', '.join(named)}"
         dtype = str(model.dtype).removeprefix("torch.")
         return f"{self.label}: {kind}; {dtype} on {model.device}, loaded in {self.seconds:.1f} s"
@@ -84,11 +99,11 @@ def open_talker(name: str, options: ModelOptions, label: str | None = None) -> T
         label, name = split_label(name)
     if name.startswith("openai:"):
         raise RecipeError(f"{name} is a server, and this command loads the model itself; name a folder or repository.")
-    chosen = SpeakerOptions(options.device, options.dtype, 1, options.trust_remote_code, options.quantization)
-    speaker: Any = open_speaker(name, chosen)
+    speaker: Any = open_speaker(name, options.for_speaker())
     # The original's penalty counts words of the reply alone.
     if speaker.model.config.model_type == OURS:
         speaker.model.generation_config.penalize_prompt = False
+    speaker.processor.tokenizer("")  # switches off what its file says of pads, before threads share it
     return Talker(label, name, speaker, time.perf_counter() - start)
 
 

@@ -45,15 +45,17 @@ class PlainConversation:
 
     def retry(self, *, streamer: Any = None, **generate_kwargs: Any) -> str:
         """See `Conversation.retry`."""
-        if not self.turns:
+        if not self.messages or self.messages[-1]["role"] != "assistant":
             raise ValueError("There is no question to ask once more; ask one first.")
         return self._answer(self.messages[:-1], self.turns[:-1], streamer, generate_kwargs)
 
     def undo(self, turns: int = 1) -> None:
         """See `Conversation.undo`."""
-        if not 0 < turns <= len(self.turns):
-            raise ValueError(f"{turns} turns cannot be taken back of {len(self.turns)}.")
-        del self.messages[-2 * turns :], self.turns[-turns:]
+        questions = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
+        if not 0 < turns <= len(questions):
+            raise ValueError(f"{turns} turns cannot be taken back, because there are {len(questions)}.")
+        del self.messages[questions[-turns] :]
+        del self.turns[max(len(self.turns) - turns, 0) :]
 
     def reset(self) -> None:
         """See `Conversation.reset`."""

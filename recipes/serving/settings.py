@@ -1,6 +1,7 @@
 """How replies are made, with the numbers of the original's demo."""
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ class ReplySettings:
     length_penalty: float = 1.0
     max_new_tokens: int = 300
     seed: int | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ReplySettings":
+        """Those of a command line (`options.add_reply_options`)."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     @property
     def draws(self) -> bool:

@@ -2,23 +2,18 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import StoppingCriteria
 
 from modeling_minigpt4 import Conversation
+from processing_minigpt4 import ReplyStreamer
 from recipes_minigpt4.serving.models import Talker
 from recipes_minigpt4.serving.plain_conversation import PlainConversation
 from recipes_minigpt4.serving.settings import ReplySettings
 from recipes_minigpt4.utils.errors import RecipeError
-
-
-try:
-    from processing_minigpt4 import ReplyStreamer
-except ImportError:
-    ReplyStreamer = None
 
 
 # Beams that are drawn take torch's own random numbers, of which a process has one source: one such reply at a time.
@@ -101,7 +96,7 @@ class Talk:
         if self._making is not None:
             self._making.join()  # a reply that nobody waited for
         stop = threading.Event() if stop is None else stop
-        streamer = None if settings.num_beams > 1 else self._streamer()
+        streamer = None if settings.num_beams > 1 else ReplyStreamer(self.talker.speaker.processor)
         made: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
 
         def reply() -> None:
@@ -117,7 +112,7 @@ class Talk:
         self._making.start()
         try:
             shown = ""
-            for piece in within(streamer or ()):
+            for piece in streamer or ():
                 shown += piece
                 yield piece
             whole, error = made.get()
@@ -128,12 +123,6 @@ class Talk:
         finally:
             stop.set()
             self._making.join()
-
-    def _streamer(self) -> Any:
-        processor = self.talker.speaker.processor
-        if self.talker.is_ours and ReplyStreamer is not None:
-            return ReplyStreamer(processor)
-        return TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _made(ask: Callable[..., str], settings: ReplySettings, **given: Any) -> str:
@@ -147,16 +136,3 @@ def _made(ask: Callable[..., str], settings: ReplySettings, **given: Any) -> str
         else:
             torch.manual_seed(settings.seed)
         return ask(**given)
-
-
-def within(pieces: Iterable[str]) -> Iterator[str]:
-    """Pieces of a text without the white space around the whole."""
-    begun, held = False, ""
-    for piece in pieces:
-        text = held + piece
-        text = text if begun else text.lstrip()
-        ready = text.rstrip()
-        held = text[len(ready) :]
-        if ready:
-            begun = True
-            yield ready

@@ -78,7 +78,9 @@ def open_picture(path: Path) -> PIL.Image.Image:
         try:
             opened = open_image(picture)
         except ValueError as error:
-            raise RecipeError(f"{path.name} cannot be read to its end ({one_line(error.__cause__ or error)}).") from None
+            raise RecipeError(
+                f"{path.name} cannot be read to its end ({one_line(error.__cause__ or error)})."
+            ) from None
         return opened.copy() if opened is picture else opened
 
 

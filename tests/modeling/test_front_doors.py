@@ -161,6 +161,7 @@ def test_a_folder_with_older_code_loads_where_the_package_is_installed(folder, m
 REMOTE = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -178,10 +179,27 @@ from transformers import (
     pipeline,
 )
 
+def served(folder):
+    # The class that `transformers serve --trust-remote-code` loads, before anything else has, and what it sees in it.
+    if transformers.__version__.startswith("4."):
+        from transformers.commands.serving import ServeCommand as Server
+        server = Server.__new__(Server)  # without what a server on the net needs
+        server.args = SimpleNamespace(trust_remote_code=True, dtype="auto", device="cpu", attn_implementation=None,
+                                      load_in_4bit=False, load_in_8bit=False)
+        model, _ = server._load_model_and_data_processor(folder)
+        return [type(model).__module__, type(model).__name__, Server.get_model_modality(model).name]
+    from transformers.cli.serving.model_manager import ModelManager as Server
+    server = Server(device="cpu", trust_remote_code=True, model_timeout=-1)
+    model, processor = server.load_model_and_processor(folder + "@main")
+    modality = Server.get_model_modality(model, processor).name
+    stops = ["stop"] if processor.tokenizer.response_template else []
+    return [type(model).__module__, type(model).__name__, modality, *stops]
+
 torch.set_num_threads(1)
 folder, again = {folder!r}, {again!r}
 inputs = load_file({inputs!r})
 report = {{"config": type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__}}
+report["served"] = served(folder)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 report["base"] = type(base).__name__
 found = {{}}
@@ -248,6 +266,12 @@ def test_remote_code_brings_the_same_classes(remote) -> None:
     assert remote["processor"] == remote["processor_again"] == "MiniGPT4Processor"
 
 
+def test_the_server_of_transformers_finds_the_model(remote) -> None:
+    module, name, modality, *stop = remote["served"]
+    assert module.startswith("transformers_modules.") and name == "MiniGPT4ForConditionalGeneration"
+    assert (modality, stop) in (("VLM", []), ("MULTIMODAL", ["stop"]))
+
+
 @torch.no_grad()
 def test_remote_code_gives_the_same_bits(remote, model, processor) -> None:
     inputs = remote["inputs"]
@@ -266,8 +290,8 @@ def test_remote_code_gives_the_same_bits(remote, model, processor) -> None:
 
 
 def test_remote_code_warns_about_nothing(remote) -> None:
-    lines = remote["stderr"].splitlines()
-    # Python shows the line of code below a warning.
+    # The server tells what it loads, as a warning. Python shows the line of code below one.
+    lines = [line for line in remote["stderr"].splitlines() if not line.endswith("@main")]
     assert [line for line in unexpected(lines) if line.strip() != "warnings.warn("] == []
 
 

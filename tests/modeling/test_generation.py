@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4ImageProcessor, MiniGPT4Processor
 
 
 # Different lengths and numbers of pictures, so that rows are padded and pictures are not one per row.
@@ -196,6 +196,17 @@ def test_streamers_get_every_token_as_it_comes(model, make_inputs, tokenizer) ->
     text = TextIteratorStreamer(tokenizer, skip_prompt=True)
     model.generate(**inputs, **GREEDY, streamer=text)
     assert "".join(text) == tokenizer.decode(expected)
+
+
+@torch.no_grad()
+def test_a_processor_does_where_transformers_takes_a_tokenizer(model, make_inputs, tokenizer) -> None:
+    """As servers of transformers give it for `stop_strings`."""
+    processor = MiniGPT4Processor(MiniGPT4ImageProcessor(), tokenizer, image_token_id=model.config.image_token_id)
+    inputs = make_inputs(model, ROWS[:1])
+    whole = reply(model, inputs, **GREEDY)[0].tolist()
+    stops = [text for text in map(tokenizer.decode, whole) if text.strip("\ufffd ")]
+    found = [reply(model, inputs, **GREEDY, stop_strings=stops, tokenizer=one)[0] for one in (processor, tokenizer)]
+    assert torch.equal(*found) and len(found[0]) < len(whole)
 
 
 @torch.no_grad()

@@ -1,24 +1,18 @@
 """Replies end at `###` however a tokenizer spells it, and nowhere else; what is left is the reply alone."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from separator_pieces import EXTRA, KINDS, WORDS, byte_level_tokenizer, spell
 from tiny_sentencepiece import DOORS, write_folder
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, pipeline
 
-from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor, ReplyStreamer
 from modeling_minigpt4.generation_minigpt4 import SeparatorCriteria, separator_pieces
 
-
-# Pieces with the character of the separator, as vocabularies have them; "_" stands for the space in front.
-HASHES = ("#", "##", "###", "####", "_#", "_##", "_###", ".#", ".##", "done#", "word###", "##a", "#H", "###Human")
-WORDS = ("a", "_b", "_cat", ".")
-EXTRA = tuple(piece.replace("_", "▁") for piece in (*HASHES, *WORDS))
 
 # What the model says, and the reply that is left; "a" stands in front of each.
 STOPS: dict[str, tuple[list[str], str]] = {
@@ -53,37 +47,6 @@ BYTES = {
     "piece_and_byte": (["##", "<0x23>"], "a"),
     "byte_and_piece": (["_cat", "<0x23>", "##"], "a cat"),
 }
-
-
-def sentencepiece_tokenizer(folder: Path) -> Any:
-    return DOORS["auto"](write_folder(folder, extra=EXTRA))
-
-
-def byte_level_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level pieces without merges; what is said is told in ids."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    extra = [piece.replace("▁", "Ġ") for piece in EXTRA]
-    pieces = dict.fromkeys(["<unk>", "<s>", "</s>", *alphabet, *extra])
-    tokenizer = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-    fast.save_pretrained(folder)
-    return fast
-
-
-KINDS = {"sentencepiece": sentencepiece_tokenizer, "byte_level": byte_level_tokenizer}
-
-
-def spell(tokenizer: Any, pieces: Sequence[str]) -> list[int]:
-    """Ids of pieces as they stand in the vocabulary."""
-    vocabulary = tokenizer.get_vocab()
-    newline = "Ċ" if "Ċ" in vocabulary else "<0x0A>"
-    space = "Ġ" if "Ġ" in vocabulary else "▁"
-    names = [newline if piece == "\n" else piece.replace("_", space) for piece in pieces]
-    return [vocabulary[name] for name in names]
 
 
 class Script(LogitsProcessor):
@@ -132,7 +95,9 @@ def say(model: Any, processor: Any, picture: Any, rows: list[list[int]], **optio
     length = inputs["input_ids"].shape[1]
     script = Script([row + filler * (width - len(row)) for row in rows], length)
     options = {"do_sample": False, **options}
-    whole = model.generate(**inputs, max_new_tokens=width, logits_processor=[script], **options)
+    if "generation_config" not in options:
+        options["max_new_tokens"] = width
+    whole = model.generate(**inputs, logits_processor=[script], **options)
     return whole, whole[:, length:]
 
 
@@ -242,3 +207,68 @@ def test_a_slow_tokenizer_spells_the_same(tmp_path: Path) -> None:
     vocabulary = fast.get_vocab()
     assert texts[vocabulary["▁##"]] == " ##" and texts[vocabulary["<0x23>"]] == "#"
     assert all("#" in text for text in texts.values())
+
+
+# ---- what a person sees -------------------------------------------------------------------------------------------
+
+
+def question(picture: Any) -> list[dict[str, Any]]:
+    image = {"type": "image", "image": picture()}
+    return [{"role": "user", "content": [image, {"type": "text", "text": "What is ### this?"}]}]
+
+
+SAID = {"one": ["###"], "three": ["_#", "#", "#"], "into_a_word": ["##", "#H"], "with_a_word": ["###Human"]}
+
+
+@pytest.fixture(scope="module")
+def pipes(chatting: tuple) -> Any:
+    _, _, loaded, processor = chatting
+    return pipeline("image-text-to-text", model=loaded, processor=processor, device="cpu")
+
+
+@pytest.mark.parametrize("pieces", SAID.values(), ids=SAID)
+def test_pipelines_show_the_reply_alone(chatting: tuple, pipes: Any, picture: Any, pieces: list[str]) -> None:
+    """As a chat that goes on, as new text, and with the text of a prompt in front."""
+    *_, processor = chatting
+    row = spell(processor.tokenizer, ["a", "_cat", *pieces])
+    chat = question(picture)
+    length = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )["input_ids"].shape[1]
+    script = Script([row], length)
+    options = {"generate_kwargs": {"logits_processor": [script], "do_sample": False, "max_new_tokens": len(row)}}
+    (whole,) = pipes(text=chat, **options)
+    assert whole["generated_text"] == [*chat, {"role": "assistant", "content": "a cat"}]
+    for kept in ({}, {"skip_special_tokens": False}):
+        (new,) = pipes(text=chat, return_full_text=False, **options, **kept)
+        assert new["generated_text"] == "a cat"
+    prompt = "Human: <image> What?"
+    script.start = processor(text=prompt, images=picture(), return_tensors="pt")["input_ids"].shape[1]
+    (plain,) = pipes(images=picture(), text=prompt, **options)
+    assert plain["generated_text"].startswith(prompt) and plain["generated_text"].rstrip().endswith("a cat")
+
+
+@pytest.mark.parametrize("pieces", SAID.values(), ids=SAID)
+def test_a_stream_of_generate_is_the_reply(chatting: tuple, picture: Any, pieces: list[str]) -> None:
+    _, _, loaded, processor = chatting
+    row = spell(processor.tokenizer, ["a", "_##", "_cat", *pieces])
+    for reply in (row, row[:3], row[:2], [*row[:2], processor.tokenizer.eos_token_id]):
+        streamer = ReplyStreamer(processor)
+        _, ids = say(loaded, processor, picture, [reply], streamer=streamer)
+        assert ["".join(streamer)] == processor.post_process_image_text_to_text(ids)
+
+
+def test_rewards_of_trl_read_the_reply_and_see_where_it_ends(chatting: tuple, picture: Any) -> None:
+    """As GRPO and RLOO generate and decode: with a config of their own that suppresses the placeholder."""
+    _, _, loaded, processor = chatting
+    tokenizer = processor.tokenizer
+    rows = [spell(tokenizer, ["a", *pieces]) for pieces in SAID.values()]
+    own = GenerationConfig(
+        max_new_tokens=max(map(len, rows)), do_sample=False, pad_token_id=0, eos_token_id=2,
+        suppress_tokens=[loaded.config.image_token_id],
+    )  # fmt: skip
+    _, ids = say(loaded, processor, picture, rows, generation_config=own)
+    for row, reply in zip(rows, ids.tolist(), strict=True):
+        assert reply[: len(row) + 1] == [*row, tokenizer.eos_token_id]
+    for decoder in (processor, tokenizer):
+        assert [text.strip() for text in decoder.batch_decode(ids, skip_special_tokens=True)] == ["a"] * len(rows)

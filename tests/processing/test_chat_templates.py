@@ -1,17 +1,13 @@
 """Chats: the original's own formats, and any language model's template taught about pictures and replies."""
 
-import base64
-import copy
 import inspect
-import io
 import re
-from types import SimpleNamespace
 from typing import Any
 
-import PIL.Image
 import pytest
 import torch
-from inner_templates import CHATML, FAMILIES, MARKED, SHOUTING, THINKING, family_tokenizer, template_tokenizer
+from chats import assistant, image, marked_text, red, system, text, tokenized, user
+from inner_templates import CHATML, MARKED, SHOUTING, THINKING, template_tokenizer
 from tiny_text import (
     IMAGE_ID,
     IMAGE_TOKENS,
@@ -21,47 +17,16 @@ from tiny_text import (
     one_sentence,
     plain,
 )
-from transformers import ProcessorMixin, image_utils
+from transformers import ProcessorMixin
 
 from processing_minigpt4 import available_chat_templates, load_chat_template, wrap_chat_template
 
 
+PICTURE = [IMAGE_ID] * IMAGE_TOKENS
 SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
     "Please answer my questions."
 )
-PICTURE = [IMAGE_ID] * IMAGE_TOKENS
-
-
-def red(number: int = 0) -> PIL.Image.Image:
-    return PIL.Image.new("RGB", (9, 7), (200, number, 0))
-
-
-def text(value: str) -> dict[str, Any]:
-    return {"type": "text", "text": value}
-
-
-def image(value: Any = None) -> dict[str, Any]:
-    return {"type": "image"} if value is None else {"type": "image", "image": value}
-
-
-def user(*parts: Any) -> dict[str, Any]:
-    whole = len(parts) == 1 and isinstance(parts[0], str)
-    return {"role": "user", "content": parts[0] if whole else [text(p) if isinstance(p, str) else p for p in parts]}
-
-
-def assistant(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: Any) -> dict[str, Any]:
-    return {"role": "system", "content": content}
-
-
-def tokenized(processor: Any, chats: Any, **options: Any) -> Any:
-    return processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
-
-
 # ---- the original's formats --------------------------------------------------------------------------------------
 
 ONE = [user(image(), "What is this?")]
@@ -201,14 +166,6 @@ def test_a_processor_without_template_says_so():
 # ---- any language model's template -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Any:
-    name = request.param
-    tokenizer = family_tokenizer(name)
-    _, _, _, _, end, has_system = FAMILIES[name]
-    return name, tokenizer, make_processor(tokenizer, chat_template="wrapped"), end, has_system
-
-
 PLAIN_CHATS = [
     [user("What is this?")],
     [user("What is this?"), assistant("A red cat.")],
@@ -313,17 +270,6 @@ def test_a_message_that_only_calls_tools_has_no_content():
 # ---- which tokens are the assistant's ----------------------------------------------------------------------------
 
 REPLIES = ["A red cat.", "Yes, it is.", "No"]
-
-
-def marked_text(processor: Any, row: Any, mask: Any) -> list[str]:
-    """The stretches of a row that the mask marks, as text."""
-    stretches: list[list[int]] = []
-    for place, (token, marked) in enumerate(zip(row, mask, strict=True)):
-        if marked and (place == 0 or not mask[place - 1]):
-            stretches.append([])
-        if marked:
-            stretches[-1].append(int(token))
-    return [processor.tokenizer.decode(stretch) for stretch in stretches]
 
 
 def long_chat(replies: list[str] = REPLIES) -> list[dict[str, Any]]:
@@ -435,196 +381,6 @@ def test_masks_survive_truncation(family):
     assert cut["assistant_masks"][0] == whole["assistant_masks"][0][:length]
 
 
-# ---- pictures in messages ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sources(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The same red picture in every form in which it can stand in a message."""
-    buffer = io.BytesIO()
-    red().save(buffer, "PNG")
-    content = buffer.getvalue()
-    path = tmp_path / "red.png"
-    path.write_bytes(content)
-    for library in ("requests", "httpx"):
-        if hasattr(image_utils, library):
-            monkeypatch.setattr(
-                getattr(image_utils, library),
-                "get",
-                lambda url, **_: {
-                    "https://red.test/1": SimpleNamespace(content=content, raise_for_status=lambda: None)
-                }[url],
-            )
-    encoded = base64.b64encode(content).decode()
-    return {
-        "path": str(path),
-        "url": "https://red.test/1",
-        "base64": encoded,
-        "data": "data:image/png;base64," + encoded,
-        "bytes": content,
-    }
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        lambda found: {"type": "image", "image": red()},
-        lambda found: {"type": "image", "image": found["path"]},
-        lambda found: {"type": "image", "image": found["url"]},
-        lambda found: {"type": "image", "image": {"bytes": found["bytes"], "path": None}},
-        lambda found: {"type": "image", "path": found["path"]},
-        lambda found: {"type": "image", "url": found["url"]},
-        lambda found: {"type": "image", "url": found["path"]},
-        lambda found: {"type": "image", "base64": found["base64"]},
-        lambda found: {"type": "image_url", "image_url": {"url": found["url"]}},
-        lambda found: {"type": "image_url", "image_url": {"url": found["data"], "detail": "low"}},
-        lambda found: {"type": "image_url", "image_url": found["url"]},
-        lambda found: {"type": "image", "image": red(), "text": None, "url": None},
-    ],
-)
-@pytest.mark.parametrize("template", ["vicuna_v0", "wrapped"])
-def test_pictures_in_messages_come_in_every_form(sources, part, template):
-    processor = make_processor(template_tokenizer(CHATML), chat_template=template)
-    expected = processor.image_processor(red(), return_tensors="pt")["pixel_values"]
-    result = tokenized(processor, [user(part(sources), "What?")], return_tensors="pt")
-    assert torch.equal(result["pixel_values"], expected)
-    assert (result["input_ids"] == IMAGE_ID).sum() == IMAGE_TOKENS
-
-
-def test_a_batch_of_chats_with_different_numbers_of_pictures():
-    processor = make_processor()
-    chats = [
-        [user(image(red(1)), "a"), assistant("b"), user(image(red(2)), image(red(3)))],
-        [user("no picture")],
-        [user("c", image(red(4)))],
-    ]
-    result = tokenized(processor, chats, padding=True, return_tensors="pt", add_generation_prompt=True)
-    expected = processor.image_processor([red(number) for number in (1, 2, 3, 4)], return_tensors="pt")
-    assert torch.equal(result["pixel_values"], expected["pixel_values"])
-    assert (result["input_ids"] == IMAGE_ID).sum(1).tolist() == [3 * IMAGE_TOKENS, 0, IMAGE_TOKENS]
-    for chat, row, mask in zip(chats, result["input_ids"], result["attention_mask"], strict=True):
-        alone = tokenized(processor, chat, add_generation_prompt=True)["input_ids"][0]
-        assert row[mask.bool()].tolist() == alone
-
-
-def test_pictures_can_be_passed_apart():
-    processor = make_processor()
-    chat = [user(image(), "a"), assistant("b"), user(image(), "c")]
-    rendered = processor.apply_chat_template(chat)
-    result = processor(text=rendered, images=[red(1), red(2)])
-    inside = [user(image(red(1)), "a"), assistant("b"), user(image(red(2)), "c")]
-    assert result["input_ids"][0].count(IMAGE_ID) == 2 * IMAGE_TOKENS
-    assert len(tokenized(processor, inside)["pixel_values"]) == len(result["pixel_values"]) == 2
-
-
-def test_a_place_without_a_picture_is_told_when_tokenizing():
-    with pytest.raises(ValueError, match="1 <image> placeholders in all but there are 0 images"):
-        tokenized(make_processor(), [user(image(), "a")])
-
-
-def test_messages_of_the_caller_stay_as_they_are(family):
-    _, _, processor, _, _ = family
-    picture = red()
-    chat = [user(image(picture), "A <image> typed", text("b")), assistant("c"), {**user("d"), "name": None}]
-    before = copy.deepcopy([{**message} for message in chat])
-    tokenized(processor, chat, return_assistant_tokens_mask=True)
-    processor.apply_chat_template([*chat[:1], assistant("e")], continue_final_message=True)
-    assert chat[0]["content"][0]["image"] is picture
-    assert [message["role"] for message in chat] == [message["role"] for message in before]
-    assert chat[0]["content"][1:] == before[0]["content"][1:] and chat[1:] == before[1:]
-
-
-# ---- "<image>" that somebody typed -------------------------------------------------------------------------------
-
-
-TYPED = "Is <image> a tag, <image><image>?"
-
-
-@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, dummy_prefix_tokenizer])
-@pytest.mark.parametrize(
-    ("name", "around"),
-    [
-        ("vicuna_v0", ("###Human: <Img>", "</Img> ", "###Assistant: ", "###")),
-        ("vicuna_v0_alignment", ("###Human: <Img>", "</Img> ", " ###Assistant: ", "###")),
-        ("llama2", ("<s>[INST] <Img>", "</Img> ", " [/INST] ", "</s>")),
-    ],
-)
-def test_typed_placeholders_are_tokenized_as_text(make_tokenizer, name, around):
-    tokenizer = make_tokenizer()
-    processor = make_processor(tokenizer, chat_template=name)
-    before, behind, between, end = around
-    chat = [system("No <image>."), user(image(red()), TYPED), assistant("Yes: <image>")]
-    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
-    expected = [tokenizer.bos_token_id, *plain(tokenizer, "No <image>." + before), *PICTURE]
-    expected += plain(tokenizer, behind + TYPED + between)
-    reply = plain(tokenizer, "Yes: <image>" + end)
-    assert result["input_ids"] == [expected + reply]
-    assert result["assistant_masks"] == [[0] * len(expected) + [1] * len(reply)]
-    assert len(result["pixel_values"]) == 1
-
-
-def test_typed_placeholders_are_text_beside_pictures(family):
-    _, tokenizer, processor, _, has_system = family
-    chat = [user("<image> ", image(red()), " <image>"), assistant("<image>"), user(TYPED)]
-    flat = [user("<image> \0 <image>"), assistant("<image>"), user(TYPED)]
-    if has_system:
-        chat, flat = [system("No <image>."), *chat], [system("No <image>."), *flat]
-    result = tokenized(processor, chat)
-    before, behind = tokenizer.apply_chat_template(flat, tokenize=False).split("\0")
-    assert result["input_ids"] == [plain(tokenizer, before) + PICTURE + plain(tokenizer, behind)]
-    assert len(result["pixel_values"]) == 1
-
-
-def test_typed_placeholders_without_any_picture(family):
-    _, tokenizer, processor, end, _ = family
-    chat = [user("What does <image> mean?"), assistant("<image> is a tag.")]
-    expected = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-    result = tokenized(processor, chat, return_assistant_tokens_mask=True)
-    assert "pixel_values" not in result and result["input_ids"] == [expected]
-    (found,) = marked_text(processor, result["input_ids"][0], result["assistant_masks"][0])
-    assert found.strip() == "<image> is a tag." + end
-
-
-def test_typed_placeholders_stay_text_when_text_is_rendered_first():
-    processor = make_processor()
-    chat = [user(image(), "Is <image> a tag?")]
-    result = processor(text=processor.apply_chat_template(chat), images=[red()])
-    assert result["input_ids"] == tokenized(processor, [user(image(red()), "Is <image> a tag?")])["input_ids"]
-
-
-# ---- what is no chat ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("chat", "message"),
-    [
-        ([], "no conversation to render"),
-        ("Hello", "no conversation to render"),
-        (None, "no conversation to render"),
-        ({"role": "user", "content": "a"}, "no conversation to render"),
-        ([[]], "has no messages"),
-        ([[user("a")], []], "has no messages"),
-        ([user("a"), "b"], "must be a dict with `role` and `content`, but one is 'b'"),
-        ([{"content": "a"}], "must be a dict with `role` and `content`"),
-        ([{"role": 3, "content": "a"}], "must be a dict with `role` and `content`"),
-        ([{"role": "user", "content": 3}], "must be a string or a list of parts, but one is 3"),
-        ([{"role": "user", "content": red()}], "a picture goes into a part"),
-        ([{"role": "user", "content": {"type": "text", "text": "a"}}], "must be a string or a list of parts"),
-        ([{"role": "user", "content": [red()]}], "A part of a message is <PIL.Image"),
-        ([{"role": "user", "content": [{"type": "video", "path": "a"}]}], "has the type 'video'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "has the type 'text' and the keys ['type']"),
-        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "has the type 'text'"),
-        ([{"role": "user", "content": [{"image": red()}]}], "has the type None and the keys ['image']"),
-        ([user({"type": "image", "path": "no-such.png"})], "No image could be read from 'no-such.png'"),
-    ],
-)
-def test_what_is_no_chat_is_told_in_one_sentence(chat, message):
-    with pytest.raises(ValueError) as caught:
-        make_processor().apply_chat_template(chat, tokenize=True)
-    assert message in str(caught.value) and one_sentence(caught.value)
-    assert len(str(caught.value)) < 400
-
-
 # ---- templates of the user ---------------------------------------------------------------------------------------
 
 
@@ -698,14 +454,6 @@ def test_several_named_templates():
     with pytest.raises(ValueError, match=r"none of them is called 'default'.*names: new, old") as caught:
         nameless.apply_chat_template([user("a")])
     assert one_sentence(caught.value)
-
-
-def test_a_template_for_strings_that_ends_replies_with_hashes():
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '###' }}{% endfor %}"
-    processor = make_processor(chat_template=template)
-    assert processor.apply_chat_template([user(image(), "a")]) == "user: <image>a###"
-    assert processor.separator == "###"
-    assert processor.post_process_image_text_to_text([plain(processor.tokenizer, "a cat###")]) == ["a cat"]
 
 
 def test_a_template_that_refuses_most_chats_is_used_all_the_same():

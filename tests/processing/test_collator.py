@@ -1,6 +1,7 @@
 """Batches for trainers: what is learned in them, and the placeholder where tokenizers and labels are asked for it."""
 
 import copy
+import json
 import pickle
 from typing import Any
 
@@ -179,7 +180,9 @@ def test_its_vocabulary_and_its_texts_stay_what_they_are(tmp_path):
     assert tokenizer("<image> red", add_special_tokens=False) == fresh("<image> red", add_special_tokens=False)
     assert tokenizer.unk_token_id == fresh.unk_token_id
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "taught" / name).read_text() == (tmp_path / "fresh" / name).read_text()
+        taught, own = (json.loads((tmp_path / folder / name).read_text()) for folder in ("taught", "fresh"))
+        taught.pop("response_template", None)  # which tells transformers 5 where replies end
+        assert taught == own
     ids = fresh("a red cat")["input_ids"]
     assert tokenizer.decode(ids) == fresh.decode(ids)
 

@@ -15,7 +15,6 @@ from tiny_text import (
     one_sentence,
     plain,
 )
-from transformers import TextStreamer
 
 from processing_minigpt4.conversations_minigpt4 import LENGTH_MARK
 
@@ -353,65 +352,6 @@ def test_decode_of_little(processor, tokenizer):
     assert processor.decode(torch.tensor(cat)) == "cat"
 
 
-@pytest.mark.parametrize(
-    ("written", "reply"),
-    [
-        ("a red cat###", "a red cat"),
-        ("a red cat ### ", "a red cat"),
-        ("a red cat.###Human: more", "a red cat."),
-        ("a red cat.###Human: more###Assistant: no###", "a red cat."),
-        ("a red cat", "a red cat"),
-        ("a ## cat #", "a ## cat #"),
-        ("###", ""),
-        ("", ""),
-    ],
-)
-def test_replies_come_without_separator_pads_and_eos(processor, tokenizer, written, reply):
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids = plain(tokenizer, written)
-    rows = [[*ids, eos, pad, pad], [pad, pad, *ids, eos], [*ids, pad, pad, pad]]
-    for form in (rows, torch.tensor(rows)) if len({*map(len, rows)}) == 1 else (rows,):
-        assert processor.post_process_image_text_to_text(form) == [reply] * 3
-    assert processor.post_process_image_text_to_text(torch.tensor([*ids, eos])) == [reply]
-
-
-def test_replies_behind_their_prompts(processor, tokenizer):
-    chat = [
-        {"role": "user", "content": [{"type": "image", "image": red()}, {"type": "text", "text": "What is this?"}]}
-    ]
-    inputs = processor.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    for written in ("a red cat###", "a red cat", "a red cat###Human: more"):
-        reply = torch.tensor([plain(tokenizer, written)])
-        (text,) = processor.post_process_image_text_to_text(torch.cat([inputs["input_ids"], reply], dim=1))
-        prompt, _, answer = text.rpartition("###Assistant:")
-        assert prompt.endswith("###Human: <Img></Img> What is this?") and answer.strip() == "a red cat"
-    # Pipelines look for the prompt's own text in front, which has to come out the same, its last space included.
-    (alone,) = processor.post_process_image_text_to_text(inputs["input_ids"])
-    assert text.startswith(alone) and alone.endswith("###Assistant: ")
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_of_text_alone_is_known_by_its_bos(processor, tokenizer, side):
-    chat = [{"role": "user", "content": "Hello"}]
-    ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    pads = [tokenizer.pad_token_id] * 2
-    row = [*ids[0], *plain(tokenizer, "a red cat.###Human: more")]
-    (text,) = processor.post_process_image_text_to_text([pads + row if side == "left" else row + pads])
-    assert text.rpartition("###Assistant:")[2].strip() == "a red cat." and "###Human: Hello###" in text
-
-
-def test_without_bos_a_prompt_is_known_by_the_words_of_the_template():
-    tokenizer = byte_tokenizer(front=(), bos_token=None)
-    processor = make_processor(tokenizer)
-    chat = [{"role": "user", "content": "Hello"}]
-    ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    (text,) = processor.post_process_image_text_to_text([[*ids[0], *plain(tokenizer, "a cat.###Human: more")]])
-    assert text.endswith("###Human: Hello###Assistant: a cat.") and text.startswith("Give the following image")
-    assert processor.post_process_image_text_to_text([plain(tokenizer, " a cat.###Human")]) == ["a cat."]
-
-
 def test_a_limit_counts_the_tokens_of_its_own_piece(processor, tokenizer):
     """A row of training text whose answer is to be cut behind 3 tokens, with BOS and picture in front or without."""
     answer = "red cat is this"
@@ -420,19 +360,6 @@ def test_a_limit_counts_the_tokens_of_its_own_piece(processor, tokenizer):
         ids = processor(text=f"{front}{answer}{LENGTH_MARK}3", images=red() if "<image>" in front else None)
         assert ids["input_ids"][0][-3:] == expected
         assert len(ids["input_ids"][0]) == 1 + IMAGE_TOKENS * bool(front) + 3
-
-
-def test_special_tokens_can_be_kept(processor, tokenizer):
-    ids = [*plain(tokenizer, "cat###"), tokenizer.eos_token_id]
-    assert processor.post_process_image_text_to_text([ids], skip_special_tokens=False) == ["cat###</s>"]
-
-
-@pytest.mark.parametrize("template", ["llama2", None])
-def test_other_templates_leave_hashes_alone(template):
-    tokenizer = byte_tokenizer()
-    processor = make_processor(tokenizer, chat_template=template)
-    assert processor.separator is None
-    assert processor.post_process_image_text_to_text([plain(tokenizer, "cat###")]) == ["cat###"]
 
 
 # ---- what inference servers ask ----------------------------------------------------------------------------------
@@ -446,34 +373,3 @@ def test_number_of_tokens_of_pictures(processor):
 
 def test_what_one_placeholder_stands_for(processor):
     assert processor.replace_image_token({"pixel_values": None}, image_idx=0) == "<image>" * IMAGE_TOKENS
-
-
-@pytest.mark.parametrize("ending", ["###", "####", "###</s>", "###<pad>", " ###"])
-def test_a_reply_is_decoded_without_the_separator_that_ended_it(ending):
-    processor = make_processor(byte_tokenizer())
-    tokenizer = processor.tokenizer
-    ids = plain(tokenizer, "a red # cat" + ending)
-    for decoder in (processor, tokenizer):  # harnesses and streamers ask the tokenizer
-        assert decoder.decode(ids, skip_special_tokens=True).rstrip() == "a red # cat"
-        assert [text.rstrip() for text in decoder.batch_decode([ids], skip_special_tokens=True)] == ["a red # cat"]
-    assert processor.decode(ids) == tokenizer.decode(ids)
-    assert "###" in tokenizer.decode(ids)
-    plain_processor = make_processor(byte_tokenizer(), chat_template="llama2")
-    assert "###" in plain_processor.decode(ids, skip_special_tokens=True)
-    assert "###" in plain_processor.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def test_a_separator_in_front_of_a_picture_stays():
-    processor = make_processor(byte_tokenizer())
-    ids = processor(text="Hello###<image> red", images=red())["input_ids"][0]
-    for decoder in (processor, processor.tokenizer):
-        assert decoder.decode(ids, skip_special_tokens=True) == "Hello### red"
-
-
-def test_a_streamer_shows_no_separator(capsys):
-    processor = make_processor(byte_tokenizer())
-    streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
-    for token in plain(processor.tokenizer, "a red # cat.###"):
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    assert capsys.readouterr().out == "a red # cat.\n"

@@ -42,6 +42,7 @@ CODE = {
     "image_opening_minigpt4.py",
     "image_processing_minigpt4.py",
     "placeholder_minigpt4.py",
+    "replies_minigpt4.py",
     "processing_compat_minigpt4.py",
     "processing_minigpt4.py",
     "segments_minigpt4.py",

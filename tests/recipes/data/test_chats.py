@@ -101,6 +101,20 @@ def test_all_answers_of_a_chat_are_learned_and_nothing_else(form: str, folder: P
     assert picture.getpixel((4, 3)) == COLOURS[0]
 
 
+@pytest.mark.parametrize("ending", ["###", " ###\n", "####"])
+def test_an_answer_that_brings_the_separator_learns_it_once(ending: str, folder: Path, compose: Callable) -> None:
+    """In chats, and in plain answers; elsewhere in an answer it is text, and so it is where EOS ends answers."""
+    processor = compose(chat_template="vicuna_v0")[1]
+    rows = rows_of(
+        processor, write(folder, llava("This?", "A ## b" + ending, "Sure?", "Red." + ending, image="0.png"))
+    )
+    assert [learned for _, learned in seen(processor, rows)] == [["A ## b###", "Red.###"]]
+    plain = write(folder, {"image": "0.png", "text": "A ### b" + ending}, name="plain.jsonl")
+    assert rows_of(processor, plain)[0]["completion"] == "A ### b###"
+    processor = compose(chat_template="llama2")[1]
+    assert rows_of(processor, plain)[0]["completion"] == "A ### b" + ending + "</s>"
+
+
 def test_the_line_says_what_is_read(folder: Path, compose: Callable, capsys) -> None:
     rows_of(compose()[1], source := write(folder, TURNS))
     assert f"data: image and conversations of {source}\n" in capsys.readouterr().out

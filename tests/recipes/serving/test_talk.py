@@ -1,7 +1,9 @@
 """One person's chat with one model: pieces, draws, stops, errors, several at once, and models of other kinds."""
 
 import importlib.util
+import json
 import os
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,8 @@ from recipes_minigpt4.evaluation.questions import Picture, Question, Sampling
 from recipes_minigpt4.serving import talk as talk_module
 from recipes_minigpt4.serving.models import ModelOptions, Talker, check_labels, open_talker, split_label
 from recipes_minigpt4.serving.settings import Draws, ReplySettings
-from recipes_minigpt4.serving.talk import Talk, within
+from recipes_minigpt4.serving.talk import Talk
+from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -51,11 +54,6 @@ def test_a_reply_comes_in_pieces_and_is_what_the_model_says(kind, settings, talk
     (turn,) = talk.conversation.turns
     assert 1 <= turn.new_tokens <= 12 and turn.encoded_pictures == 1 and turn.seconds > 0
     assert turn.prompt_tokens < turn.computed_tokens
-
-
-def test_white_space_around_a_reply_is_not_shown() -> None:
-    assert list(within([" ", "\n A", " ", "b ", " ", "c", " \n"])) == ["A", " b", "  c"]
-    assert list(within(["", " "])) == []
 
 
 # ---- draws ----------------------------------------------------------------------------------------------------------
@@ -254,7 +252,8 @@ def test_a_model_has_a_label_and_says_what_it_is(talkers: dict[str, Talker], our
     assert talkers["ours"].label == "ours" and split_label(f"mine={ours}") == ("mine", ours)
     assert split_label("you/it@main") == ("it@main", "you/it@main")
     about = talkers["ours"].about
-    assert about.startswith(f"ours: {ours} on language model llama") and "float32 on cpu, loaded in " in about
+    parts = "vision encoder blip2, Q-Former blip2, language model llama"
+    assert about.startswith(f"ours: {ours} on {parts}; float32 on cpu, loaded in ")
     assert "a blip-2;" in talkers["blip2"].about
     with pytest.raises(RecipeError, match="Two models are called ours; write LABEL="):
         check_labels([ours, "runs/ours"])
@@ -271,6 +270,19 @@ def test_what_cannot_be_loaded_is_told(ours: str, blip2: str, tmp_path: Path) ->
         with pytest.raises(RecipeError, match=told) as caught:
             open_talker(name, options)
         assert "\n" not in str(caught.value)
+
+
+def test_parts_that_have_moved_are_named(ours: str, talkers, scenes, tmp_path: Path) -> None:
+    folder = shutil.copytree(ours, tmp_path / "moved")
+    config = json.loads((folder / "config.json").read_text())
+    config["backbones"]["language_model"]["name_or_path"] = "/gone/llama"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"/gone/llama cannot be opened.* or with --language_model"):
+        open_talker(str(folder), ModelOptions(device="cpu", dtype="float32"))
+    moved = ModelOptions("cpu", "float32", backbones={"language_model": str(LANGUAGE_BACKBONE)})
+    assert reply(Talk(open_talker(str(folder), moved)), GREEDY, scenes[0]) == reply(
+        Talk(talkers["ours"]), GREEDY, scenes[0]
+    )
 
 
 @pytest.mark.parametrize("name, package", [("torchao-int8", "torchao"), ("bnb-int8", "bitsandbytes")])
