@@ -151,6 +151,7 @@ def write_space(args: argparse.Namespace, folder: Path) -> list[str]:
         RecipeError: if a model cannot be shown there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    options = ModelOptions.of(args)
     arguments: list[str] = []
     repositories: list[str] = []
     packages: set[str] = set()
@@ -164,7 +165,7 @@ def write_space(args: argparse.Namespace, folder: Path) -> list[str]:
             config = config_named(name, SpeakerOptions(trust_remote_code=args.trust_remote_code))
             repositories.append(name.partition("@")[0])
         arguments.append(f"{label}={name}")
-        repositories += _backbones(label, config)
+        repositories += _backbones(label, config, options.backbones)
         packages |= {"peft"} if getattr(config, "language_model_adapter", None) else set()
     if args.quantization:
         packages.add(QUANTIZERS.get(args.quantization.partition("-")[0], args.quantization))
@@ -172,7 +173,7 @@ def write_space(args: argparse.Namespace, folder: Path) -> list[str]:
         _copy_examples(args.examples, folder / "examples")
         arguments += ["--examples", "examples"]
     _copy_code(folder)
-    arguments += _options(args)
+    arguments += _options(args, options)
     lines = "".join(f"    {json.dumps(one, ensure_ascii=False)},\n" for one in arguments)
     (folder / "app.py").write_text(APP.format(arguments=f"[\n{lines}]"), encoding="utf-8")
     (folder / "requirements.txt").write_text("".join(_requirements(packages)), encoding="utf-8")
@@ -207,18 +208,18 @@ def _copy_model(source: Path, target: Path) -> MiniGPT4Config:
     return config
 
 
-def _backbones(label: str, config: Any) -> list[str]:
+def _backbones(label: str, config: Any, moved: Mapping[str, str]) -> list[str]:
     """The repositories of a model's frozen parts."""
     if config.model_type != OURS:
         return []
-    local = {part: source["name_or_path"] for part, source in config.backbones.items() if is_local(source)}
-    if local:
-        part, place = next(iter(local.items()))
-        raise RecipeError(
-            f"{label} takes its {part} from {place}, a folder that a Space does not have; push a folder saved with "
-            "full=True, or a model whose backbones are named by repository."
-        )
-    return [source["name_or_path"] for source in config.backbones.values() if source["name_or_path"] != HERE]
+    names = {part: moved.get(part, source["name_or_path"]) for part, source in config.backbones.items()}
+    for part, name in names.items():
+        if is_local({"name_or_path": name}):
+            raise RecipeError(
+                f"{label} takes its {part} from {name}, a folder that a Space does not have; name a repository with "
+                f"the same weights by --{part}, or push a folder saved with full=True."
+            )
+    return [name for name in names.values() if name != HERE]
 
 
 def _copy_examples(source: Path, target: Path) -> None:
@@ -250,16 +251,16 @@ def _code_files(source: Path) -> Iterator[Path]:
             yield path
 
 
-def _options(args: argparse.Namespace) -> list[str]:
+def _options(args: argparse.Namespace, options: ModelOptions) -> list[str]:
     """The options of replies and of loading that are not as they are anyway."""
     usual = {**ModelOptions().__dict__, **ReplySettings().__dict__}
-    options = []
+    del usual["backbones"]
+    given = [word for part, place in options.backbones.items() for word in (f"--{part}", place)]
     for name, default in usual.items():
         value = getattr(args, name)
-        if value == default:
-            continue
-        options += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return options
+        if value != default:
+            given += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return given
 
 
 def _requirements(more: set[str]) -> Iterator[str]:

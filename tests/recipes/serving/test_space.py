@@ -73,7 +73,7 @@ def arguments_of(program: bytes) -> list[str]:
 
 
 def test_a_page_becomes_a_space_in_one_commit(
-    stocked: HubServer, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    stocked: HubServer, adapter: Path, ours: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -105,6 +105,10 @@ def test_a_page_becomes_a_space_in_one_commit(
     assert (
         re.search(rf"Pushed {len(files)} files, \d+\.\d MiB to http\S+/spaces/{ID}", told) and "HF_TOKEN" not in told
     )
+    # Weights that are a folder here may be a repository there.
+    moved = ["--vision", "owner/eyes", "--qformer", "owner/eyes", "--language_model", "owner/words"]
+    assert space(ours, *moved, "--space_dir", str(tmp_path / "moved")) == 0
+    assert arguments_of((tmp_path / "moved" / "app.py").read_bytes())[1:7] == moved
     # The next version has no files of this one that it does not need.
     stocked.repos["model", "you/adapter"].private = True
     assert space("stage2=you/adapter", "--space", ID) == 0
