@@ -2,20 +2,17 @@
 
 import contextlib
 import re
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from recipes_minigpt4.serving.app_controls import add_reply_controls, settings_of
+from recipes_minigpt4.serving.app_errors import told_to_people
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.page_chat import PageChat, Question
 from recipes_minigpt4.serving.uploads import ENDINGS, open_uploads, save_shown
-from recipes_minigpt4.utils.errors import one_line
-from recipes_minigpt4.utils.redaction import redact
 
 
 EXAMPLE = "Describe this picture."
@@ -116,7 +113,7 @@ class ChatTab:
         values = (num_beams, temperature, top_p, repetition_penalty, length_penalty, max_new_tokens, seed)
         chat = self._chat(request)
         text, uploads = (message or {}).get("text") or "", (message or {}).get("files") or []
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             pictures = open_uploads(uploads, self.app.uploads)
             shown = tuple(save_shown(picture, self.app.uploads) for picture in pictures)
             question = Question(text, tuple(uploads), shown)
@@ -137,13 +134,13 @@ class ChatTab:
         """Ask the last question once more."""
         values = (num_beams, temperature, top_p, repetition_penalty, length_penalty, max_new_tokens, seed)
         chat = self._chat(request)
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             yield from self._show(chat, chat.retry(settings_of(values)), None)
 
     def edit(self, request: gr.Request, event: gr.EditData, *values: Any) -> Iterator[Any]:
         """Ask an earlier question in other words; what came after it is gone."""
         chat = self._chat(request)
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             old = chat.undo(_turns_from(chat, int(event.index)))  # type: ignore[arg-type]
             pictures = open_uploads(old.uploads, self.app.uploads)
             question = Question(str(event.value).replace(JOINER, ""), old.uploads, old.shown)
@@ -153,7 +150,7 @@ class ChatTab:
     def undo(self, request: gr.Request) -> tuple[Any, Any]:
         """Take back the last question, which stands in the text box again."""
         chat = self._chat(request)
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             question = chat.undo()
             return {"text": question.text, "files": list(question.uploads)}, _messages(chat.exchanges())
 
@@ -161,7 +158,7 @@ class ChatTab:
         """Begin anew."""
         chat = self._chat(request)
         chat.stop()
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             chat.forget()
             return _box(), []
 
@@ -202,19 +199,6 @@ class ChatTab:
             yield _box(message), _messages(chat.exchanges())
             raise
         yield _box(), _messages(chat.exchanges())
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Tell an error to the person in one sentence."""
-        try:
-            yield
-        except ValueError as error:
-            raise gr.Error(f"{one_line(error)}.", print_exception=False) from error
-        except gr.Error:
-            raise
-        except Exception as error:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
-            raise gr.Error(f"{type(error).__name__}: {one_line(error)}.", print_exception=False) from error
 
 
 def _box(message: Any = None, replying: bool = False) -> Any:

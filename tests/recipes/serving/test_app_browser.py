@@ -15,6 +15,11 @@ from recipes_minigpt4.serving.models import Talker
 
 FIRST, SECOND, THIRD = "Describe the image in detail.", "Is there a star?", "What do you see?"
 SEND, STOP = "#chat-box [data-testid=submit-button]", "#chat-box .stop-button"
+# Gradio makes the page twice while it loads; this is true once the text box has stayed the same for 15 looks at it.
+SETTLED = (
+    f"(window.looks = window.box === (window.box = document.querySelector('{SEND}')) && !!window.box"
+    " ? (window.looks || 0) + 1 : 0) > 15"
+)
 ODD = "And <b>this</b> &lt; <image> <img src=http://192.0.2.1/a.png> ![one](http://192.0.2.1/b.png)?"
 TEXTS = "[...document.querySelectorAll('#chat-log .message-content')].map(one => one.textContent)"
 
@@ -41,7 +46,7 @@ class Visitor:
         self.browser = browser
         browser.resize(1200, 800)
         browser.open(url)
-        browser.wait_for(f"!!document.querySelector('{SEND}')")
+        browser.wait_for(SETTLED)
 
     def write(self, text: str, selector: str = "#chat-box textarea") -> None:
         self.browser.wait_for(f"!!document.querySelector('{selector}')")
