@@ -4,10 +4,8 @@ import argparse
 import time
 from typing import Any
 
-from recipes_minigpt4.evaluation.speakers import BlipSpeaker, ChatSpeaker, SpeakerOptions, open_speaker
-from recipes_minigpt4.serving.models import Talker, client_name, split_label
 from recipes_minigpt4.evaluation.speakers import BlipSpeaker, ChatSpeaker, open_speaker
-from recipes_minigpt4.serving.models import ModelOptions, Talker, split_label
+from recipes_minigpt4.serving.models import ModelOptions, Talker, client_name, split_label
 from recipes_minigpt4.serving.server_compat import build_app
 from recipes_minigpt4.serving.server_front import Front, FrontSettings
 from recipes_minigpt4.serving.server_model import Loaded
