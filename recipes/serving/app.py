@@ -59,9 +59,19 @@ CSS = """
 """
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    Read a command line.
+
+    Raises:
+        RecipeError: if it is wrong.
+    """
+    return build_parser("app").parse_args(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the models and serve the page until Ctrl-C or SIGTERM."""
-    args = build_parser("app").parse_args(arguments)
+    args = parse(arguments)
     if args.space or args.space_dir is not None:
         print(make_space(args))
         return
