@@ -1,26 +1,26 @@
 """The tab in which one talks to a model about pictures."""
 
 import contextlib
-import sys
+import re
 import time
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from recipes_minigpt4.serving.app_controls import add_reply_controls, settings_of
+from recipes_minigpt4.serving.app_errors import told_to_people
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.page_chat import PageChat, Question
 from recipes_minigpt4.serving.uploads import ENDINGS, open_uploads, save_shown
-from recipes_minigpt4.utils.errors import one_line
-from recipes_minigpt4.utils.redaction import redact
 
 
 EXAMPLE = "Describe this picture."
 WELCOME = "Add a picture, ask about it, and see the reply grow."
 WRITE = "Ask about the picture, or add more of them"
 PAUSE = 0.05  # seconds between two looks at a reply that grows
+JOINER = "\u2060"  # has no width, and no line breaks there
+MARKUP = re.compile(r"(<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#]))")
 AT_ONCE = 4  # replies; others wait in line
 
 
@@ -34,7 +34,7 @@ def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
                 elem_id="chat-log",
                 height="calc(100vh - 290px)",
                 min_height=320,
-                render_markdown=False,  # what models and people say is text, and never fetches or runs anything
+                render_markdown=False,  # what models and people say is text; see `as_text`
                 latex_delimiters=[],
                 buttons=["copy"],
                 editable="user",
@@ -113,7 +113,7 @@ class ChatTab:
         values = (num_beams, temperature, top_p, repetition_penalty, length_penalty, max_new_tokens, seed)
         chat = self._chat(request)
         text, uploads = (message or {}).get("text") or "", (message or {}).get("files") or []
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             pictures = open_uploads(uploads, self.app.uploads)
             shown = tuple(save_shown(picture, self.app.uploads) for picture in pictures)
             question = Question(text, tuple(uploads), shown)
@@ -134,23 +134,23 @@ class ChatTab:
         """Ask the last question once more."""
         values = (num_beams, temperature, top_p, repetition_penalty, length_penalty, max_new_tokens, seed)
         chat = self._chat(request)
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             yield from self._show(chat, chat.retry(settings_of(values)), None)
 
     def edit(self, request: gr.Request, event: gr.EditData, *values: Any) -> Iterator[Any]:
         """Ask an earlier question in other words; what came after it is gone."""
         chat = self._chat(request)
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             old = chat.undo(_turns_from(chat, int(event.index)))  # type: ignore[arg-type]
             pictures = open_uploads(old.uploads, self.app.uploads)
-            question = Question(str(event.value), old.uploads, old.shown)
+            question = Question(str(event.value).replace(JOINER, ""), old.uploads, old.shown)
             growing = chat.ask(chat.talk.talker, question, pictures, settings_of(values))  # type: ignore[union-attr]
             yield from self._show(chat, growing, {"text": question.text, "files": list(old.uploads)})
 
     def undo(self, request: gr.Request) -> tuple[Any, Any]:
         """Take back the last question, which stands in the text box again."""
         chat = self._chat(request)
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             question = chat.undo()
             return {"text": question.text, "files": list(question.uploads)}, _messages(chat.exchanges())
 
@@ -158,7 +158,7 @@ class ChatTab:
         """Begin anew."""
         chat = self._chat(request)
         chat.stop()
-        with self._told(), chat.turn():
+        with told_to_people(), chat.turn():
             chat.forget()
             return _box(), []
 
@@ -200,19 +200,6 @@ class ChatTab:
             raise
         yield _box(), _messages(chat.exchanges())
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Tell an error to the person in one sentence."""
-        try:
-            yield
-        except ValueError as error:
-            raise gr.Error(f"{one_line(error)}.", print_exception=False) from error
-        except gr.Error:
-            raise
-        except Exception as error:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
-            raise gr.Error(f"{type(error).__name__}: {one_line(error)}.", print_exception=False) from error
-
 
 def _box(message: Any = None, replying: bool = False) -> Any:
     """The text box, with its button to send or to stop."""
@@ -226,9 +213,18 @@ def _messages(exchanges: list[tuple[Question, str]]) -> list[dict[str, Any]]:
 
 def _exchange(question: Question, reply: str) -> list[dict[str, Any]]:
     # A message for each picture, as Gradio (6.31) cannot edit words that share one with it.
-    contents: list[Any] = [{"path": path} for path in question.shown] + ([question.text] if question.text else [])
-    asked = [{"role": "user", "content": content} for content in contents]
-    return [*asked, {"role": "assistant", "content": reply}]
+    text = [as_text(question.text)] if question.text else []
+    asked = [{"role": "user", "content": content} for content in (*({"path": path} for path in question.shown), *text)]
+    return [*asked, {"role": "assistant", "content": as_text(reply)}]
+
+
+def as_text(text: str) -> str:
+    """
+    A text that the page shows as it is: with a sign of no width in what would be a tag or an entity of HTML.
+
+    Gradio takes a text for HTML even where it is not to take it for Markdown, so a model could have pictures fetched.
+    """
+    return MARKUP.sub(rf"\1{JOINER}", text)
 
 
 def _turns_from(chat: PageChat, message: int) -> int:

@@ -76,8 +76,8 @@ def message(text: str, *pictures: Path) -> dict[str, Any]:
 
 
 def said(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The texts of a chat on the page."""
-    return ["".join(part.get("text", "") for part in one["content"]) for one in log]
+    """The texts of a chat on the page, without its pictures."""
+    return [part["text"] for one in log for part in one["content"] if "text" in part]
 
 
 def alone(talker: Talker, *questions: tuple[str, Sequence[Any]], settings: ReplySettings = GREEDY) -> list[str]:

@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import PIL.ExifTags
 import pytest
 from app_server import OPTIONS, Served, alone, arguments, message, person, said, serve, slow, wait_until
-
-import httpx  # isort: skip
-import PIL.ExifTags
 from gradio_client import Client
+from httpx import get, post
 from PIL import Image
 
 from recipes_minigpt4 import cli
@@ -253,7 +252,7 @@ def test_what_is_no_picture_is_refused(kind, told, client: Client, files, tmp_pa
 
 def test_an_upload_has_a_largest_size(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.page, "max_file_size", 1000)
-    answer = httpx.post(f"{served.url}gradio_api/upload", files={"files": ("large.png", b"0" * 2000)})
+    answer = post(f"{served.url}gradio_api/upload", files={"files": ("large.png", b"0" * 2000)})
     assert answer.status_code == 413
 
 
@@ -279,14 +278,14 @@ META = {"meta": {"_type": "gradio.FileData"}}
 def call(served: Served, file: dict[str, Any]) -> str:
     """What the page answers to a question whose picture is named in this way, without Gradio's client."""
     data = [{"text": FIRST, "files": [file]}, "ours", 1, 0, 1, 1, 1, 12, -1]
-    begun = httpx.post(f"{served.url}gradio_api/call/ask", json={"data": data})
+    begun = post(f"{served.url}gradio_api/call/ask", json={"data": data})
     if begun.status_code != 200:
         return f"{begun.status_code} {begun.text}"
-    return httpx.get(f"{served.url}gradio_api/call/ask/{begun.json()['event_id']}", timeout=30).text
+    return get(f"{served.url}gradio_api/call/ask/{begun.json()['event_id']}", timeout=30).text
 
 
 def test_no_file_but_an_upload_is_a_picture(served: Served, ours: str, files) -> None:
-    (uploaded,) = httpx.post(f"{served.url}gradio_api/upload", files={"files": files[0].open("rb")}).json()
+    (uploaded,) = post(f"{served.url}gradio_api/upload", files={"files": files[0].open("rb")}).json()
     assert "event: complete" in call(served, {"path": uploaded, **META})
     outside = os.path.relpath(files[0], Path(uploaded).parent)
     for path in ("/etc/passwd", f"{ours}/config.json", str(files[0]), f"{Path(uploaded).parent}/{outside}"):
@@ -298,12 +297,12 @@ def test_no_file_but_an_upload_is_a_picture(served: Served, ours: str, files) ->
 
 
 def test_no_file_but_an_upload_is_sent(served: Served, ours: str, files) -> None:
-    (uploaded,) = httpx.post(f"{served.url}gradio_api/upload", files={"files": files[0].open("rb")}).json()
-    assert httpx.get(f"{served.url}gradio_api/file={uploaded}").content == files[0].read_bytes()
+    (uploaded,) = post(f"{served.url}gradio_api/upload", files={"files": files[0].open("rb")}).json()
+    assert get(f"{served.url}gradio_api/file={uploaded}").content == files[0].read_bytes()
     here = str(Path(__file__).resolve())
     for path in ("/etc/passwd", f"{ours}/config.json", str(files[0]), here, f"{uploaded}/../../../../etc/passwd"):
         for route in ("gradio_api/file=", "file=", "gradio_api/file/"):
-            answer = httpx.get(f"{served.url}{route}{path}")
+            answer = get(f"{served.url}{route}{path}")
             assert answer.status_code in (403, 404) and b"root:" not in answer.content, path
 
 
@@ -315,7 +314,7 @@ def test_no_address_is_fetched(served: Served) -> None:
             answer = call(served, {"path": path, **META})
             assert answer.startswith("400") and "fetches no addresses" in answer
             for route in ("gradio_api/file=", "gradio_api/file/", "gradio_api/proxy="):
-                answer = httpx.get(f"{served.url}{route}{path}")
+                answer = get(f"{served.url}{route}{path}")
                 assert answer.status_code in (403, 404), path
         answer = call(served, {"path": "x.png", "url": f"http://{address}", **META})
         assert "event: error" in answer
@@ -324,7 +323,7 @@ def test_no_address_is_fetched(served: Served) -> None:
 
 
 def test_a_request_has_a_largest_size(served: Served) -> None:
-    answer = httpx.post(f"{served.url}gradio_api/call/ask", content=b"[" * (2 << 20))
+    answer = post(f"{served.url}gradio_api/call/ask", content=b"[" * (2 << 20))
     assert answer.status_code == 413
 
 
