@@ -93,7 +93,7 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if moved := [part for part in PARTS if getattr(args, part) is not None]:
         raise RecipeError(
-            f"--{moved[0]} is not for --engine vllm; load the model with `backbones=`, save it anew, and name that folder."
+            f"--{moved[0]} is not for --engine vllm; load the model with `backbones=`, save it, and name that folder."
         )
     if args.quantization is not None:
         raise RecipeError(

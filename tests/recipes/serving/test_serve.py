@@ -602,6 +602,7 @@ def test_the_client_code_of_the_page_runs(
     scenes[0].save(tmp_path / "demo-output" / "scene.png")
     monkeypatch.chdir(tmp_path)
     page = (Path(serve.__file__).parent / "README.md").read_text(encoding="utf-8")
+    page = page.partition("\n## Serve\n")[2].partition("\n## ")[0]
     (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (curl,) = re.findall(r"^```sh\n(curl.*?)^```$", page, re.MULTILINE | re.DOTALL)
     there = {"http://127.0.0.1:8000": server.place, '"adapter"': f'"{NAME}"'}
