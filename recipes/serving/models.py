@@ -117,6 +117,13 @@ def split_label(name: str) -> tuple[str, str]:
     return (path.resolve().name if path.exists() else name.rstrip("/").rpartition("/")[2]) or name, name
 
 
+def client_name(model: str) -> str:
+    """What clients call a model: as the person said, a repository's name, or a folder's last part."""
+    label, name = split_label(model)
+    is_repository = name == model and not Path(name).expanduser().exists()
+    return name if is_repository else label
+
+
 def check_labels(names: Sequence[str]) -> None:
     """
     See that people can tell models apart, before any is loaded.

@@ -15,6 +15,9 @@ ABOUT = {
     "app": "Show models on a page: chat, compare them, look at what they look at.",
     "serve": "Serve a model to clients that speak OpenAI's language.",
 }
+# Parts of our models that may have moved → what people call them.
+PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
+PROMPT = "Describe this image in detail."  # of stage 2
 
 
 class EngineParser(CommandParser):
@@ -26,11 +29,6 @@ class EngineParser(CommandParser):
         found, unknown = super().parse_known_args(words[:end], namespace)
         found.engine_arguments = words[end + 1 :]
         return found, unknown
-
-
-# Parts of our models that may have moved → what people call them.
-PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
-PROMPT = "Describe this image in detail."  # of stage 2
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:

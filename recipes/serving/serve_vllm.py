@@ -44,11 +44,11 @@ def serve(args: argparse.Namespace) -> int:
     """
     check_options(args)
     check_vllm()
-    from recipes_minigpt4.serving.models import split_label  # which takes torch and transformers
+    from recipes_minigpt4.serving.models import client_name, split_label  # which takes torch and transformers
     from recipes_minigpt4.serving.vllm_folder import whole_folder
 
-    label, place = split_label(args.model)
-    whole = whole_folder(place, args.trust_remote_code)
+    label = client_name(args.model)
+    whole = whole_folder(split_label(args.model)[1], args.trust_remote_code)
     port = args.port or free_port(args.host)
     dtype = whole.dtype if args.dtype == "auto" else args.dtype
     command = [
@@ -60,7 +60,8 @@ def serve(args: argparse.Namespace) -> int:
     command += ["--revision", whole.revision] if whole.revision and not Path(whole.name).is_dir() else []
     command += ["--trust-remote-code"] if args.trust_remote_code else []
     command += args.engine_arguments  # the last word is the user's
-    print(f"vLLM begins to serve {label} at http://{args.host}:{port}/v1; that takes a minute or more.", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"vLLM begins to serve {label} at http://{host}:{port}/v1; that takes a minute or more.", flush=True)
     os.execve(command[0], command, {**os.environ, **environment_of(args, whole.separator)})
     return 1  # os.execve does not come back
 
@@ -93,7 +94,7 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if moved := [part for part in PARTS if getattr(args, part) is not None]:
         raise RecipeError(
-            f"--{moved[0]} is not for --engine vllm; load the model with `backbones=`, save it anew, and name that folder."
+            f"--{moved[0]} is not for --engine vllm; load the model with `backbones=`, save it, and name that folder."
         )
     if args.quantization is not None:
         raise RecipeError(

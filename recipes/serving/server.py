@@ -2,11 +2,10 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from recipes_minigpt4.evaluation.speakers import BlipSpeaker, ChatSpeaker, open_speaker
-from recipes_minigpt4.serving.models import ModelOptions, Talker, split_label
+from recipes_minigpt4.serving.models import ModelOptions, Talker, client_name, split_label
 from recipes_minigpt4.serving.server_compat import build_app
 from recipes_minigpt4.serving.server_front import Front, FrontSettings
 from recipes_minigpt4.serving.server_model import Loaded
@@ -40,10 +39,3 @@ def build(args: argparse.Namespace) -> Any:
         app = CORSMiddleware(app, allow_origins=args.allow_origins, allow_methods=["*"], allow_headers=["*"])
         app.loaded = loaded
     return app
-
-
-def client_name(model: str) -> str:
-    """What clients call a model: as the person said, a repository's name, or a folder's last part."""
-    label, name = split_label(model)
-    is_repository = name == model and not Path(name).expanduser().exists()
-    return name if is_repository else label

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from modeling_minigpt4.compat_minigpt4 import IS_TRANSFORMERS_4
+from processing_minigpt4 import ReplyStreamer
 from recipes_minigpt4.serving.server_model import Loaded, RequestModel
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -89,6 +90,8 @@ def _app_4(loaded: Loaded) -> Any:
         def is_continuation(self, req: dict) -> bool:
             return False  # the cache of whoever asked last is nobody's business
 
+    # Which is looked into for families that call tools; a model that was never saved has none.
+    loaded.model.config.architectures = loaded.model.config.architectures or [type(loaded.model).__name__]
     command, found = OneModel(serving.ServeArguments(log_level="warning")), []
     uvicorn, serving.uvicorn = serving.uvicorn, SimpleNamespace(run=lambda app, **_: found.append(app))
     try:
@@ -98,6 +101,17 @@ def _app_4(loaded: Loaded) -> Any:
     return found[0]
 
 
+class _Through(ReplyStreamer):
+    """Cuts a reply into pieces in place of the streamer of transformers 4, which loses spaces behind line breaks."""
+
+    def __init__(self, processor: Any, target: Any) -> None:
+        super().__init__(processor)
+        self.target = target
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.target.on_finalized_text(text, stream_end)
+
+
 class QuietModel(RequestModel):
     """What transformers 4 runs in a thread of its own: errors are in the exchange, and a cache is asked for."""
 
@@ -105,7 +119,8 @@ class QuietModel(RequestModel):
     def generation_config(self) -> Any:
         return copy.deepcopy(self.loaded.model.generation_config)
 
-    def generate(self, **given: Any) -> Any:  # type: ignore[override]
+    def generate(self, *, streamer: Any, **given: Any) -> Any:  # type: ignore[override]
+        given["streamer"] = _Through(self.loaded.processor, streamer)
         with contextlib.suppress(Exception):  # told by whoever reads the stream
             super().generate(**given)
         return SimpleNamespace(past_key_values=None)

@@ -158,6 +158,7 @@ class RequestModel:
 
     def _count(self, reply: list[int], config: GenerationConfig) -> None:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.exchange.text = self.loaded.processor.tokenizer.decode(reply, skip_special_tokens=True)
         self.exchange.new_tokens = len(reply)
         self.exchange.cut_short = len(reply) >= (config.max_new_tokens or 0) and not set(ends) & set(reply[-1:])
 

@@ -93,6 +93,7 @@ class Exchange:
     inputs: Any = None  # tensors of the chat
     gone: threading.Event = field(default_factory=threading.Event)  # nobody waits for the reply any more
     error: Exception | None = None  # of the model
+    text: str = ""  # of the reply, with what ends it
     prompt_tokens: int = 0
     new_tokens: int = 0
     cut_short: bool = False  # by the number of tokens

@@ -696,3 +696,10 @@ def test_models_and_processors_that_do_not_fit(chat: Chat, tokenizers: dict[str,
             Conversation(chat.model, processor)
     with pytest.raises(ValueError, match="the model is a LlamaModel"):
         Conversation(chat.model.model.language_model, chat.processor)
+
+
+def test_conversations_do_not_travel_with_a_checkpoint(chat: Chat, tmp_path: Path) -> None:
+    chat.model.save_pretrained(tmp_path, full=True)
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert "modeling_minigpt4.py" in files
+    assert not files & {"conversation_minigpt4.py", "memory_minigpt4.py", "transcript_minigpt4.py"}

@@ -181,6 +181,11 @@ CHATS = {
     "two pictures": [says(RED, "and", BLUE, "What is different?")],
     "the other way round": [says(BLUE, "and", RED, "What is different?")],
     "two turns": [says(RED, QUESTION), says("A red square.", role="assistant"), says("And what else?")],
+    "two turns with a separator": [
+        says(RED, QUESTION),
+        says("A red square.###", role="assistant"),
+        says("And what else?"),
+    ],
     "a picture in turn two": [says("Hello."), says("Hello!", role="assistant"), says(BLUE, QUESTION)],
     "words alone": [says("Who are you?")],
     "words in front": [says("Who is in here:", RED)],
