@@ -60,7 +60,12 @@ CSS = """
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """
+    Read a command line.
+
+    Raises:
+        RecipeError: if it is wrong.
+    """
     return build_parser("app").parse_args(arguments)
 
 

@@ -11,11 +11,11 @@ import gradio as gr
 from recipes_minigpt4.serving.app_controls import add_reply_controls, settings_of
 from recipes_minigpt4.serving.app_errors import told_to_people
 from recipes_minigpt4.serving.app_state import AppState
+from recipes_minigpt4.serving.options import PROMPT
 from recipes_minigpt4.serving.page_chat import PageChat, Question
 from recipes_minigpt4.serving.uploads import ENDINGS, open_uploads, save_shown
 
 
-EXAMPLE = "Describe this picture."
 WELCOME = "Add a picture, ask about it, and see the reply grow."
 WRITE = "Ask about the picture, or add more of them"
 PAUSE = 0.05  # seconds between two looks at a reply that grows
@@ -81,7 +81,7 @@ def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
 
 
 def _examples(app: AppState) -> list[Any]:
-    return [{"text": EXAMPLE, "display_text": path.stem, "files": [str(path)]} for path in app.examples]
+    return [{"text": PROMPT, "display_text": path.stem, "files": [str(path)]} for path in app.examples]
 
 
 class ChatTab:
@@ -173,7 +173,7 @@ class ChatTab:
     def example(self, event: gr.SelectData) -> dict[str, Any]:
         """Put an example into the text box."""
         path = self.app.examples[int(event.index)]  # type: ignore[arg-type]
-        return {"text": EXAMPLE, "files": [str(path)]}
+        return {"text": PROMPT, "files": [str(path)]}
 
     def leave(self, request: gr.Request) -> None:
         """Forget somebody who has closed the page."""

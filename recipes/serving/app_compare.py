@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gradio as gr
 
@@ -24,11 +25,11 @@ from recipes_minigpt4.utils.errors import RecipeError
 
 PROMPT = "Describe this picture."
 WRITE = "Add a picture and ask about it; all models answer"
-KEPT = 3600  # seconds that a comparison waits for a vote after its page was closed
+KEPT = 6 * 3600  # seconds that a comparison waits for a vote
 LETTERS = "abcd"
 
 
-@dataclass
+@dataclass(eq=False)
 class Asked:
     """What one person has asked last on this tab."""
 
@@ -80,6 +81,7 @@ def add_compare_tab(app: AppState, page: gr.Blocks) -> BallotBox | None:
             ]
     tab.box, tab.asked = box, asked
     _connect(tab, blind, controls)
+    page.unload(tab.leave)
     return tab.votes
 
 
@@ -119,6 +121,8 @@ class CompareTab:
         self.app = app
         self.labels = list(app.talkers)[:MOST_MODELS]
         self.votes = BallotBox(app.output_dir, {label: app.talkers[label] for label in self.labels})
+        # By the name that Gradio gives to a tab of a browser, as long as somebody has it open.
+        self.people: WeakValueDictionary[str, Asked] = WeakValueDictionary()
         self.box: Any = None
         self.asked: Any = None
         self.note: Any = None
@@ -138,8 +142,10 @@ class CompareTab:
         text = f"{len(self.labels)} models answer at once, with the same seed. Vote when all have ended."
         return f"{text} The page compares four; left out: {', '.join(left_out)}." if left_out else text
 
+    # Gradio gives the names of arguments to those who call the page as an API.
     def ask(
         self,
+        request: gr.Request,
         message: dict[str, Any],
         blind: bool,
         num_beams: float,
@@ -159,7 +165,7 @@ class CompareTab:
             (picture,) = open_uploads(uploads, self.app.uploads)
             name = Path(uploads[0]).name
             comparison = new_comparison(self.labels, name, picture, text, settings_of(values), bool(blind))
-            asked = Asked(comparison)
+            asked = self.people[str(request.session_hash)] = Asked(comparison)
             shown = gr.Image(save_shown(picture, self.app.uploads), visible=True)
             yield {
                 self.box: _box(replying=True),
@@ -187,6 +193,10 @@ class CompareTab:
         """End all replies."""
         if asked is not None:
             asked.stop.set()
+
+    def leave(self, request: gr.Request) -> None:
+        """End the replies to somebody who has closed the page."""
+        self.stop(self.people.pop(str(request.session_hash), None))
 
     def vote(self, place: int, asked: Asked | None) -> Any:
         """Count a vote: for the reply at a place, for a tie, or that all are bad. Names are told now."""

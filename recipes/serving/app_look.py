@@ -29,7 +29,7 @@ CSS = """
 #look-gallery img { object-fit: contain; }
 #look-map .icon-button-wrapper, #compare-picture .icon-button-wrapper { display: none; }
 """
-KEPT = 3600  # seconds that maps are kept after a page was closed
+KEPT = 6 * 3600  # seconds that maps are kept
 
 
 @dataclass(frozen=True)

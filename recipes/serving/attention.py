@@ -153,7 +153,12 @@ def _seeing(model: Any) -> Any:
 
 def _hear(attention: Any, tell: Callable[[torch.Tensor], object]) -> None:
     """Have an attention of a private copy tell its weights, the mean over heads, whenever it computes."""
-    attention.attention.register_forward_hook(lambda _, __, output: tell(output[1][0].float().mean(0).cpu()))
+
+    def told(_: Any, __: Any, output: Any) -> None:
+        weights = output[1][0].float().mean(0).cpu()
+        tell(weights / weights.sum(-1, keepdim=True))  # 1 but for what bfloat16 rounds
+
+    attention.attention.register_forward_hook(told)
 
 
 def private_copy(module: nn.Module, shared: Iterable[nn.Module] = ()) -> Any:

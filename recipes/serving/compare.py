@@ -135,7 +135,10 @@ def answers(
 
     # A talk sets its own when its reply has ended.
     own_stop = {label: threading.Event() for label in comparison.order}
-    threads = [threading.Thread(target=answer, args=(label,), daemon=True) for label in comparison.order]
+    threads = [
+        threading.Thread(target=answer, args=(label,), name=f"answer of {label}", daemon=True)
+        for label in comparison.order
+    ]
     for thread in threads:
         thread.start()
     left = set(comparison.order)

@@ -303,6 +303,34 @@ def test_a_stop_ends_all_replies(served: Any, files: list[Path], tmp_path: Path)
             client.predict(api_name="/vote_tie")
 
 
+def test_the_replies_to_who_leaves_end(served: Any, files: list[Path], tmp_path: Path) -> None:
+    import app_server
+
+    calls: list[int] = []
+    count = served.talkers["ours"].speaker.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with app_server.slow(served.talkers["ours"], 0.2), app_server.person(served, tmp_path) as client:
+        client.submit(app_server.message(ASKED, files[0]), True, max_new_tokens=200, api_name="/compare")
+        app_server.wait_until(lambda: len(calls) > 2)
+        replies = [thread for thread in threading.enumerate() if thread.name.startswith("answer of ")]
+        client.close()
+        app_server.wait_until(lambda: not any(thread.is_alive() for thread in replies))
+    assert len(calls) < 30
+    count.remove()
+
+
+def test_one_model_has_nothing_to_be_compared_with(two: dict[str, Talker], tmp_path: Path) -> None:
+    app_server = pytest.importorskip("app_server")
+    from recipes_minigpt4.serving import app
+    from recipes_minigpt4.serving.uploads import upload_folder
+
+    args = app_server.arguments("--output_dir", str(tmp_path))
+    with upload_folder():
+        assert app.build(args, {"ours": two["ours"]}).votes is None
+        five = app.build(args, dict.fromkeys("abcde", two["ours"]))
+    assert "The page compares four; left out: e." in json.dumps(five.get_config_file(), default=str)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.browser
 def test_somebody_votes_in_a_browser(served: Any, files: list[Path], browser: Browser) -> None:
     before = len(list(votes_in(served.page.votes.folder)))
