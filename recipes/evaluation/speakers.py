@@ -6,8 +6,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -15,10 +15,11 @@ import PIL.Image
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import modeling_minigpt4  # noqa: F401  # registers the model with the Auto classes
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration  # which registers it with the Auto classes
 from recipes_minigpt4.evaluation.api_speaker import ApiSpeaker
 from recipes_minigpt4.evaluation.questions import Question, Sampling
 from recipes_minigpt4.evaluation.replies import Said
+from recipes_minigpt4.training.quantization import quantization_config
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
 
@@ -37,12 +38,16 @@ class SpeakerOptions:
         dtype: that of the weights; `auto` for the one that is stored.
         batch_size: questions at once. Greedy replies do not depend on it.
         trust_remote_code: run code that comes with a model.
+        quantization: of the language model of ours, by a name that `training/quantization.py` knows.
+        backbones: where parts of ours are now, if they have moved, by their names.
     """
 
     device: str | None = None
     dtype: str = "auto"
     batch_size: int = 8
     trust_remote_code: bool = False
+    quantization: str | None = None
+    backbones: Mapping[str, str] = field(default_factory=dict)
 
 
 class Speaker(Protocol):
@@ -85,13 +90,19 @@ class ChatSpeaker:
         """
         place, revision = _place(name)
         trusted = {"trust_remote_code": options.trust_remote_code, "revision": revision}
+        device = device_of(options)
+        chosen: dict[str, Any] = {"dtype": options.dtype, **trusted}
+        if options.quantization is not None or options.backbones:
+            chosen |= _own_options(name, options, device)
         try:
             processor: Any = AutoProcessor.from_pretrained(place, **trusted)
-            model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=options.dtype, **trusted)
+            # The Auto class would take `backbones` for a field of the configuration.
+            kind = MiniGPT4ForConditionalGeneration if options.backbones else AutoModelForImageTextToText
+            model: Any = kind.from_pretrained(place, **chosen)
         except Exception as error:  # transformers and the Hub say in many ways that something is not there
             raise RecipeError(f"The model {name} cannot be loaded ({one_line(error)}).") from error
         cls.check_template(name, processor)
-        model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        model = (model if options.quantization else model.to(device)).eval()
         return cls(model, processor, revision_of(name, model.config), options.batch_size)
 
     @classmethod
@@ -146,7 +157,7 @@ class ChatSpeaker:
             vision_features: `last_hidden_state` of `encode_images` for the pictures, for a model that takes it, so
                 that its vision side has nothing to do.
         """
-        inputs = self._inputs(texts, pictures)
+        inputs = self.inputs(texts, pictures)
         if vision_features is not None:
             inputs.pop("pixel_values")
             inputs["vision_features"] = vision_features
@@ -175,8 +186,8 @@ class ChatSpeaker:
             batch = pairs[start : start + self.batch_size]
             seen = [pictures[place] for place, _ in batch]
             # Pads behind: BLIP-2's processor would put those in front between picture and words.
-            prompts = self._inputs([texts[place] for place, _ in batch], seen, "right")
-            inputs = self._inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
+            prompts = self.inputs([texts[place] for place, _ in batch], seen, "right")
+            inputs = self.inputs([_joined(texts[place], choice) for place, choice in batch], seen, "right")
             # The Q-Former of InstructBLIP reads the question, and no answer to it.
             inputs.update({name: value for name, value in prompts.items() if name.startswith("qformer_")})
             logits = self.model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
@@ -187,9 +198,14 @@ class ChatSpeaker:
                 scores[place].append(float(told.gather(-1, ids[first:, None]).mean()))
         return [tuple(of_choices) for of_choices in scores]
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
-        """Tensors on the model's device."""
-        inputs = self._processed(texts, pictures, padding=True, padding_side=padding_side, return_tensors="pt")
+    def inputs(self, texts: Sequence[str], pictures: Sequence[PIL.Image.Image], padding_side: str = "left") -> Any:
+        """Prompts, as `written` gives them, and a picture for each, as tensors on the model's device."""
+        # One text is not padded: turning pads on and off is nothing that threads can do at once to a tokenizer.
+        pads = {"padding": len(texts) > 1, "padding_side": padding_side}
+        return self.on_device(self._processed(texts, pictures, return_tensors="pt", **pads))
+
+    def on_device(self, inputs: Any) -> Any:
+        """What a processor has made, as the model takes it."""
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # which some tokenizers of transformers 4 tell everybody
         return inputs.to(self.model.device, self.model.dtype)
@@ -248,6 +264,36 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((place for place in range(length) if one[place] != other[place]), length)
 
 
+def device_of(options: SpeakerOptions) -> str:
+    """
+    Where models compute.
+
+    Raises:
+        RecipeError: if this machine has no such place.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch says in many ways that a device is not there
+        reason = one_line(error).split(". ")[0].split(": ")[0]
+        raise RecipeError(f"--device {device} is not there ({reason}); name cpu or another one.") from error
+    return device
+
+
+def _own_options(name: str, options: SpeakerOptions, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of what only models of this package know."""
+    config = config_named(name, options)
+    if config.model_type != "minigpt4":
+        given = "--quantization" if options.quantization else f"--{next(iter(options.backbones))}"
+        raise RecipeError(f"{given} is for models of this package, and {name} is a {config.model_type}; leave it out.")
+    own: dict[str, Any] = {"backbones": dict(options.backbones)} if options.backbones else {}
+    if options.quantization is None:
+        return own
+    stored = getattr(config, "dtype", None) if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    return {**own, "quantization_config": quantization_config(options.quantization, dtype), "device_map": {"": device}}
+
+
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +310,7 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
     """
     if name.startswith("openai:"):
         return ApiSpeaker(name, options.batch_size)
-    config = _config_of(name, options)
+    config = config_named(name, options)
     return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker).load(name, options)
 
 
@@ -275,10 +321,16 @@ def revision_named(name: str, options: SpeakerOptions) -> str:
     Raises:
         RecipeError: if there is no model.
     """
-    return revision_of(name, _config_of(name, options))
+    return revision_of(name, config_named(name, options))
 
 
-def _config_of(name: str, options: SpeakerOptions) -> Any:
+def config_named(name: str, options: SpeakerOptions) -> Any:
+    """
+    The configuration of a folder or repository.
+
+    Raises:
+        RecipeError: if there is no model.
+    """
     place, revision = _place(name)
     try:
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)

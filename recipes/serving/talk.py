@@ -13,10 +13,11 @@ from processing_minigpt4 import ReplyStreamer
 from recipes_minigpt4.serving.models import Talker
 from recipes_minigpt4.serving.plain_conversation import PlainConversation
 from recipes_minigpt4.serving.settings import ReplySettings
+from recipes_minigpt4.utils.errors import RecipeError
 
 
-# torch draws from one source in a process. Who draws holds it, so that a seed gives the same reply every time.
-DRAWING = threading.Lock()
+# Beams that are drawn take torch's own random numbers, of which a process has one source: one such reply at a time.
+DRAWING_BEAMS = threading.Lock()
 
 
 class Stopped(StoppingCriteria):
@@ -39,16 +40,22 @@ class Talk:
 
     Attributes:
         conversation: what was said: its `messages` and `turns`, `undo(turns)` and `reset()`.
+
+    Raises:
+        RecipeError: if the model cannot be talked to.
     """
 
     def __init__(self, talker: Talker, system: str | None = None) -> None:
         self.talker = talker
-        of_ours = talker.is_ours
-        self.conversation: Any = (
-            Conversation(talker.speaker.model, talker.speaker.processor, system=system)
-            if of_ours
-            else PlainConversation(talker.speaker, system=system)
-        )
+        self._making: threading.Thread | None = None  # the last reply
+        try:
+            self.conversation: Any = (
+                Conversation(talker.speaker.model, talker.speaker.processor, system=system)
+                if talker.is_ours
+                else PlainConversation(talker.speaker, system=system)
+            )
+        except ValueError as error:
+            raise RecipeError(f"{talker.name}: {error}") from error
 
     def ask(
         self,
@@ -58,14 +65,14 @@ class Talk:
         stop: threading.Event | None = None,
     ) -> Iterator[str]:
         """
-        Ask, and give the reply piece by piece.
+        Ask, and give the reply piece by piece. What `generate` raises is raised here, and leaves the chat as it was.
 
         Args:
             text: what is said.
             images: pictures, open, in front of the words.
-            settings: how the reply is made.
+            settings: how the reply is made. Beams come in one piece, at the end.
             stop: ends the reply once it is set. What was said until then stays in the chat. So it does if the
-                iterator is closed.
+                iterator is closed, or interrupted.
 
         Raises:
             ValueError: if the chat does not fit the model's window, among others; it is as it was before.
@@ -83,41 +90,49 @@ class Talk:
         Raises:
             ValueError: if there is none.
         """
-        return self._stream(self.conversation.retry, settings, stop)
+        return self._stream(lambda **given: self.conversation.retry(**given), settings, stop)
 
     def _stream(self, ask: Callable[..., str], settings: ReplySettings, stop: threading.Event | None) -> Iterator[str]:
+        if self._making is not None:
+            self._making.join()  # a reply that nobody waited for
         stop = threading.Event() if stop is None else stop
         streamer = None if settings.num_beams > 1 else ReplyStreamer(self.talker.speaker.processor)
-        pieces: queue.Queue[Any] = queue.Queue()
+        made: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
 
         def reply() -> None:
             try:
-                given = {"streamer": streamer, "stopping_criteria": [Stopped(stop)], **settings.options()}
-                if not settings.draws:
-                    pieces.put((ask(**given), None))
-                    return
-                with DRAWING:
-                    if settings.seed is not None:
-                        torch.manual_seed(settings.seed)
-                    pieces.put((ask(**given), None))
+                made.put((_made(ask, settings, streamer=streamer, stopping_criteria=[Stopped(stop)]), None))
             except BaseException as error:
-                pieces.put((None, error))
+                made.put(("", error))
             finally:
                 if streamer is not None:
                     streamer.text_queue.put(streamer.stop_signal)
 
-        thread = threading.Thread(target=reply, daemon=True)
-        thread.start()
+        self._making = threading.Thread(target=reply, daemon=True)
+        self._making.start()
         try:
             shown = ""
             for piece in streamer or ():
                 shown += piece
                 yield piece
-            whole, error = pieces.get()
+            whole, error = made.get()
             if error is not None:
                 raise error
-            if len(whole) > len(shown):  # beams have nothing to tell before they end
+            if whole != shown and whole.startswith(shown):  # beams have nothing to tell before they end
                 yield whole[len(shown) :]
         finally:
             stop.set()
-            thread.join()
+            self._making.join()
+
+
+def _made(ask: Callable[..., str], settings: ReplySettings, **given: Any) -> str:
+    """A reply, drawn with the seed that was asked for."""
+    given |= settings.options()
+    if not given["do_sample"]:
+        return ask(**given)
+    with DRAWING_BEAMS:
+        if settings.seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(settings.seed)
+        return ask(**given)

@@ -45,7 +45,7 @@ class Phase(tqdm):
     before, note = 0.0, ""
     ended: float | None = None  # seconds after which it did: what is drawn from then on is the same
 
-    def begin(self, total: int) -> None:
+    def begin(self, total: int | None) -> None:
         """Start counting after a preparation of unknown length."""
         self.total, self.before = total, super().format_dict["elapsed"]
 

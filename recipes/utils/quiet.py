@@ -15,6 +15,7 @@ from pathlib import Path
 
 # Logger → the beginning of what is left out.
 LOG_LINES = {
+    "transformers.cli.serving.chat_completion": "[Request received]",  # the line of the access log comes anyway
     "torchao": "Failed to load ",  # kernels for other processors and releases of Python
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",  # a faster kernel, of a package that it does without
     "torch.utils._pytree": "<enum '",  # torchao registers enumerations as it did for older torch

@@ -28,6 +28,7 @@ MAX_SEED = 2**32 - 1  # NumPy's
 COUNT = Range("a whole number from 1 on", lambda value: value >= 1 and _whole(value))
 NATURAL = Range("a whole number from 0 on", lambda value: value >= 0 and _whole(value))
 INTEGER = Range("a whole number", _whole)
+NUMBER = Range("a number", lambda value: True)
 POSITIVE = Range("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("a number from 0 on", lambda value: value >= 0)
 SHARE = Range("a number from 0 to 1", lambda value: 0 <= value <= 1)

@@ -35,7 +35,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
         cli.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("stage1", "stage2", "inspect", "demo", "convert", "push", "ablate"):
+    for command in ("stage1", "stage2", "inspect", "demo", "convert", "push", "ablate", "describe", "chat"):
         assert command in printed
 
 
@@ -79,6 +79,7 @@ def test_mistakes_become_one_line_and_status_2(monkeypatch: pytest.MonkeyPatch, 
     "command, told",
     [
         ("ablate", "the same command goes on"),
+        ("describe", "with --output, the same command goes on"),
         ("stage1", "--resume_from_checkpoint auto"),
         ("demo", "run the command again"),
     ],
@@ -242,6 +243,10 @@ def test_completion_knows_commands_and_options(shell: str, capsys: pytest.Captur
         (["benchmark", "op"], ["optimizations"]),
         (["benchmark", "train", "--ans"], ["--answer_tokens"]),
         (["stage1", "--config", "own"], ["own.yaml"]),
+        (["describe", "own.yaml", "--out"], ["--output"]),
+        (["describe", "ow"], ["own.yaml"]),
+        (["chat", "--num_b"], ["--num_beams"]),
+        (["chat", "own.yaml", "--image", "ow"], ["own.yaml"]),
     ],
     ids=str,
 )

@@ -73,11 +73,11 @@ def test_choices_are_scored_by_their_likelihood_per_token(folder: str, ask_about
     speaker = open_speaker(folder, CPU)
     (said,) = told(speaker, [question])
     prompt, picture = speaker.written(question), question.picture.open()
-    asked = speaker._inputs([prompt], [picture])
+    asked = speaker.inputs([prompt], [picture])
     first = asked["input_ids"]
     for choice, score in zip(choices, said.scores, strict=True):
         whole = prompt + ("" if prompt.endswith(" ") else " ") + choice
-        inputs = speaker._inputs([whole], [picture])
+        inputs = speaker.inputs([whole], [picture])
         inputs.update({name: asked[name] for name in asked if name.startswith("qformer_")})  # which sees no answer
         ids = inputs["input_ids"][0]
         same = next(place for place in range(len(ids)) if place >= first.shape[1] or ids[place] != first[0, place])
