@@ -340,6 +340,11 @@ def next_steps(folder: Path) -> list[tuple[str, str]]:
             "Describe a picture; try one of your own. This world knows coloured shapes only:",
             f"python {short_path(script)} {short_path(picture)}",
         ),
+        (
+            "Talk to it, beside what it was after stage 1:",
+            f"minigpt4 chat {short_path(folder / 'adapter')} --compare {short_path(folder / 'stage1')} "
+            f"--image {short_path(picture)}",
+        ),
         ("Train a stage with settings of your own:", "minigpt4 stage1 --config tiny_stage1 --max_steps 100"),
     ]
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from recipes_minigpt4 import stage1_pretrain, tiny
 from recipes_minigpt4.cli import main as run_command
+from recipes_minigpt4.serving import options as serving_options
 from recipes_minigpt4.tiny import demo, pretrain, report, scenes
 from recipes_minigpt4.utils.runs import quiet, reproducible
 from recipes_minigpt4.utils.text import format_table
@@ -289,13 +290,16 @@ def test_the_screen_ends_with_what_to_type(short_demo, monkeypatch):
     screen = (short_demo.parent / "screen.txt").read_text()
     commands = [line.strip() for line in screen.partition("== What next")[2].splitlines() if line.startswith("    ")]
     assert commands == [command for _, command in demo.next_steps(short_demo)]
-    assert commands[-3:-1] == [
+    assert commands[-4:-1] == [
         f"python -m webbrowser {(short_demo / 'report.html').as_uri()}",
         f"python {short_demo / 'describe.py'} {short_demo / 'scene.png'}",
+        f"minigpt4 chat {short_demo / 'adapter'} --compare {short_demo / 'stage1'} --image {short_demo / 'scene.png'}",
     ]
     page = plain(Page((short_demo / "report.html").read_text()))
     assert all((command in page) != ("webbrowser" in command) for command in commands)
     stage1_pretrain.parse(shlex.split(commands[-1])[2:])
+    chat = serving_options.build_parser("chat").parse_args(shlex.split(commands[-2])[2:])
+    assert all(Path(place).exists() for place in [*chat.image, *chat.compare])
 
 
 def test_the_environment_is_named_unless_it_is_active(monkeypatch, tmp_path):
