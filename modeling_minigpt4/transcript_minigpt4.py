@@ -64,9 +64,9 @@ class Transcript:
             return replace(self, text=[*self.text, *ids], ids=self.ids + ids, cuts=cuts)
         decode = partial(processor.decode, clean_up_tokenization_spaces=False)
         whole = decode(ids)
-        # Bytes that are no character, what passes for a picture, and what the processor takes out.
+        # Bytes that are no character, and what the processor takes out.
         odd = [place for place, one in enumerate(whole) if one == "\ufffd" or one != without_marks(one)]
-        usable = whole[: min([len(whole), *odd])].partition(processor.image_token)[0]
+        usable = whole[: min([len(whole), *odd])]
         start, before, cuts = len(self.text), len(self.ids), dict(self.cuts)
         if cuts.get(start) == before:  # not where the tokenizer has put an end there, as some do
             for count in range(1, len(ids) + 1):

@@ -7,6 +7,7 @@ find . -name '*.webp' | minigpt4 describe - --model runs/stage2 --output -
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     places: Iterable[Place] = find_pictures(args.pictures, sys.stdin)
     total = None
-    if STANDARD_INPUT not in args.pictures:
+    if STANDARD_INPUT in args.pictures:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # names of files are any bytes
+    else:
         places = list(places)  # of names, not of pictures
         total = len(places)
         refuse_all_bad(places)

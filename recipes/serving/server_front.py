@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from recipes_minigpt4.serving.server_compat import PLACEHOLDER
 from recipes_minigpt4.serving.server_model import EXCHANGE, Loaded
 from recipes_minigpt4.serving.server_pictures import open_picture
@@ -214,7 +216,7 @@ def as_refused(error: Exception | None, body: bytes = b"") -> RefusedError:
     """What a client is told about an error of the model: the sentence of one that is its own."""
     if isinstance(error, RefusedError):
         return error
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, TemplateError)):  # the last: a template that takes no such chat
         return RefusedError(f"{one_line(error)}.")
     logger.error("A request failed: %s", body.decode(errors="replace")[:200] or error, exc_info=error)
     return RefusedError("The server failed at this request; its log tells why.", 500)

@@ -22,7 +22,7 @@ NUMBERS = {
     "top_p": SHARE,
     "seed": WHOLE,
     "top_k": Range("a whole number from 0 on", lambda value: value >= 0 and value == int(value)),
-    "num_beams": COUNT,
+    "num_beams": Range("a whole number from 1 to 16", lambda value: 1 <= value <= 16 and value == int(value)),
     "repetition_penalty": POSITIVE,
     "length_penalty": FINITE,
 }

@@ -271,7 +271,8 @@ REPLIES = {
     "spaces": "   ",
     "what_passes_for_a_picture": "a <image> of a cat###",
     "what_begins_a_picture": "a <imag of a cat###",
-    "two_characters": "café é###",
+    "of_several_bytes": "The fü",
+    "of_several_bytes_inside": "fü ü###",
     "bos": "The <s> cat###",
     "eos": "The cat</s>",
 }
@@ -287,13 +288,15 @@ def test_however_a_reply_is_spelt_the_model_sees_what_the_template_writes(
     said = chat.spell(text or "The caf")
     if text is None:
         vocabulary = chat.processor.tokenizer.get_vocab()
-        said = [*said, vocabulary.get("<0xC3>", vocabulary.get("Ã"))]
+        half = vocabulary.get("<0xC3>", vocabulary.get("Ã"))
+        said = [*said, half, *chat.spell(" cat is")]
     say(talk, "What is this?", said, [red])
     for question, images in (("What colour is it?", []), ("And this?", [chat.picture("blue")])):
         before, heard = len(talk.messages), Heard()
         with counted(chat.model) as counts:
             talk.ask(question, images, streamer=heard)
         assert_same_text(chat, heard.prompt, rendered(chat, talk))
+        assert text is not None or half not in heard.prompt  # but what the replacement character is made of
         assert fresh(chat, heard.prompt, [red, *images]) == heard.ids
         assert counts.pictures == len(images) == talk.turns[-1].encoded_pictures
         assert (

@@ -162,6 +162,16 @@ def test_a_file_gets_a_line_for_every_picture(album, run, ours, talkers, scenes,
     assert capsys.readouterr().out == ""
 
 
+def test_names_may_be_any_bytes(album, run, monkeypatch, capsys) -> None:
+    shutil.copy("a.png", name := os.fsdecode(b"caf\xe9.png"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9.png\n"), encoding="utf-8"))
+    run("-", "--output", "out.jsonl")
+    assert lines_of(Path("out.jsonl"))[0]["picture"] == name
+    run(name, "more")
+    assert capsys.readouterr().out.startswith("caf\\udce9.png: ")
+    assert run(name, "--output", "out.jsonl") == []
+
+
 def test_whoever_reads_may_stop(album, run, monkeypatch) -> None:
     read, write = os.pipe()
     os.close(read)

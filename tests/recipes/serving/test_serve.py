@@ -228,6 +228,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_reason_and_usage(server: Se
     "options, expected",
     [
         ({"temperature": 0, "top_p": 0.5, "stop": None}, {}),
+        ({"temperature": 1e-40, "top_p": 0.5, "extra_body": {"top_k": 3}}, {}),
         ({"extra_body": {"num_beams": 3, "length_penalty": 2.0}}, {"num_beams": 3, "length_penalty": 2.0}),
         ({"extra_body": {"repetition_penalty": 1.5}}, {"repetition_penalty": 1.5}),
         ({"n": 1, "user": "someone", "logprobs": False, "tools": [], "frequency_penalty": 0}, {}),
@@ -352,6 +353,7 @@ def test_a_request_that_nobody_waits_for_is_not_begun(server: Server, slowly: li
         ({"seed": "seven"}, "seed"),
         ({"stop": [""]}, "stop"),
         ({"stop": [1]}, "stop"),
+        ({"extra_body": {"num_beams": 10_000}}, "num_beams"),
         ({"extra_body": {"generation_config": "{}"}}, "generation_config"),
         ({"extra_body": {"num_beams": 2}, "stream": True}, "num_beams"),
     ],
@@ -436,6 +438,13 @@ def test_pictures_are_fetched_from_this_machine_if_that_is_allowed(server: Serve
         refused = server.refusal([user(f"{address}/other.png?token=abc", ASKED)])
         assert "answers 404" in refused.body["message"] and "abc" not in refused.body["message"]
         pictures.shutdown()
+
+
+def test_a_chat_that_the_template_does_not_take_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{% for m in messages %}{{ raise_exception('No system, please') if m.role == 'system' }}{% endfor %}"
+    monkeypatch.setattr(server.loaded.processor, "chat_template", refusing)
+    refused = server.refusal([user("Be brief.", role="system"), user("A star.")])
+    assert refused.status_code == 400 and "No system, please" in refused.body["message"]
 
 
 def test_half_a_character_is_no_error(server: Server) -> None:

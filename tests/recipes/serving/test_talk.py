@@ -284,7 +284,9 @@ def test_parts_that_have_moved_are_named(ours: str, talkers, scenes, tmp_path: P
     )
 
 
-@pytest.mark.parametrize("name, package", [("torchao-int8", "torchao"), ("bnb-int8", "bitsandbytes")])
+@pytest.mark.parametrize(
+    "name, package", [("torchao-int8", "torchao"), ("bnb-int8", "bitsandbytes"), ("bnb-nf4", "bitsandbytes")]
+)
 def test_a_quantized_model_talks(name: str, package: str, ours: str, scenes) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
