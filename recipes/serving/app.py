@@ -53,6 +53,8 @@ CSS = """
 #title p { margin: 0; }
 #chat-log .example-image { width: 96px; height: 96px; object-fit: cover; }
 #chat-log .example-image-container { width: auto; height: auto; }
+#chat-log .user img { min-height: 160px; object-fit: contain; }
+#chat-log .user .image-container:not(:hover) .icon-button-wrapper { opacity: 0; }
 #chat-log .edit-textarea { width: min(24rem, 60vw) !important; min-height: 4rem !important; }
 #chat-log .placeholder { text-align: center; padding: 0 1rem; }
 #chat-log [aria-label="Share"], #chat-log > [data-testid="status-tracker"] { display: none; }

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ import PIL.ExifTags
 import pytest
 from app_server import OPTIONS, Served, alone, arguments, message, person, said, serve, slow, wait_until
 from gradio_client import Client
-from httpx import get, post
-from PIL import Image
+from httpx import Client as Web
+from PIL import Image, ImageChops, ImageStat
 
 from recipes_minigpt4 import cli
 from recipes_minigpt4.serving import app, uploads
@@ -47,6 +48,13 @@ def client(visitor: Client) -> Client:
     """Somebody who looks at the page for the first time."""
     visitor.reset_session()
     return visitor
+
+
+@pytest.fixture(scope="module")
+def web(served: Served) -> Iterator[Web]:
+    """What asks the page without Gradio's client."""
+    with Web(base_url=served.url, timeout=30) as web:
+        yield web
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +224,12 @@ def test_a_picture_is_seen_upright(served: Served, client: Client, scenes, tmp_p
     exif = Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = 6  # to be turned clockwise
     scenes[0].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    expected = alone(served.talkers["ours"], (FIRST, [scenes[0]]))
     log = client.predict(message(FIRST, tmp_path / "turned.png"), api_name="/ask")[1]
-    assert said(log) == expected
+    (seen,) = (part["image"] for part in served.chat(client).talk.conversation.messages[0]["content"][:1])
+    assert seen.tobytes() == scenes[0].tobytes()
     shown = Image.open(log[0]["content"][0]["file"])
     assert shown.size == scenes[0].size and not shown.getexif()
+    assert max(ImageStat.Stat(ImageChops.difference(shown.convert("RGB"), scenes[0])).mean) < 5
 
 
 @pytest.mark.parametrize(
@@ -250,9 +259,9 @@ def test_what_is_no_picture_is_refused(kind, told, client: Client, files, tmp_pa
         ask(client, FIRST, *sent)
 
 
-def test_an_upload_has_a_largest_size(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_has_a_largest_size(served: Served, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.page, "max_file_size", 1000)
-    answer = post(f"{served.url}gradio_api/upload", files={"files": ("large.png", b"0" * 2000)})
+    answer = web.post("gradio_api/upload", files={"files": ("large.png", b"0" * 2000)})
     assert answer.status_code == 413
 
 
@@ -275,55 +284,55 @@ def test_examples_are_pictures_of_a_folder(files, tmp_path: Path, capsys: pytest
 META = {"meta": {"_type": "gradio.FileData"}}
 
 
-def call(served: Served, file: dict[str, Any]) -> str:
+def call(web: Web, file: dict[str, Any]) -> str:
     """What the page answers to a question whose picture is named in this way, without Gradio's client."""
     data = [{"text": FIRST, "files": [file]}, "ours", 1, 0, 1, 1, 1, 12, -1]
-    begun = post(f"{served.url}gradio_api/call/ask", json={"data": data})
+    begun = web.post("gradio_api/call/ask", json={"data": data})
     if begun.status_code != 200:
         return f"{begun.status_code} {begun.text}"
-    return get(f"{served.url}gradio_api/call/ask/{begun.json()['event_id']}", timeout=30).text
+    return web.get(f"gradio_api/call/ask/{begun.json()['event_id']}").text
 
 
-def test_no_file_but_an_upload_is_a_picture(served: Served, ours: str, files) -> None:
-    (uploaded,) = post(f"{served.url}gradio_api/upload", files={"files": files[0].open("rb")}).json()
-    assert "event: complete" in call(served, {"path": uploaded, **META})
+def test_no_file_but_an_upload_is_a_picture(web: Web, ours: str, files) -> None:
+    (uploaded,) = web.post("gradio_api/upload", files={"files": files[0].open("rb")}).json()
+    assert "event: complete" in call(web, {"path": uploaded, **META})
     outside = os.path.relpath(files[0], Path(uploaded).parent)
     for path in ("/etc/passwd", f"{ours}/config.json", str(files[0]), f"{Path(uploaded).parent}/{outside}"):
         for meta in (META, {}):
-            answer = call(served, {"path": path, **meta})
+            answer = call(web, {"path": path, **meta})
             assert "event: error" in answer and "complete" not in answer, path
     with pytest.raises(RecipeError, match=r"0\.png was not uploaded"):  # whatever Gradio lets through
         uploads.open_uploads([str(files[0])], Path(uploaded).parent)
 
 
-def test_no_file_but_an_upload_is_sent(served: Served, ours: str, files) -> None:
-    (uploaded,) = post(f"{served.url}gradio_api/upload", files={"files": files[0].open("rb")}).json()
-    assert get(f"{served.url}gradio_api/file={uploaded}").content == files[0].read_bytes()
-    here = str(Path(__file__).resolve())
-    for path in ("/etc/passwd", f"{ours}/config.json", str(files[0]), here, f"{uploaded}/../../../../etc/passwd"):
+def test_no_file_but_an_upload_is_sent(web: Web, ours: str, files) -> None:
+    (uploaded,) = web.post("gradio_api/upload", files={"files": files[0].open("rb")}).json()
+    assert web.get(f"gradio_api/file={uploaded}").content == files[0].read_bytes()
+    here, up = str(Path(__file__).resolve()), "..%2f" * 4
+    for path in ("/etc/passwd", f"{ours}/config.json", str(files[0]), here, f"{Path(uploaded).parent}/{up}etc/passwd"):
         for route in ("gradio_api/file=", "file=", "gradio_api/file/"):
-            answer = get(f"{served.url}{route}{path}")
+            answer = web.get(f"{route}{path}")
             assert answer.status_code in (403, 404) and b"root:" not in answer.content, path
 
 
-def test_no_address_is_fetched(served: Served) -> None:
+def test_no_address_is_fetched(web: Web) -> None:
     with socket.create_server(("127.0.0.1", 0)) as secret:
         secret.settimeout(0.5)
         address = f"127.0.0.1:{secret.getsockname()[1]}/secret.png"
         for path in (f"http://{address}", f"HTTP://{address}", f"https://{address}", "https://example.org/a.png"):
-            answer = call(served, {"path": path, **META})
+            answer = call(web, {"path": path, **META})
             assert answer.startswith("400") and "fetches no addresses" in answer
             for route in ("gradio_api/file=", "gradio_api/file/", "gradio_api/proxy="):
-                answer = get(f"{served.url}{route}{path}")
+                answer = web.get(f"{route}{path}")
                 assert answer.status_code in (403, 404), path
-        answer = call(served, {"path": "x.png", "url": f"http://{address}", **META})
+        answer = call(web, {"path": "x.png", "url": f"http://{address}", **META})
         assert "event: error" in answer
         with pytest.raises(TimeoutError):
             secret.accept()
 
 
-def test_a_request_has_a_largest_size(served: Served) -> None:
-    answer = post(f"{served.url}gradio_api/call/ask", content=b"[" * (2 << 20))
+def test_a_request_has_a_largest_size(web: Web) -> None:
+    answer = web.post("gradio_api/call/ask", content=b"[" * (2 << 20))
     assert answer.status_code == 413
 
 
@@ -344,6 +353,8 @@ def test_the_command_serves_offline_until_ctrl_c(ours: str, files, ctrl_c, monke
 
     monkeypatch.setattr(socket.socket, "connect", watched_connect)
     monkeypatch.setattr(socket, "getaddrinfo", watched_resolve)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept: list[Path] = []
     chats: list[list[str]] = []
 
     def visit() -> None:
@@ -355,6 +366,7 @@ def test_the_command_serves_offline_until_ctrl_c(ours: str, files, ctrl_c, monke
             url = next(word for word in printed.split() if word.startswith("http"))
             with person(Served(None, url, {}), tmp_path) as client:
                 chats.append(ask(client, FIRST, files[0]))
+            kept.extend(path for path in tmp_path.glob("minigpt4-app-*/*/*") if path.is_file())
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -365,6 +377,7 @@ def test_the_command_serves_offline_until_ctrl_c(ours: str, files, ctrl_c, monke
     visitor.join()
     assert chats[0][0] == FIRST and chats[0][1]
     assert {address[0] for address in reached if isinstance(address, tuple)} <= {"127.0.0.1", "localhost", None}
+    assert kept and not list(tmp_path.glob("minigpt4-app-*"))
     assert os.environ.get("GRADIO_TEMP_DIR") == before
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
