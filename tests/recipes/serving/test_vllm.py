@@ -246,6 +246,8 @@ def test_a_picture_that_is_not_to_be_had_is_told(served: Served, address: str, r
 def test_other_mistakes_of_clients_are_told(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
         served.reply([says("word " * 800)])
+    with pytest.raises(openai.BadRequestError, match="cannot place a message of role 'tool'"):
+        served.reply([says("A result.", role="tool")])
     with pytest.raises(openai.NotFoundError, match="other"):
         served.client.chat.completions.create(model="other", messages=CHATS["words alone"])  # type: ignore[arg-type]
     with pytest.raises(openai.AuthenticationError, match="API key is wrong or missing"):
