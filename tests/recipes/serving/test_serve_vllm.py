@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,11 @@ def test_what_does_not_end_at_the_separator_is_not_answered(monkeypatch: pytest.
 
 
 # ---- the plug-in ----------------------------------------------------------------------------------------------------
+
+
+def test_vllm_finds_the_plug_in_by_its_name() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"minigpt4": f"{vllm_plugin.__name__}:register"}
 
 
 def test_a_release_of_vllm_that_lacks_what_is_needed_gets_a_warning_and_serves_others(
