@@ -13,7 +13,7 @@ from processing_minigpt4.image_processing_minigpt4 import flatten_images
 
 from .checks_minigpt4 import max_positions
 from .compat_minigpt4 import CACHE, CACHE_NAMES
-from .memory_minigpt4 import Memory, can_be_cut, copied
+from .memory_minigpt4 import Memory, can_be_cut, first_row
 from .transcript_minigpt4 import Transcript, pictures_of, write_transcript
 
 
@@ -32,6 +32,8 @@ ANEW = (
     "prompt_lookup_num_tokens",
     "use_mtp",
 )
+
+DEFAULTS = GenerationConfig()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Conversation:
         model ([`MiniGPT4ForConditionalGeneration`]): who answers.
         processor ([`MiniGPT4Processor`]): the processor of that model, with a chat template.
         system: system text, instead of the template's own.
+        retokenize: tokenize earlier replies anew, as a fresh start does, and do not keep them as the model spelt them.
+            The text is the same, but a model may go on from other tokens in other words. Each turn then computes the
+            reply before it once more.
 
     Attributes:
         messages: what was said, as chat templates take it; pictures are PIL images.
@@ -71,11 +76,10 @@ class Conversation:
         ValueError: if model and processor do not go together, or there is no chat template.
     """
 
-    def __init__(self, model: Any, processor: Any, system: str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any, system: str | None = None, *, retokenize: bool = False) -> None:
         _check(model, processor)
-        self.model = model
-        self.processor = processor
-        self.system = system
+        self.model, self.processor = model, processor
+        self.system, self.retokenize = system, retokenize
         self.messages: list[dict[str, Any]] = []
         self.turns: list[Turn] = []
         self._memory: Memory | None = None
@@ -146,36 +150,36 @@ class Conversation:
         options = self._checked({**options, "streamer": streamer})
         anew = self._option("use_cache", options) is False or any(self._option(name, options) for name in ANEW)
         transcript, place = write_transcript(self.processor, messages), 0
-        if self._memory is not None and not anew:
-            place = self._memory.transcript.shared(transcript, self._memory.length)
+        if self._memory is not None and not anew and can_be_cut(self._memory.cache):
+            place = self._memory.transcript.shared(transcript, self._memory.length, self.retokenize)
             transcript = self._memory.transcript.continued(transcript, place)
         length, kept = len(transcript.ids), transcript.cuts[place]
         options = self._within_window(length, options)
 
         pictures = pictures_of(messages)
-        features, encoded = self._encode(pictures)
-        new = [one for one, (at, _) in zip(features, transcript.pictures, strict=True) if at >= place]
         ids = torch.tensor([transcript.ids], device=self.model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if pictures and options.get("assistant_model") is not None:
+        features, encoded = self._features, len(pictures)
+        if options.get("assistant_model") is None:
+            features, encoded = self._encode(pictures)
+            new = [one for (_, one), (at, _) in zip(features, transcript.pictures, strict=True) if at >= place]
+            inputs |= {"vision_features": torch.stack(new)} if new else {}
+        elif pictures:
             inputs["pixel_values"] = self._pixels(pictures)  # an assistant may have eyes of its own
-            encoded = len(pictures)
-        elif new:
-            inputs["vision_features"] = torch.stack(new)
         found, computed = self._generate(inputs, kept, options)
 
         said = found.sequences[0, length:].tolist()
         reply: str = self.processor.post_process_image_text_to_text([said])[0]
         memory = self._memory if anew else self._remembered(found, transcript, said)
         turn = Turn(length, computed, len(said), encoded, time.perf_counter() - start)
-        self._memory, self._features = memory, list(zip(pictures, features, strict=True))
+        self._memory, self._features = memory, features
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
         self.turns = [*turns, turn]
         return reply
 
     def _option(self, name: str, options: dict[str, Any]) -> Any:
         """What `generate` will take for an option: the caller's, or that of the model."""
-        value, default = options.get(name), getattr(GenerationConfig(), name, None)
+        value, default = options.get(name), getattr(DEFAULTS, name, None)
         for source in (options.get("generation_config"), self.model.generation_config):
             if value is None or (name not in options and value == default):  # the model's is what others leave out
                 value = getattr(source, name, None)
@@ -201,7 +205,8 @@ class Conversation:
                 "positions, a reply included; ask a shorter question, take turns back with `undo`, or begin anew with "
                 "`reset`."
             )
-        if limit is None or wanted is None or options.get("max_length") is not None or length + wanted <= limit:
+        bounded = self._option("max_length", options) not in (None, DEFAULTS.max_length)
+        if limit is None or wanted is None or bounded or length + wanted <= limit:
             return options
         return _with(options, "max_new_tokens", limit - length)
 
@@ -211,14 +216,14 @@ class Conversation:
         return pixels.to(self.model.device)
 
     @torch.no_grad()
-    def _encode(self, pictures: list[Any]) -> tuple[list[torch.Tensor], int]:
-        """What the vision side makes of each picture, and how many of them it had to look at."""
+    def _encode(self, pictures: list[Any]) -> tuple[list[tuple[Any, torch.Tensor]], int]:
+        """Pictures with what the vision side makes of each, and how many of them it had to look at."""
         known = {id(picture): features for picture, features in self._features}
         new = list({id(picture): picture for picture in pictures if id(picture) not in known}.values())
         if new:
             encoded = self.model.model.encode_images(self._pixels(new)).last_hidden_state
             known |= {id(picture): features for picture, features in zip(new, encoded, strict=True)}
-        return [known[id(picture)] for picture in pictures], len(new)
+        return [(picture, known[id(picture)]) for picture in pictures], len(new)
 
     def _generate(self, inputs: dict[str, Any], kept: int, options: dict[str, Any]) -> tuple[Any, int]:
         """What `generate` gives, and how many tokens went through the decoder; so many of the prompt are cached."""
@@ -227,16 +232,11 @@ class Conversation:
             found = self.model.generate(**inputs, **options)
         else:
             self._memory.cut(kept)
-            try:
-                if beams > 1:
-                    first = length - 1
-                    self._prefill(inputs, kept, self._memory.cache)
-                    inputs = {name: value for name, value in inputs.items() if name != "vision_features"}
-                inputs[CACHE] = self._memory.cache if beams == 1 else copied(self._memory.cache, first, beams)
-                found = self.model.generate(**inputs, **options)
-            except BaseException:
-                self._memory.cut(kept)
-                raise
+            inputs[CACHE] = self._memory.cache
+            if beams > 1:
+                first = length - 1
+                inputs = self._prefilled(inputs, kept, beams)
+            found = self.model.generate(**inputs, **options)
         steps = found.sequences.shape[1] - length
         if self._option("use_cache", options) is False:
             return found, beams * sum(range(length, length + steps))
@@ -245,12 +245,15 @@ class Conversation:
         return found, first - kept + beams * (last - first)
 
     @torch.no_grad()
-    def _prefill(self, inputs: dict[str, Any], kept: int, cache: Any) -> None:
-        """Compute a prompt but for its last token once, and not once for every beam."""
-        options = {name: value for name, value in inputs.items() if name == "vision_features"}
-        ids, mask = inputs["input_ids"][:, kept:-1], inputs["attention_mask"][:, :-1]
-        if ids.shape[1]:
-            self.model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **options, **{CACHE: cache})
+    def _prefilled(self, inputs: dict[str, Any], kept: int, beams: int) -> dict[str, Any]:
+        """Inputs whose cache has all but the last token of the prompt, computed once, for every beam."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if kept < ids.shape[1] - 1:
+            more = {name: value for name, value in inputs.items() if name in ("vision_features", CACHE)}
+            self.model(ids[:, kept:-1], attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1, **more)
+        cache = copy.deepcopy(inputs[CACHE])
+        cache.batch_repeat_interleave(beams)
+        return {"input_ids": ids, "attention_mask": mask, CACHE: cache}
 
     def _remembered(self, found: Any, transcript: Transcript, said: list[int]) -> Memory | None:
         """What the next turn can go on from, unless the cache is of a kind that cannot be cut."""
@@ -260,13 +263,8 @@ class Conversation:
         length = cache.get_seq_length()
         if cache.layers[0].keys.shape[0] > 1:  # beams, which have the prompt in common
             length = len(transcript.ids)
-            cache = copied(cache, length)
-        transcript = transcript.with_reply(said, self._decoded, self.processor.image_token)
-        return Memory(transcript, cache, min(length, len(transcript.ids)))
-
-    def _decoded(self, ids: list[int]) -> str:
-        text: str = self.processor.decode(ids, clean_up_tokenization_spaces=False)
-        return text
+            cache = first_row(cache, length)
+        return Memory(transcript.with_reply(said, self.processor), cache, min(length, len(transcript.ids) + len(said)))
 
 
 def _with(options: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -296,6 +294,7 @@ def _check(model: Any, processor: Any) -> None:
             raise ValueError(
                 f"The processor's `{name}` is {given}, but the model's is {wanted}; load both from one folder."
             )
+    processor(text=" ")  # which raises if a word of the tokenizer has the id of pictures
 
 
 __all__ = ["Conversation", "Turn"]

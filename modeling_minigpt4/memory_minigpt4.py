@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .generation_minigpt4 import GrowingLayer, with_growing_layers
 from .transcript_minigpt4 import Transcript
@@ -24,25 +24,31 @@ class Memory:
         self.length = length
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
 
 
 def can_be_cut(cache: Any) -> bool:
-    """Whether a cache has all tokens apart in all layers: none with a window, a state, or fewer bits."""
-    kinds = {type(layer) for layer in cache.layers} if type(cache) is DynamicCache else {None}
-    if not kinds <= {DynamicLayer, GrowingLayer} or getattr(cache, "offloading", False):
+    """Whether a cache holds all tokens apart in all layers: no state, no fewer bits, no window that has moved on."""
+    if type(cache) is not DynamicCache or not cache.layers or getattr(cache, "offloading", False):
         return False
-    return all(layer.is_initialized for layer in cache.layers)
+    kinds = {DynamicLayer, DynamicSlidingWindowLayer}
+    return all(
+        (type(layer) in kinds or type(layer).__name__ == GrowingLayer.__name__)  # that of a checkpoint's own code too
+        and layer.is_initialized
+        and layer.keys.shape[-2] == layer.get_seq_length()
+        for layer in cache.layers
+    )
 
 
 @torch.no_grad()
-def copied(cache: Any, length: int, rows: int = 1) -> Any:
-    """The first tokens of a cache's first row, so many times."""
-    copy = DynamicCache()
-    with_growing_layers(copy)
+def first_row(cache: Any, length: int) -> Any:
+    """A cache with the first tokens of the first row of another."""
+    row = DynamicCache()
+    with_growing_layers(row)
     for index, layer in enumerate(cache.layers):
-        keys, values = layer.keys[:1, :, :length], layer.values[:1, :, :length]
-        copy.update(keys.repeat(rows, 1, 1, 1), values.repeat(rows, 1, 1, 1), index)
-    return copy
+        row.update(layer.keys[:1, :, :length], layer.values[:1, :, :length], index)
+    return row
 
 
-__all__ = ["Memory", "can_be_cut", "copied"]
+__all__ = ["Memory", "can_be_cut", "first_row"]

@@ -1,8 +1,9 @@
 """A chat as text and as token ids: how much of one that was computed begins another, whatever its ids."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from processing_minigpt4.conversations_minigpt4 import SEGMENT_MARK, without_marks
@@ -30,14 +31,15 @@ class Transcript:
     cuts: dict[int, int]
     pictures: list[tuple[int, Any]]
 
-    def shared(self, other: "Transcript", length: int) -> int:
+    def shared(self, other: "Transcript", length: int, same_ids: bool = False) -> int:
         """
         The place up to which the first `length` ids stand for what `other` begins with.
 
-        At least one id of `other` is left, for the next token to be computed from.
+        At least one id of `other` is left, for the next token to be computed from. With `same_ids`, those before are
+        the ids of `other` too, and not others that stand for the same text.
         """
-        pairs = enumerate(zip(self.text, other.text, strict=False))
-        end = next((at for at, (one, another) in pairs if one != another), min(len(self.text), len(other.text)))
+        end = _shared(self.text, other.text)
+        length = min(length, _shared(self.ids, other.ids)) if same_ids else length
         for (place, one), (_, another) in zip(self.pictures, other.pictures, strict=False):
             if one is not another:
                 end = min(end, place)
@@ -55,15 +57,16 @@ class Transcript:
         cuts |= {at: count - gone + kept for at, count in other.cuts.items() if at > place}
         return replace(other, ids=self.ids[:kept] + other.ids[gone:], cuts=cuts)
 
-    def with_reply(self, ids: list[int], decode: Callable[[list[int]], str], image_token: str) -> "Transcript":
+    def with_reply(self, ids: list[int], processor: Any) -> "Transcript":
         """The same with the ids of a reply behind it, whose text goes as far as ids and text tell the same."""
         if not isinstance(self.text, str):
             cuts = {count: count for count in range(len(self.ids) + len(ids) + 1)}
             return replace(self, text=[*self.text, *ids], ids=self.ids + ids, cuts=cuts)
+        decode = partial(processor.decode, clean_up_tokenization_spaces=False)
         whole = decode(ids)
         # Bytes that are no character, what passes for a picture, and what the processor takes out.
         odd = [place for place, one in enumerate(whole) if one == "\ufffd" or one != without_marks(one)]
-        usable = whole[: min([len(whole), *odd])].partition(image_token)[0]
+        usable = whole[: min([len(whole), *odd])].partition(processor.image_token)[0]
         start, before, cuts = len(self.text), len(self.ids), dict(self.cuts)
         if cuts.get(start) == before:  # not where the tokenizer has put an end there, as some do
             for count in range(1, len(ids) + 1):
@@ -115,6 +118,12 @@ def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
     """The pictures of a chat, in their order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     return [part.get("image", part) for part in parts if part.get("type") == "image"]
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements of two sequences are the same from the first on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (here, there) in pairs if here != there), min(len(one), len(other)))
 
 
 def _cuts(text: str, spans: list[tuple[int, int]]) -> dict[int, int]:

@@ -58,6 +58,8 @@ class Answers:
         repo_id = f"{owner}/{fields['name']}"
         if owner != user["name"] or not user["write"]:
             raise RefusalError(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
+        if kind == "space" and fields.get("sdk") not in ("gradio", "docker", "static"):
+            raise RefusalError(400, "A Space needs an sdk")
         url = f"{self.hub.endpoint}/{'' if kind == 'model' else f'{kind}s/'}{repo_id}"
         if (kind, repo_id) in self.hub.repos:
             return self.json({"error": f"You already created this {kind} repo: {repo_id}", "url": url}, status=409)
@@ -244,9 +246,9 @@ class Answers:
         return 200, {"ETag": f'"{oid}"', "Content-Type": "binary/octet-stream"}, content
 
 
-API = rf"/api/(?P<kind>models|datasets)/{REPO_ID}"
-GIT = rf"/(?P<kind>(?:datasets/)?){REPO_ID}\.git/info/lfs/objects"
-STORED = rf"/(?P<kind>models|datasets)/{REPO_ID}/(?P<oid>[0-9a-f]{{64}})"
+API = rf"/api/(?P<kind>models|datasets|spaces)/{REPO_ID}"
+GIT = rf"/(?P<kind>(?:(?:datasets|spaces)/)?){REPO_ID}\.git/info/lfs/objects"
+STORED = rf"/(?P<kind>models|datasets|spaces)/{REPO_ID}/(?P<oid>[0-9a-f]{{64}})"
 ROUTES = (
     ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/repos/create", "create_repo"),
@@ -262,7 +264,7 @@ ROUTES = (
     ("POST", rf"{API}/paths-info/(?P<revision>.+)", "paths_info"),
     ("POST", rf"{GIT}/batch", "lfs_batch"),
     ("POST", rf"{GIT}/verify", "lfs_verify"),
-    ("GET", rf"(?P<kind>(?:/datasets)?)/{REPO_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", rf"(?P<kind>(?:/datasets|/spaces)?)/{REPO_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ("PUT", STORED, "put_large"),
     ("POST", rf"{STORED}/complete", "complete"),
     ("GET", STORED, "get_large"),

@@ -12,7 +12,7 @@ GITATTRIBUTES = "".join(
     f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.bin", "*.pt", "*.tar")
 )
 REPO_ID = r"(?P<id>[\w.-]+/[\w.-]+|[\w.-]+)"
-KINDS = {"models": "model", "datasets": "dataset"}
+KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
 @dataclass(frozen=True)

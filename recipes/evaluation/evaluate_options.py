@@ -12,7 +12,7 @@ from recipes_minigpt4.utils.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE, in_r
 from recipes_minigpt4.utils.yaml_options import parse_with_config
 
 
-SUITE_NAMES = ("coverage", "failures", "abilities", "chair", "aokvqa", "gqa", "pope", "captions")
+SUITE_NAMES = ("coverage", "failures", "abilities", "chair", "aokvqa", "gqa", "pope", "captions", "votes")
 ABOUT = """Ask models about pictures, keep what they say, and compute the numbers of the paper's evaluation and of
 others from it. A run that was stopped goes on where it was, and asks nothing twice."""
 

@@ -93,6 +93,10 @@ class ReplyStore:
         """The reply of a model of this revision; None if it was not asked yet."""
         return self._known.get((question.key, revision))
 
+    def has(self, reply: Reply) -> bool:
+        """Whether a reply is written down, or another to the same question."""
+        return (reply.key, reply.revision) in self._known
+
     def append(self, reply: Reply) -> None:
         """Write a reply down."""
         self._journal.append(asdict(reply))

@@ -282,7 +282,7 @@ def device_of(options: SpeakerOptions) -> str:
 
 def _own_options(name: str, options: SpeakerOptions, device: str) -> dict[str, Any]:
     """What `from_pretrained` is told of what only models of this package know."""
-    config = _config_of(name, options)
+    config = config_named(name, options)
     if config.model_type != "minigpt4":
         given = "--quantization" if options.quantization else f"--{next(iter(options.backbones))}"
         raise RecipeError(f"{given} is for models of this package, and {name} is a {config.model_type}; leave it out.")
@@ -310,7 +310,7 @@ def open_speaker(name: str, options: SpeakerOptions) -> Speaker:
     """
     if name.startswith("openai:"):
         return ApiSpeaker(name, options.batch_size)
-    config = _config_of(name, options)
+    config = config_named(name, options)
     return (BlipSpeaker if config.model_type in BLIP2 else ChatSpeaker).load(name, options)
 
 
@@ -321,10 +321,16 @@ def revision_named(name: str, options: SpeakerOptions) -> str:
     Raises:
         RecipeError: if there is no model.
     """
-    return revision_of(name, _config_of(name, options))
+    return revision_of(name, config_named(name, options))
 
 
-def _config_of(name: str, options: SpeakerOptions) -> Any:
+def config_named(name: str, options: SpeakerOptions) -> Any:
+    """
+    The configuration of a folder or repository.
+
+    Raises:
+        RecipeError: if there is no model.
+    """
     place, revision = _place(name)
     try:
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)

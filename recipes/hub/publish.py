@@ -88,13 +88,14 @@ def make_repository(
     repo_id: str, private: bool | None = None, token: str | None = None, kind: str = "model"
 ) -> RepoUrl:
     """
-    Make a repository of a `kind`, "model" or "dataset", or find the one that is there.
+    Make a repository of a `kind`, "model", "dataset" or "space" (of Gradio), or find the one that is there.
 
     Raises:
         RecipeError: if it was to be private and is not.
     """
     api = HfApi(token=token)
-    repo = patiently(partial(api.create_repo, repo_id, private=private, exist_ok=True, repo_type=kind))
+    sdk = "gradio" if kind == "space" else None
+    repo = patiently(partial(api.create_repo, repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk))
     check_private(repo.repo_id, private, token, kind)
     return repo
 
@@ -125,7 +126,7 @@ def upload(
         message: of the commit.
         revision: branch; made from `main` if there is none.
         token: of the Hub; that of the login if left out.
-        kind: of the repository, "model" or "dataset".
+        kind: of the repository, "model", "dataset" or "space".
         stale: patterns of files that go if they are not among `files`; of a model its weights and templates.
 
     Returns:

@@ -22,12 +22,14 @@ from starlette.middleware import Middleware
 from recipes_minigpt4.serving.app_chat import add_chat_tab
 from recipes_minigpt4.serving.app_compare import add_compare_tab
 from recipes_minigpt4.serving.app_guard import Guard
+from recipes_minigpt4.serving.app_look import CSS as LOOK_CSS
 from recipes_minigpt4.serving.app_look import add_look_tab
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.models import ModelOptions, Talker, check_labels, open_talker
 from recipes_minigpt4.serving.options import build_parser
 from recipes_minigpt4.serving.page_chat import PageChats
 from recipes_minigpt4.serving.settings import ReplySettings
+from recipes_minigpt4.serving.space import make_space
 from recipes_minigpt4.serving.uploads import ENDINGS, kept_folder, open_picture, upload_folder
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -51,14 +53,23 @@ CSS = """
 #title p { margin: 0; }
 #chat-log .example-image { width: 96px; height: 96px; object-fit: cover; }
 #chat-log .example-image-container { width: auto; height: auto; }
+#chat-log .edit-textarea { width: min(24rem, 60vw) !important; min-height: 4rem !important; }
 #chat-log .placeholder { text-align: center; padding: 0 1rem; }
 #chat-log [aria-label="Share"], #chat-log > [data-testid="status-tracker"] { display: none; }
 """
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    return build_parser("app").parse_args(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the models and serve the page until Ctrl-C or SIGTERM."""
-    args = build_parser("app").parse_args(arguments)
+    args = parse(arguments)
+    if args.space or args.space_dir is not None:
+        print(make_space(args))
+        return
     talkers = open_talkers(args)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with upload_folder():
@@ -72,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             signal.signal(signal.SIGTERM, former)
             page.chats.close_all()
+            if page.votes is not None:
+                page.votes.close()
             page.close(verbose=False)
 
 
@@ -83,7 +96,7 @@ def open_talkers(args: argparse.Namespace) -> dict[str, Talker]:
         RecipeError: if one cannot be loaded, or two have one label.
     """
     check_labels(args.models)
-    options = ModelOptions(args.device, args.dtype, args.quantization, args.trust_remote_code)
+    options = ModelOptions.of(args)
     talkers: dict[str, Talker] = {}
     for name in args.models:
         talker = open_talker(name, options)
@@ -114,9 +127,9 @@ def build(args: argparse.Namespace, talkers: Mapping[str, Talker]) -> Any:
         gr.Markdown(f"# MiniGPT-4\n{' · '.join(talkers)}", elem_id="title")
         with gr.Tabs():
             add_chat_tab(app, page)
-            add_compare_tab(app, page)
+            votes = add_compare_tab(app, page)
             add_look_tab(app, page)
-    page.chats = app.chats
+    page.chats, page.votes = app.chats, votes
     return page
 
 
@@ -174,7 +187,7 @@ def launch(page: Any, args: argparse.Namespace) -> None:
             footer_links=["api", "gradio", "settings"],
             app_kwargs={"middleware": [Middleware(Guard)]},
             theme=THEME,
-            css=CSS,
+            css=CSS + LOOK_CSS,
         )
     except OSError as error:
         raise RecipeError(

@@ -1,6 +1,7 @@
 """The tab in which one talks to a model about pictures."""
 
 import contextlib
+import re
 import sys
 import time
 import traceback
@@ -21,6 +22,8 @@ EXAMPLE = "Describe this picture."
 WELCOME = "Add a picture, ask about it, and see the reply grow."
 WRITE = "Ask about the picture, or add more of them"
 PAUSE = 0.05  # seconds between two looks at a reply that grows
+JOINER = "\u2060"  # has no width, and no line breaks there
+MARKUP = re.compile(r"(<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#]))")
 AT_ONCE = 4  # replies; others wait in line
 
 
@@ -34,10 +37,11 @@ def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
                 elem_id="chat-log",
                 height="calc(100vh - 290px)",
                 min_height=320,
-                render_markdown=False,  # what models and people say is text, and never fetches or runs anything
+                render_markdown=False,  # what models and people say is text; see `as_text`
                 latex_delimiters=[],
                 buttons=["copy"],
                 editable="user",
+                group_consecutive_messages=False,  # Gradio (6.31) cannot edit words behind a picture
                 feedback_options=None,
                 placeholder=WELCOME,
                 examples=_examples(app),
@@ -140,10 +144,9 @@ class ChatTab:
         """Ask an earlier question in other words; what came after it is gone."""
         chat = self._chat(request)
         with self._told(), chat.turn():
-            turns = len(chat.questions) - int(event.index) // 2  # type: ignore[arg-type]
-            old = chat.undo(turns)
+            old = chat.undo(_turns_from(chat, int(event.index)))  # type: ignore[arg-type]
             pictures = open_uploads(old.uploads, self.app.uploads)
-            question = Question(str(event.value), old.uploads, old.shown)
+            question = Question(str(event.value).replace(JOINER, ""), old.uploads, old.shown)
             growing = chat.ask(chat.talk.talker, question, pictures, settings_of(values))  # type: ignore[union-attr]
             yield from self._show(chat, growing, {"text": question.text, "files": list(old.uploads)})
 
@@ -221,9 +224,26 @@ def _box(message: Any = None, replying: bool = False) -> Any:
 
 def _messages(exchanges: list[tuple[Question, str]]) -> list[dict[str, Any]]:
     """Questions and replies as Gradio shows them."""
-    messages: list[dict[str, Any]] = []
-    for question, reply in exchanges:
-        content: list[Any] = [{"path": path} for path in question.shown]
-        messages.append({"role": "user", "content": [*content, *([question.text] if question.text else [])]})
-        messages.append({"role": "assistant", "content": reply})
-    return messages
+    return [message for question, reply in exchanges for message in _exchange(question, reply)]
+
+
+def _exchange(question: Question, reply: str) -> list[dict[str, Any]]:
+    # A message for each picture, as Gradio (6.31) cannot edit words that share one with it.
+    text = [as_text(question.text)] if question.text else []
+    asked = [{"role": "user", "content": content} for content in (*({"path": path} for path in question.shown), *text)]
+    return [*asked, {"role": "assistant", "content": as_text(reply)}]
+
+
+def as_text(text: str) -> str:
+    """
+    A text that the page shows as it is: with a sign of no width in what would be a tag or an entity of HTML.
+
+    Gradio takes a text for HTML even where it is not to take it for Markdown, so a model could have pictures fetched.
+    """
+    return MARKUP.sub(rf"\1{JOINER}", text)
+
+
+def _turns_from(chat: PageChat, message: int) -> int:
+    """How many turns there are from that of a message on, where messages are counted as `_messages` writes them."""
+    lengths = [len(_exchange(question, reply)) for question, reply in chat.exchanges()]
+    return sum(message < sum(lengths[: turn + 1]) for turn in range(len(lengths)))

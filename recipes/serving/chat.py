@@ -99,8 +99,10 @@ def once(session: Session, asked: str) -> None:
     """
     session.notes = sys.stderr
     session.ask(asked)
-    if session.failed:
-        raise RecipeError(f"Not every question was answered: {session.failed}")
+    if session.failed and len(session.talks) > 1:
+        raise RecipeError(f"{' and '.join(session.failed)} could not answer; why is told above.")
+    for reason in session.failed.values():
+        raise RecipeError(reason)
 
 
 def converse(session: Session, read: Callable[[str], str] = input) -> None:

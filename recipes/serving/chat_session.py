@@ -42,7 +42,7 @@ class Session:
     Attributes:
         waiting: name → picture, for the next question.
         exchanges: what was asked so far.
-        failed: why a model has not answered the last question; empty if all have.
+        failed: label → why that model has not answered the last question.
         notes: where all but replies is printed; None for where they are.
     """
 
@@ -50,7 +50,7 @@ class Session:
         self.talks, self.settings, self.stats = talks, settings, stats
         self.waiting: dict[str, PIL.Image.Image] = {}
         self.exchanges: list[Exchange] = []
-        self.failed = ""
+        self.failed: dict[str, str] = {}
         self.notes: TextIO | None = None
 
     # ---- questions --------------------------------------------------------------------------------------------------
@@ -101,16 +101,22 @@ class Session:
         self, ask: Callable[[Talk, threading.Event], Iterator[str]], labels: Sequence[str]
     ) -> tuple[str, ...]:
         """Print what models say; returns the labels of those that have said something."""
-        self.failed, answered = "", []
+        self.failed, answered = {}, []
         for label in labels:
-            if len(self.talks) > 1:
-                print(f"{label}: ", end="", flush=True)
+            named = f"{label}: " if len(self.talks) > 1 else ""
+            print(named, end="", flush=True)
             try:
                 if not self._print_reply(self.talks[label], ask):
                     break
-            except (ValueError, RuntimeError) as error:  # a chat that does not fit, or a GPU that is full
-                self.failed = f"{one_line(error)}."
-                print(self.failed, file=self.notes, flush=True)
+            except Exception as error:  # what a model or its template raises ends no chat
+                known = isinstance(error, (ValueError, RuntimeError))  # a chat that does not fit, a GPU that is full
+                reason = f"{one_line(error)}." if known else f"{type(error).__name__}: {one_line(error)}."
+                self.failed[label] = reason
+                if self.notes is None:
+                    print(reason, flush=True)
+                elif named:
+                    print(flush=True)
+                    print(named + reason, file=self.notes, flush=True)
                 continue
             answered.append(label)
         return tuple(answered)

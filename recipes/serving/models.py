@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from recipes_minigpt4.evaluation.speakers import ChatSpeaker, SpeakerOptions, open_speaker
+from recipes_minigpt4.serving.options import PARTS
 from recipes_minigpt4.utils.errors import RecipeError
 
 
 OURS = "minigpt4"  # our models' type
-PARTS = ("vision", "qformer", "language_model")
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class Talker:
         model = self.speaker.model
         kind = f"{self.name}, a {model.config.model_type}"
         if backbones := getattr(model.config, "backbones", None):
-            named = [
-                f"{part.replace('_', ' ')} {_short(source['name_or_path'])}" for part, source in backbones.items()
-            ]
+            places = {words: backbones[part]["name_or_path"] for part, words in PARTS.items() if part in backbones}
+            named = [f"{words} {_short(place)}" for words, place in places.items()]
             kind = f"{self.name} on {', '.join(named)}"
         dtype = str(model.dtype).removeprefix("torch.")
         return f"{self.label}: {kind}; {dtype} on {model.device}, loaded in {self.seconds:.1f} s"

@@ -15,6 +15,8 @@ ABOUT = {
     "app": "Show models on a page: chat, compare them, look at what they look at.",
     "serve": "Serve a model to clients that speak OpenAI's language.",
 }
+# Parts of our models that may have moved → what people call them.
+PARTS = {"vision": "vision encoder", "qformer": "Q-Former", "language_model": "language model"}
 PROMPT = "Describe this image in detail."  # of stage 2
 
 
@@ -70,6 +72,10 @@ def _app(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
     add("--port", type=in_range(PORT), help="default: 7860, or the next that is free; 0: any")
     add("--share", action="store_true", help="make it public, through a tunnel of Gradio's")
+    space = parser.add_argument_group("a Space of the Hub, instead of a page of this machine")
+    space.add_argument("--space", metavar="OWNER/NAME", help="push the page there, in one commit")
+    space.add_argument("--space_dir", type=Path, metavar="DIR", help="write its files here, to look at or to keep")
+    space.add_argument("--private", action="store_true", help="make the Space private")
     add_model_options(parser)
     add_reply_options(parser)
 
@@ -96,8 +102,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME", help="where models compute: cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as stored")
     add("--quantization", choices=("bnb-int8", "bnb-nf4", "torchao-int8"), help="of the language model")
-    for part in ("vision", "qformer", "language_model"):
-        add(f"--{part}", metavar="PLACE", help=f"where the {part.replace('_', ' ')} is now, if it has moved")
+    for part, words in PARTS.items():
+        add(f"--{part}", metavar="PLACE", help=f"where the {words} is now, if it has moved")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 

@@ -186,6 +186,9 @@ class PageChats:
         for name in list(self._chats):
             self.close(name)
 
+    def __iter__(self) -> Iterator[PageChat]:
+        return iter(list(self._chats.values()))
+
     def __contains__(self, name: str) -> bool:
         return name in self._chats
 

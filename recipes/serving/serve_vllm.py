@@ -13,6 +13,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from recipes_minigpt4.serving.options import PARTS
 from recipes_minigpt4.serving.vllm_front import KEY, LIMITS, SEPARATOR
 from recipes_minigpt4.serving.vllm_plugin import MODE
 from recipes_minigpt4.utils.errors import RecipeError
@@ -90,6 +91,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise RecipeError(
             "--device is not for --engine vllm, which computes where it was built for; leave it out, and choose GPUs "
             "by CUDA_VISIBLE_DEVICES."
+        )
+    if moved := [part for part in PARTS if getattr(args, part) is not None]:
+        raise RecipeError(
+            f"--{moved[0]} is not for --engine vllm; load the model with `backbones=`, save it, and name that folder."
         )
     if args.quantization is not None:
         raise RecipeError(

@@ -4,8 +4,8 @@ import argparse
 import time
 from typing import Any
 
-from recipes_minigpt4.evaluation.speakers import BlipSpeaker, ChatSpeaker, SpeakerOptions, open_speaker
-from recipes_minigpt4.serving.models import Talker, client_name, split_label
+from recipes_minigpt4.evaluation.speakers import BlipSpeaker, ChatSpeaker, open_speaker
+from recipes_minigpt4.serving.models import ModelOptions, Talker, client_name, split_label
 from recipes_minigpt4.serving.server_compat import build_app
 from recipes_minigpt4.serving.server_front import Front, FrontSettings
 from recipes_minigpt4.serving.server_model import Loaded
@@ -24,7 +24,7 @@ def build(args: argparse.Namespace) -> Any:
         RecipeError: if the model cannot be loaded, or cannot be asked in chats.
     """
     start, (label, name) = time.perf_counter(), split_label(args.model)
-    options = SpeakerOptions(args.device, args.dtype, 1, args.trust_remote_code, args.quantization)
+    options = ModelOptions.of(args).for_speaker()
     # Not as a talker, whose penalties are those of the original's demo: replies are those of `generate`.
     speaker = None if name.startswith("openai:") else open_speaker(name, options)
     if not isinstance(speaker, ChatSpeaker) or isinstance(speaker, BlipSpeaker):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from recipes_minigpt4.serving.server_compat import PLACEHOLDER
 from recipes_minigpt4.serving.server_model import EXCHANGE, Loaded
 from recipes_minigpt4.serving.server_pictures import open_picture
@@ -165,7 +167,7 @@ class _Sending:
         self.exchange, self.writer, self.send = exchange, writer, send
         self.status, self.streamed, self.begun = 500, False, False
         self.pieces, self.body = Pieces(), b""
-        self.text: list[str] = []
+        self.shown = ""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -174,10 +176,10 @@ class _Sending:
         elif not self.streamed or self.status != 200:
             self.body += message.get("body", b"")
         else:
-            pieces = self.pieces.feed(message.get("body", b""))
-            self.text += pieces
-            if self.exchange.stream and pieces and self.exchange.error is None:
-                await self._events(event for piece in pieces for event in self.writer.piece(piece))
+            for piece in self.pieces.feed(message.get("body", b"")):
+                self.shown += piece
+                if self.exchange.stream and self.exchange.error is None:
+                    await self._events(self.writer.piece(piece))
 
     async def end(self) -> None:
         """
@@ -192,10 +194,12 @@ class _Sending:
                 raise refused
             await self._events([self.writer.failed(refused)])
         elif self.exchange.stream:
-            await self._events(self.writer.end())
+            # Streamers keep a character to themselves whose last token never came.
+            whole = self.exchange.text
+            rest = whole[len(self.shown) :] if whole.startswith(self.shown) else ""
+            await self._events([*self.writer.piece(rest), *self.writer.end()])
         else:
-            text = "".join(self.text) if self.streamed else Pieces.whole(self.body)
-            await _send_json(self.send, 200, self.writer.whole(text))
+            await _send_json(self.send, 200, self.writer.whole(self.exchange.text))
             return
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -212,7 +216,7 @@ def as_refused(error: Exception | None, body: bytes = b"") -> RefusedError:
     """What a client is told about an error of the model: the sentence of one that is its own."""
     if isinstance(error, RefusedError):
         return error
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, TemplateError)):  # the last: a template that takes no such chat
         return RefusedError(f"{one_line(error)}.")
     logger.error("A request failed: %s", body.decode(errors="replace")[:200] or error, exc_info=error)
     return RefusedError("The server failed at this request; its log tells why.", 500)

@@ -15,6 +15,7 @@ from recipes_minigpt4.serving.server_requests import Exchange, RefusedError
 from recipes_minigpt4.serving.talk import Stopped
 
 
+COLD = 1e-5  # a temperature at which scores are no longer numbers that can be drawn from: the likeliest token it is
 LEAST = 1024  # tokens that a reply may have if nobody says how many, as in transformers' own server
 # The request that is being answered; the server of transformers hands nothing on.
 EXCHANGE: contextvars.ContextVar[Exchange] = contextvars.ContextVar("exchange")
@@ -158,6 +159,7 @@ class RequestModel:
 
     def _count(self, reply: list[int], config: GenerationConfig) -> None:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.exchange.text = self.loaded.processor.tokenizer.decode(reply, skip_special_tokens=True)
         self.exchange.new_tokens = len(reply)
         self.exchange.cut_short = len(reply) >= (config.max_new_tokens or 0) and not set(ends) & set(reply[-1:])
 
@@ -178,11 +180,11 @@ def configure(config: GenerationConfig, exchange: Exchange, positions: int | Non
         config.stop_strings = list(exchange.stop)
     numbers = {key: value for key, value in exchange.numbers.items() if key != "seed"}
     if (temperature := numbers.pop("temperature", None)) is not None:
-        config.do_sample = temperature > 0
-        config.temperature = temperature or None
-        config.top_k = int(numbers.pop("top_k", 0)) if temperature else None
-        if not temperature:
-            numbers.pop("top_p", None)
+        draws = config.do_sample = temperature > COLD
+        config.temperature = temperature if draws else None
+        config.top_k = int(numbers.pop("top_k", 0)) if draws else None
+        if not draws:
+            numbers = {key: value for key, value in numbers.items() if key not in ("top_k", "top_p")}
             config.top_p = None
     for key, value in numbers.items():
         setattr(config, key, value)

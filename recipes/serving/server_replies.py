@@ -116,7 +116,7 @@ class Writer:
 
 
 class Pieces:
-    """Reads the text of a reply out of what the server of transformers writes, streamed or whole."""
+    """Reads the text of a streamed reply out of what the server of transformers writes."""
 
     def __init__(self) -> None:
         self.rest = b""
@@ -133,8 +133,3 @@ class Pieces:
             for choice in told.get("choices", ()):
                 pieces.append(choice["delta"].get("content") or "")
         return pieces
-
-    @staticmethod
-    def whole(body: bytes) -> str:
-        """The text of a reply in one piece."""
-        return str(json.loads(body)["choices"][0]["message"].get("content") or "")

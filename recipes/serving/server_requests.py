@@ -22,7 +22,7 @@ NUMBERS = {
     "top_p": SHARE,
     "seed": WHOLE,
     "top_k": Range("a whole number from 0 on", lambda value: value >= 0 and value == int(value)),
-    "num_beams": COUNT,
+    "num_beams": Range("a whole number from 1 to 16", lambda value: 1 <= value <= 16 and value == int(value)),
     "repetition_penalty": POSITIVE,
     "length_penalty": FINITE,
 }
@@ -93,6 +93,7 @@ class Exchange:
     inputs: Any = None  # tensors of the chat
     gone: threading.Event = field(default_factory=threading.Event)  # nobody waits for the reply any more
     error: Exception | None = None  # of the model
+    text: str = ""  # of the reply, with what ends it
     prompt_tokens: int = 0
     new_tokens: int = 0
     cut_short: bool = False  # by the number of tokens

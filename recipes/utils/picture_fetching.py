@@ -233,7 +233,7 @@ def _reason(error: Exception, limits: FetchLimits) -> str:
     if isinstance(error, socket.gaierror):
         return "its host is unknown"
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not valid ({error.verify_message})"
+        return f"its certificate is not valid ({error.verify_message})".replace(".)", ")")
     if isinstance(error, ConnectionRefusedError):
         return "its host refuses the connection"
     text = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")

@@ -9,7 +9,11 @@ import re
 
 
 # Tokens by their shape: Hugging Face, GitHub, GitLab, OpenAI, Amazon, and JSON web tokens.
-_TOKEN = r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|AKIA|ASIA)[\w-]{16,}|\beyJ[\w-]{10,}\.[\w-]+\.[\w-]+"
+# `hf_processor_mm_kwargs` and the like are names in programs.
+_TOKEN = (
+    r"\bhf_(?:[a-z]+_)?(?=[A-Za-z0-9]{16})[\w-]+|\b(?:gh[opsu]_|github_pat_|glpat-|sk-|AKIA|ASIA)[\w-]{16,}"
+    r"|\beyJ[\w-]{10,}\.[\w-]+\.[\w-]+"
+)
 # `user:password@` of an address; the second also has a slash in the password, and is no port.
 _PASSWORD = r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+@"
 _SLOPPY = r"(?<=://)[^\s/@:'\"]*:(?!\d+/)[^\s@'\"]+@"

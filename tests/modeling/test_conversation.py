@@ -241,6 +241,24 @@ def test_a_second_turn_computes_what_is_new(kind: str, template: str, make_chat:
     assert talk.messages[0]["content"][0]["image"] is red
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+def test_replies_that_are_tokenized_anew_are_followed_by_those_of_a_fresh_start(
+    kind: str, template: str, make_chat: Callable
+) -> None:
+    chat = make_chat(kind, template)
+    talk, red = chat.begin(retokenize=True), chat.picture("red")
+    for number, text in enumerate(("What?", "What colour is it?", "Why?")):
+        with counted(chat.model) as counts, recorded(chat.model) as calls:
+            talk.ask(text, [] if number else [red], num_beams=1 + number % 2)
+        ((prompt, said),) = calls
+        assert prompt == written(chat, talk.messages[:-1])
+        assert fresh(chat, prompt, [red], num_beams=1 + number % 2) == said
+        assert counts.pictures == (number == 0)
+        assert counts.tokens == talk.turns[-1].computed_tokens
+        assert number == 0 or counts.tokens < len(prompt) - len(written(chat, talk.messages[:1])) + 3 * WORDS
+
+
 REPLIES = {
     "with_a_space": "The cat ###",
     "with_a_full_stop": "The cat.###",
@@ -546,20 +564,37 @@ def test_an_assistant_may_have_eyes_of_its_own(seeing: bool, chat: Chat, make_mo
     assistant = make_model(text=text, seed=1) if seeing else blind
     talk, same = chat.begin(), chat.begin()
     for question in (("What?", [chat.picture("red")]), ("Why?", [])):
-        assert talk.ask(*question, assistant_model=assistant) == same.ask(*question)
-    assert talk.turns[-1].encoded_pictures == 1
+        with counted(chat.model) as counts:
+            reply = talk.ask(*question, assistant_model=assistant)
+        assert reply == same.ask(*question)
+        assert counts.pictures == talk.turns[-1].encoded_pictures == 1
+    heard = Heard()
+    talk.ask("And?", streamer=heard)
+    assert fresh(chat, heard.prompt, [chat.picture("red")]) == heard.ids
 
 
-def test_a_language_model_that_forgets_is_asked_anew(make_chat: Callable) -> None:
-    """Layers that see a window only have let go of what the next turn would need."""
-    chat = make_chat("byte_level", "vicuna_v0", model_type="mistral", sliding_window=7)
-    talk, red, heard = chat.begin(), chat.picture("red"), Heard()
-    talk.ask("What?", [red])
-    with counted(chat.model) as counts:
-        talk.ask("Why?", streamer=heard)
-    assert fresh(chat, heard.prompt, [red]) == heard.ids
-    assert counts.pictures == 0
-    assert counts.tokens == talk.turns[-1].computed_tokens >= len(heard.prompt)
+@pytest.mark.parametrize("window", [7, 165, 1000])
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
+def test_a_language_model_that_forgets(model_type: str, window: int, make_chat: Callable) -> None:
+    """Layers that see a window only have let go of what a next turn would need, once their window is full."""
+    fields = {"model_type": model_type, "sliding_window": window, "head_dim": 8}
+    chat = make_chat("byte_level", "vicuna_v0", **fields)
+    talk, red, seen, cheap = chat.begin(), chat.picture("red"), [], []
+    for number in range(4):
+        given = {"num_beams": 2} if number == 2 else {}
+        with counted(chat.model) as counts, recorded(chat.model) as calls:
+            talk.ask("Why?", [red] if number in (0, 2) else [], **given)
+        seen += [red] if number in (0, 2) else []
+        ((prompt, said),) = calls
+        assert fresh(chat, prompt, seen, **given) == said
+        assert counts.pictures == (number == 0)
+        assert counts.tokens == talk.turns[-1].computed_tokens
+        cheap.append(counts.tokens < len(prompt))
+    assert cheap == [False, window > 7, window > 165, window > 165], [turn.prompt_tokens for turn in talk.turns]
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("Why is it so?", streamer=Heard(2))
+    talk.ask("Why?", streamer=(heard := Heard()))
+    assert fresh(chat, heard.prompt, seen) == heard.ids
 
 
 def test_the_window_of_the_language_model(make_chat: Callable) -> None:
@@ -661,3 +696,10 @@ def test_models_and_processors_that_do_not_fit(chat: Chat, tokenizers: dict[str,
             Conversation(chat.model, processor)
     with pytest.raises(ValueError, match="the model is a LlamaModel"):
         Conversation(chat.model.model.language_model, chat.processor)
+
+
+def test_conversations_do_not_travel_with_a_checkpoint(chat: Chat, tmp_path: Path) -> None:
+    chat.model.save_pretrained(tmp_path, full=True)
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert "modeling_minigpt4.py" in files
+    assert not files & {"conversation_minigpt4.py", "memory_minigpt4.py", "transcript_minigpt4.py"}

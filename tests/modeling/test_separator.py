@@ -235,18 +235,16 @@ def test_pipelines_show_the_reply_alone(chatting: tuple, pipes: Any, picture: An
     length = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )["input_ids"].shape[1]
-    options = {"generate_kwargs": {"logits_processor": [Script([row], length)], "do_sample": False}}
-    (whole,) = pipes(text=chat, max_new_tokens=len(row), **options)
+    script = Script([row], length)
+    options = {"generate_kwargs": {"logits_processor": [script], "do_sample": False, "max_new_tokens": len(row)}}
+    (whole,) = pipes(text=chat, **options)
     assert whole["generated_text"] == [*chat, {"role": "assistant", "content": "a cat"}]
-    (new,) = pipes(text=chat, max_new_tokens=len(row), return_full_text=False, **options)
-    assert new["generated_text"] == "a cat"
-    (kept,) = pipes(text=chat, max_new_tokens=len(row), return_full_text=False, skip_special_tokens=False, **options)
-    assert kept["generated_text"] == "a cat"
+    for kept in ({}, {"skip_special_tokens": False}):
+        (new,) = pipes(text=chat, return_full_text=False, **options, **kept)
+        assert new["generated_text"] == "a cat"
     prompt = "Human: <image> What?"
-    options["generate_kwargs"]["logits_processor"][0].start = processor(
-        text=prompt, images=picture(), return_tensors="pt"
-    )["input_ids"].shape[1]
-    (plain,) = pipes(images=picture(), text=prompt, max_new_tokens=len(row), **options)
+    script.start = processor(text=prompt, images=picture(), return_tensors="pt")["input_ids"].shape[1]
+    (plain,) = pipes(images=picture(), text=prompt, **options)
     assert plain["generated_text"].startswith(prompt) and plain["generated_text"].rstrip().endswith("a cat")
 
 

@@ -169,11 +169,11 @@ def random_replies(tokenizer: Any, number: int, seed: int = 0) -> list[list[int]
     return [row for row in rows if row[:1] != [tokenizer.bos_token_id]]
 
 
-def streamed(streamer: Any, ids: list[int], prompt: tuple[int, ...] = (1, 5)) -> list[str]:
-    """The pieces that a streamer shows of a reply."""
+def streamed(streamer: Any, ids: list[int], prompt: tuple[int, ...] = (1, 5), step: int = 1) -> list[str]:
+    """The pieces that a streamer shows of a reply whose ids come `step` at a time, as in assisted decoding."""
     streamer.put(torch.tensor([prompt]))
-    for token in ids:
-        streamer.put(torch.tensor([token]))
+    for start in range(0, len(ids), step):
+        streamer.put(torch.tensor(ids[start : start + step]))
     streamer.end()
     return list(streamer)
 
@@ -189,7 +189,7 @@ def test_a_reply_in_pieces_is_the_reply(kinds, kind, template):
     for ids in random_replies(tokenizer, 150):
         pieces = streamed(streamer, ids)
         (reply,) = processor.post_process_image_text_to_text([ids])
-        assert "".join(pieces) == reply.strip()
+        assert "".join(pieces) == "".join(streamed(streamer, ids, step=3)) == reply.strip()
         assert all(pieces[:-1])  # nothing is shown where nothing is to show
         if template == "vicuna_v0":
             assert "###" not in reply
@@ -240,6 +240,8 @@ def test_a_streamer_follows_the_chat_template():
     streamer.end()
     list(streamer)
     assert "".join(streamed(streamer, ids)) == "a cat"
+    # Of another model, whose tokenizer knows no separator.
+    assert "".join(streamed(ReplyStreamer(byte_tokenizer()), ids)) == "a cat###"
 
 
 @pytest.mark.parametrize("of", ["processor", "tokenizer"])

@@ -350,6 +350,7 @@ def test_a_question_that_all_settings_of_pope_ask_counts_each_time() -> None:
         ("gqa", {"answer": "me"}, "no `question`"),
         ("pope", {"label": "yes"}, "no `text` and no `question`"),
         ("pope", {"text": "Is there?", "label": "perhaps"}, "no `label` of yes or no"),
+        ("votes", {}, "no votes, for models asked anew have none; compare them on the page"),
     ],
 )
 def test_a_row_without_what_is_needed(name: str, row: Row, missing: str) -> None:
@@ -395,7 +396,7 @@ class Guessing(Knowing):
 def test_every_suite_is_exact_on_the_embedded_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "open_speaker", lambda name, options: {"k": Knowing, "g": Guessing}[name]())
     names = [name for name in SUITES if name in ROWS]
-    assert {*SUITES} - {*names} == {"abilities"}
+    assert {*SUITES} - {*names} == {"abilities", "votes"}
     options = ["--models", "knows=k", "guesses=g", "--judge", "truth", "words", "--resamples", "50"]
     options += ["--output_dir", str(tmp_path)]
     results = evaluate.main([*options, "--suites", *names, "--data", "tiny", "--num_samples", "12"])

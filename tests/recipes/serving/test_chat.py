@@ -28,7 +28,7 @@ from recipes_minigpt4.serving.settings import ReplySettings
 from recipes_minigpt4.serving.talk import Talk
 
 
-GREEDY = ReplySettings(temperature=0, max_new_tokens=12)
+GREEDY = ReplySettings(temperature=0, max_new_tokens=6)
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_turns_are_made_again_and_taken_back(session, type_lines) -> None:
 def test_settings_are_shown_and_set(session, type_lines) -> None:
     told = type_lines(session, "/set", "/set temperature=0.7 beams=2 seed=3", "Hm?", "/retry", "/set seed=none")
     assert told[0].startswith("temperature=0 top_p=0.9 num_beams=1 ") and told[0].endswith("seed=None")
-    assert session.settings == ReplySettings(temperature=0.7, num_beams=2, max_new_tokens=12)
+    assert session.settings == ReplySettings(temperature=0.7, num_beams=2, max_new_tokens=6)
     assert told[2] == told[3] == said(session)[-1]
     assert type_lines(session, "/set max_new_tokens=1", "/stats", "Hm?")[2].count(" 1 answered") == 1
 
@@ -274,10 +274,17 @@ def test_a_chat_is_saved_and_goes_on(session, type_lines, talkers, folder: Path)
         "role": "user",
         "content": [{"type": "image", "path": str(folder / "a.png")}, {"type": "text", "text": "One?"}],
     }
-    assert model["revision"] == talkers["ours"].speaker.revision and content["settings"]["max_new_tokens"] == 12
+    assert model["revision"] == talkers["ours"].speaker.revision and content["settings"]["max_new_tokens"] == 6
+    asked = [*model["messages"], {"role": "user", "content": [{"type": "text", "text": "Three?"}]}]
+    speaker = talkers["ours"].speaker  # transformers' own way takes the messages as they are
+    inputs = speaker.processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = speaker.model.generate(**inputs, **GREEDY.options())[:, inputs["input_ids"].shape[1] :]
+    (expected,) = speaker.processor.post_process_image_text_to_text(ids)
     other = Session({"again": Talk(talkers["ours"])}, GREEDY)
     again = type_lines(other, "Hm?", "/load my chat.json", "Three?", "/save 'my chat.json'", "/undo 3", "/undo")
-    assert again[1] == "2 turns so far." and again[2] == told[5]
+    assert again[1] == "2 turns so far." and again[2] == expected
     assert again[4:] == ["", "1 turns cannot be taken back, because there are 0."]
     two = Session({"a": Talk(talkers["ours"]), "b": Talk(talkers["ours"])}, GREEDY)
     assert type_lines(two, "/load my chat.json")[0].startswith("The chat was with 1 model, and here are 2;")
@@ -296,7 +303,7 @@ def test_a_chat_is_saved_and_goes_on(session, type_lines, talkers, folder: Path)
 def loaded(talkers: dict[str, Talker], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`loaded(*arguments)`: the command, with models that are loaded already; its exit status."""
     monkeypatch.setattr(chat, "open_talker", lambda name, options: talkers[name])
-    return lambda *arguments: cli.main(["chat", *arguments, "--max_new_tokens", "12", "--temperature", "0"])
+    return lambda *arguments: cli.main(["chat", *arguments, "--max_new_tokens", "6", "--temperature", "0"])
 
 
 def test_one_question_is_answered_and_that_is_all(loaded, capsys, monkeypatch, talkers, scenes) -> None:
@@ -312,6 +319,25 @@ def test_one_question_is_answered_and_that_is_all(loaded, capsys, monkeypatch, t
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is\nthis?\n"))
     assert loaded("ours", "--compare", "llava", "blip2", "--image", "a.png") == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["ours", "llava", "blip2"]
+
+
+def test_a_model_that_cannot_answer_does_not_keep_the_others_from_it(loaded, capsys) -> None:
+    assert loaded("blip2", "--compare", "ours", "--prompt", "What?") == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("blip2: \nours: ") and len(printed.out.splitlines()[1]) > 10
+    assert printed.err.splitlines()[-2:] == [
+        "blip2: This model answers questions about pictures only; give it one.",
+        "minigpt4 chat: blip2 could not answer; why is told above.",
+    ]
+
+
+def test_whatever_a_model_raises_ends_no_chat(session, type_lines, monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise KeyError("roles have to alternate")
+
+    monkeypatch.setattr(session.talks["ours"].conversation, "ask", fail)
+    assert type_lines(session, "One?", "Two?") == ["KeyError: 'roles have to alternate'."] * 2
+    assert session.exchanges == []
 
 
 @pytest.mark.parametrize(

@@ -203,12 +203,14 @@ def chats(scenes: list[Image.Image]) -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("kind", chats([Image.new("RGB", (4, 4))] * 2))
 def test_replies_are_those_of_generate_streamed_or_not(kind: str, server: Server, scenes) -> None:
-    chat = chats(scenes)[kind]
-    expected = local(server, chat)
-    reply = server.ask(chat)
-    assert reply.choices[0].message.content == expected == server.streamed(chat)
+    chat, whole = chats(scenes)[kind], kind in ("a picture", "words alone")
+    most: dict = {} if whole else {"max_tokens": 16}
+    expected = local(server, chat, **({} if whole else {"max_new_tokens": 16}))
+    reply = server.ask(chat, **most)
+    assert reply.choices[0].message.content == expected == server.streamed(chat, **most)
     assert expected and "###" not in expected and expected == expected.strip()
-    assert reply.model == NAME and reply.choices[0].finish_reason == "stop"
+    ended = whole or reply.usage.completion_tokens < 16
+    assert reply.model == NAME and reply.choices[0].finish_reason == ("stop" if ended else "length")
     assert reply.usage.prompt_tokens > 5 and reply.usage.total_tokens == (
         reply.usage.prompt_tokens + reply.usage.completion_tokens
     )
@@ -225,8 +227,8 @@ def test_a_stream_begins_with_the_role_and_ends_with_reason_and_usage(server: Se
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"temperature": 0}, {}),
         ({"temperature": 0, "top_p": 0.5, "stop": None}, {}),
+        ({"temperature": 1e-40, "top_p": 0.5, "extra_body": {"top_k": 3}}, {}),
         ({"extra_body": {"num_beams": 3, "length_penalty": 2.0}}, {"num_beams": 3, "length_penalty": 2.0}),
         ({"extra_body": {"repetition_penalty": 1.5}}, {"repetition_penalty": 1.5}),
         ({"n": 1, "user": "someone", "logprobs": False, "tools": [], "frequency_penalty": 0}, {}),
@@ -351,6 +353,7 @@ def test_a_request_that_nobody_waits_for_is_not_begun(server: Server, slowly: li
         ({"seed": "seven"}, "seed"),
         ({"stop": [""]}, "stop"),
         ({"stop": [1]}, "stop"),
+        ({"extra_body": {"num_beams": 10_000}}, "num_beams"),
         ({"extra_body": {"generation_config": "{}"}}, "generation_config"),
         ({"extra_body": {"num_beams": 2}, "stream": True}, "num_beams"),
     ],
@@ -435,6 +438,13 @@ def test_pictures_are_fetched_from_this_machine_if_that_is_allowed(server: Serve
         refused = server.refusal([user(f"{address}/other.png?token=abc", ASKED)])
         assert "answers 404" in refused.body["message"] and "abc" not in refused.body["message"]
         pictures.shutdown()
+
+
+def test_a_chat_that_the_template_does_not_take_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{% for m in messages %}{{ raise_exception('No system, please') if m.role == 'system' }}{% endfor %}"
+    monkeypatch.setattr(server.loaded.processor, "chat_template", refusing)
+    refused = server.refusal([user("Be brief.", role="system"), user("A star.")])
+    assert refused.status_code == 400 and "No system, please" in refused.body["message"]
 
 
 def test_half_a_character_is_no_error(server: Server) -> None:
@@ -581,7 +591,7 @@ def test_a_signal_lets_replies_end_and_then_the_server(number, server, slowly, s
 def test_evaluate_gets_the_replies_of_the_model(ours: str, server: Server, settings, scenes, tmp_path: Path) -> None:
     settings(api_key=None)
     (tmp_path / "pictures").mkdir()
-    for place, picture in enumerate(scenes[:3]):
+    for place, picture in enumerate(scenes[:2]):
         picture.save(tmp_path / "pictures" / f"{place}.png")
     models = [f"here={ours}", f"there=openai:{server.place}/v1#{NAME}"]
     arguments = ["--suites", "failures", "--data", tmp_path / "pictures", "--output_dir", tmp_path / "out"]
@@ -591,7 +601,7 @@ def test_evaluate_gets_the_replies_of_the_model(ours: str, server: Server, setti
         lines = (tmp_path / "out" / label / "failures" / "replies.jsonl").read_text().splitlines()
         return sorted((told["key"], told["text"], told["finished"]) for told in map(json.loads, lines))
 
-    assert replies("here") == replies("there") and len(replies("there")) >= 3
+    assert replies("here") == replies("there") and len(replies("there")) >= 2
 
 
 def test_the_client_code_of_the_page_runs(

@@ -169,6 +169,7 @@ def test_vllm_is_asked_for_in_a_sentence(ours: str, tmp_path: Path, monkeypatch:
     "arguments, reason",
     [
         (["--device", "cuda"], "--device is not for --engine vllm"),
+        (["--vision", "elsewhere"], "--vision is not for --engine vllm"),
         (["--quantization", "bnb-nf4"], "--quantization is not for --engine vllm"),
     ],
 )

@@ -22,9 +22,9 @@ from recipes_minigpt4.tiny import LANGUAGE_BACKBONE
 from recipes_minigpt4.utils.errors import RecipeError
 
 
-GREEDY = ReplySettings(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
-DRAWN = ReplySettings(max_new_tokens=12, seed=3)
-BEAMS = ReplySettings(temperature=0, num_beams=3, repetition_penalty=1.0, max_new_tokens=12)
+GREEDY = ReplySettings(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
+DRAWN = ReplySettings(max_new_tokens=8, seed=3)
+BEAMS = ReplySettings(temperature=0, num_beams=3, repetition_penalty=1.0, max_new_tokens=8)
 KINDS = ("ours", "llava", "blip2", "instructblip")
 ASKED = "Describe the image in detail."
 
@@ -47,12 +47,12 @@ def test_a_reply_comes_in_pieces_and_is_what_the_model_says(kind, settings, talk
     talk = Talk(talkers[kind])
     pieces = list(talk.ask(ASKED, scenes[:1], settings))
     speaker, question = talkers[kind].speaker, Question(Picture("", scenes[0]), ASKED)
-    sampling = Sampling(12, settings.num_beams)
+    sampling = Sampling(8, settings.num_beams)
     ((expected, _),) = speaker.complete([speaker.written(question)], scenes[:1], sampling)
     assert "".join(pieces) == expected == said(talk)[-1]
     assert len(pieces) == 1 if settings.num_beams > 1 else len(pieces) > 3
     (turn,) = talk.conversation.turns
-    assert 1 <= turn.new_tokens <= 12 and turn.encoded_pictures == 1 and turn.seconds > 0
+    assert 1 <= turn.new_tokens <= 8 and turn.encoded_pictures == 1 and turn.seconds > 0
     assert turn.prompt_tokens < turn.computed_tokens
 
 
@@ -73,11 +73,10 @@ def test_draws_follow_temperature_and_share() -> None:
         assert (found - expected).abs().max() < 0.015
 
 
-@pytest.mark.parametrize("kind", ["ours", "blip2"])
-@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("kind, num_beams", [("ours", 1), ("ours", 2), ("blip2", 1)])
 def test_a_seed_gives_the_same_reply_while_others_draw(kind, num_beams, talkers, scenes) -> None:
     def draw(seed: int | None) -> str:
-        settings = ReplySettings(temperature=3.0, top_p=1.0, num_beams=num_beams, max_new_tokens=10, seed=seed)
+        settings = ReplySettings(temperature=3.0, top_p=1.0, num_beams=num_beams, max_new_tokens=6, seed=seed)
         return reply(Talk(talkers[kind]), settings, scenes[0])
 
     alone = [draw(seed) for seed in (1, 2)]
@@ -161,7 +160,7 @@ def test_an_error_is_raised_where_it_is_asked_and_changes_nothing(
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     monkeypatch.setattr(talk_module.Stopped, "__call__", fail)
-    settings = ReplySettings(temperature=0, max_new_tokens=12, num_beams=num_beams)
+    settings = ReplySettings(temperature=0, max_new_tokens=8, num_beams=num_beams)
     for asking in (lambda: talk.ask("And now?", [], settings), lambda: talk.retry(settings)):
         calls.clear()
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -207,7 +206,7 @@ def test_another_chat_model_sees_the_whole_chat_and_all_pictures(talkers, scenes
     speaker = talkers["llava"].speaker
     text = f"user: <image>{ASKED} assistant: {first} user: <image>And this? assistant:"
     inputs = speaker.on_device(speaker.processor(text=[text], images=[scenes[:2]], return_tensors="pt"))
-    ids = speaker.model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    ids = speaker.model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert second == speaker.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert talk.conversation.turns[1].encoded_pictures == 2
     assert talk.conversation.turns[1].prompt_tokens == inputs["input_ids"].shape[1]
@@ -252,7 +251,8 @@ def test_a_model_has_a_label_and_says_what_it_is(talkers: dict[str, Talker], our
     assert talkers["ours"].label == "ours" and split_label(f"mine={ours}") == ("mine", ours)
     assert split_label("you/it@main") == ("it@main", "you/it@main")
     about = talkers["ours"].about
-    assert about.startswith(f"ours: {ours} on language model llama") and "float32 on cpu, loaded in " in about
+    parts = "vision encoder blip2, Q-Former blip2, language model llama"
+    assert about.startswith(f"ours: {ours} on {parts}; float32 on cpu, loaded in ")
     assert "a blip-2;" in talkers["blip2"].about
     with pytest.raises(RecipeError, match="Two models are called ours; write LABEL="):
         check_labels([ours, "runs/ours"])

@@ -36,6 +36,7 @@ AWS = "AKIA" + "ABCDEFGHIJKLMNOP"
         (f"Authorization: Bearer {SECRET}", "Authorization: Bearer …"),
         (f"key {AWS}", "key …"),
         ("ghp_" + "a1B2" * 9, "…"),
+        ("hf_oauth_" + "a1B2" * 9, "hf_…"),
     ],
 )
 def test_secrets_are_left_out(text: str, shown: str) -> None:
@@ -49,6 +50,7 @@ def test_secrets_are_left_out(text: str, shown: str) -> None:
         "hf://datasets/you/x@main/part-??.tar",
         "/data/{00000..00009}.tar",
         "eos_token=</s> max_new_tokens=5 and hf_hub_download of hf_transfer",
+        "def prompts(hf_processor_mm_kwargs, hf_hub_download_of_everything)",
         "https://host:8080/x@y.tar",
         "mail me@host.org: 50% of 3/4",
         "unexpected token: } at 5",
