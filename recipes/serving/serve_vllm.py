@@ -48,7 +48,8 @@ def serve(args: argparse.Namespace) -> int:
     from recipes_minigpt4.serving.vllm_folder import whole_folder
 
     label = client_name(args.model)
-    whole = whole_folder(split_label(args.model)[1], args.trust_remote_code)
+    moved = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
+    whole = whole_folder(split_label(args.model)[1], args.trust_remote_code, backbones=moved)
     port = args.port or free_port(args.host)
     dtype = whole.dtype if args.dtype == "auto" else args.dtype
     command = [
@@ -91,10 +92,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise RecipeError(
             "--device is not for --engine vllm, which computes where it was built for; leave it out, and choose GPUs "
             "by CUDA_VISIBLE_DEVICES."
-        )
-    if moved := [part for part in PARTS if getattr(args, part) is not None]:
-        raise RecipeError(
-            f"--{moved[0]} is not for --engine vllm; load the model with `backbones=`, save it, and name that folder."
         )
     if args.quantization is not None:
         raise RecipeError(

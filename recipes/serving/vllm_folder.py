@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,12 @@ class Whole:
     dtype: str | None
 
 
-def whole_folder(name: str, trust_remote_code: bool = False, cache: Path | None = None) -> Whole:
+def whole_folder(
+    name: str,
+    trust_remote_code: bool = False,
+    cache: Path | None = None,
+    backbones: Mapping[str, str] | None = None,
+) -> Whole:
     """
     Find a model with every weight, and write it if it is an adapter alone.
 
@@ -50,6 +55,7 @@ def whole_folder(name: str, trust_remote_code: bool = False, cache: Path | None 
         name: folder, or repository (`owner/name@revision`).
         trust_remote_code: run code that its parts bring.
         cache: where folders are kept; `minigpt4/whole` in Hugging Face's own if left out.
+        backbones: where parts are now, if they have moved, by their names.
 
     Raises:
         RecipeError: if there is no such model, or it cannot be written.
@@ -66,18 +72,22 @@ def whole_folder(name: str, trust_remote_code: bool = False, cache: Path | None 
         raise RecipeError(f"{name} cannot be served by vLLM ({one_line(error)}).") from error
     if (file := find_file(place, "config.json", {"revision": revision})) is not None:
         revision = extract_commit_hash(file, None) or revision  # of now, whatever becomes of the branch
-    if not config.backbones and find_file(place, ADAPTER_CONFIG, {"revision": revision}, ADAPTER_FOLDER) is None:
+    if (
+        not (config.backbones or backbones)
+        and find_file(place, ADAPTER_CONFIG, {"revision": revision}, ADAPTER_FOLDER) is None
+    ):
         return Whole(place, revision, separator, _dtype(config))
-    target = (cache or Path(HF_HOME) / "minigpt4" / "whole") / _key(place, revision)
+    target = (cache or Path(HF_HOME) / "minigpt4" / "whole") / _key(place, revision, backbones or {})
+    moved = {"backbones": dict(backbones)} if backbones else {}
     if not target.is_dir():
         with _told(target), _lock(target):
-            _write(place, processor, target, {**trusted, "revision": revision})
+            _write(place, processor, target, {**trusted, "revision": revision, **moved})
     return Whole(str(target), None, separator, _dtype(MiniGPT4Config.from_pretrained(target)))
 
 
-def _key(place: str, revision: str | None) -> str:
+def _key(place: str, revision: str | None, backbones: Mapping[str, str]) -> str:
     """A name that tells a model, as it is now, from others."""
-    digest = hashlib.sha256(f"{__version__}\n{revision}\n".encode())
+    digest = hashlib.sha256(f"{__version__}\n{revision}\n{sorted(backbones.items())}\n".encode())
     folder = Path(place)
     if folder.is_dir():
         for path in sorted({path for pattern in DECISIVE for path in folder.glob(pattern)}):

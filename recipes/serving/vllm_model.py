@@ -22,9 +22,14 @@ from processing_minigpt4 import MiniGPT4Processor
 
 
 @lru_cache(maxsize=2)
-def load_processor(name: str, revision: str | None) -> MiniGPT4Processor:
+def load_processor(name: str, revision: str | None, trust_remote_code: bool) -> MiniGPT4Processor:
     """The processor of a folder or repository, with a tokenizer of its own: vLLM's stays as it is."""
-    return MiniGPT4Processor.from_pretrained(name, revision=revision)
+    return MiniGPT4Processor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def processor_of(model_config: Any) -> MiniGPT4Processor:
+    """The processor of the model that vLLM serves."""
+    return load_processor(model_config.model, model_config.revision, model_config.trust_remote_code)
 
 
 class Info(BaseProcessingInfo):  # type: ignore[misc]
@@ -37,7 +42,7 @@ class Info(BaseProcessingInfo):  # type: ignore[misc]
         return {"image": self.get_hf_config().num_image_tokens}
 
     def get_hf_processor(self, **kwargs: Any) -> MiniGPT4Processor:
-        return load_processor(self.ctx.model_config.model, self.ctx.model_config.revision)
+        return processor_of(self.ctx.model_config)
 
     def places(self, pictures: int = 1) -> list[int]:
         """The ids that stand for pictures."""

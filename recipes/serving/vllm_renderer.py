@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import PIL.Image
+from jinja2 import TemplateError
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
@@ -12,7 +13,7 @@ from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.utils.async_utils import make_async
 
 from processing_minigpt4.segments_minigpt4 import encode_rows
-from recipes_minigpt4.serving.vllm_model import load_processor
+from recipes_minigpt4.serving.vllm_model import processor_of
 
 
 # The prompt needs to know where pictures are, not what they show: their pixels are made elsewhere, once.
@@ -33,7 +34,7 @@ class MiniGPT4Renderer(HfRenderer):  # type: ignore[misc]
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
-        self.processor = load_processor(self.model_config.model, self.model_config.revision)
+        self.processor = processor_of(self.model_config)
         self._one_at_a_time = threading.Lock()  # fast tokenizers are not for several threads
         self._ids_of_async = make_async(self._ids_of, executor=self._executor)
 
@@ -42,10 +43,12 @@ class MiniGPT4Renderer(HfRenderer):  # type: ignore[misc]
         template = params.chat_template or self.processor.chat_template
         options = options_of(str(template), params.chat_template_kwargs)
         chat = [{**message, "content": _with_pictures(message.get("content"))} for message in conversation]
-        with self._one_at_a_time:
-            inputs = self.processor.apply_chat_template(
-                chat, chat_template=params.chat_template, **{**options, "tokenize": True, "return_dict": True}
-            )
+        options |= {"chat_template": params.chat_template, "tokenize": True, "return_dict": True}
+        try:
+            with self._one_at_a_time:
+                inputs = self.processor.apply_chat_template(chat, **options)
+        except TemplateError as error:  # a chat that the template refuses
+            raise VLLMValidationError(str(error), parameter="messages") from error
         (ids,) = inputs["input_ids"]
         return list(ids)
 

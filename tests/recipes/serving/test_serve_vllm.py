@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processo
 from recipes_minigpt4.serving import serve_vllm, vllm_folder, vllm_front, vllm_plugin
 from recipes_minigpt4.serving.serve import main, parse
 from recipes_minigpt4.serving.vllm_folder import whole_folder
+from recipes_minigpt4.tiny import LANGUAGE_BACKBONE, VISION_BACKBONE
 from recipes_minigpt4.utils.errors import RecipeError
 
 
@@ -168,7 +170,6 @@ def test_vllm_is_asked_for_in_a_sentence(ours: str, tmp_path: Path, monkeypatch:
     "arguments, reason",
     [
         (["--device", "cuda"], "--device is not for --engine vllm"),
-        (["--vision", "elsewhere"], "--vision is not for --engine vllm"),
         (["--quantization", "bnb-nf4"], "--quantization is not for --engine vllm"),
     ],
 )
@@ -223,6 +224,19 @@ def test_a_whole_folder_is_served_as_it_is_at_a_free_port(
     assert "--trust-remote-code" in command
     assert environment["VLLM_API_KEY"] == "of the environment"
     assert not (tmp_path / "home").exists()
+
+
+def test_an_adapter_whose_parts_have_moved_is_served(ours: str, begun: Callable[..., Any], tmp_path: Path) -> None:
+    adapter, eyes, words = tmp_path / "adapter", str(VISION_BACKBONE), str(LANGUAGE_BACKBONE)
+    shutil.copytree(ours, adapter)
+    config = json.loads((adapter / "config.json").read_text())
+    for source in config["backbones"].values():
+        source["name_or_path"] = str(tmp_path / "gone")
+    (adapter / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="gone"):
+        begun(str(adapter))
+    command, _ = begun(str(adapter), "--vision", eyes, "--qformer", eyes, "--language_model", words)
+    assert (Path(value(command, "--model")) / "model.safetensors").is_file()
 
 
 # ---- what stands in front of it -------------------------------------------------------------------------------------
@@ -323,6 +337,11 @@ def test_what_does_not_end_at_the_separator_is_not_answered(monkeypatch: pytest.
 
 
 # ---- the plug-in ----------------------------------------------------------------------------------------------------
+
+
+def test_vllm_finds_the_plug_in_by_its_name() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"minigpt4": f"{vllm_plugin.__name__}:register"}
 
 
 def test_a_release_of_vllm_that_lacks_what_is_needed_gets_a_warning_and_serves_others(

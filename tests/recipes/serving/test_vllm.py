@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_sentencepiece import write_folder
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from recipes_minigpt4.tiny import LANGUAGE_BACKBONE, VISION_BACKBONE
@@ -85,11 +85,12 @@ def save_sentence_pieces(folder: Path) -> None:
     """A language model with a tokenizer such as LLaMA's, and weights that react to everything they are given."""
     place = write_folder(folder.with_name("language_model"))
     tokenizer = AutoTokenizer.from_pretrained(place)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+    config = OPTConfig(  # whose learned positions end with its window
+        vocab_size=len(tokenizer), hidden_size=128, word_embed_proj_dim=128, ffn_dim=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=512, init_std=0.3, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    language_model = LlamaForCausalLM(config)
+    language_model = OPTForCausalLM(config)
     # Bytes that are no text have other replacements one by one, as vLLM writes them, than together.
     pieces = [number for token, number in tokenizer.get_vocab().items() if token.startswith("<0x")]
     with torch.no_grad():
@@ -246,6 +247,8 @@ def test_a_picture_that_is_not_to_be_had_is_told(served: Served, address: str, r
 def test_other_mistakes_of_clients_are_told(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
         served.reply([says("word " * 800)])
+    with pytest.raises(openai.BadRequestError, match="cannot place a message of role 'tool'"):
+        served.reply([says("A result.", role="tool")])
     with pytest.raises(openai.NotFoundError, match="other"):
         served.client.chat.completions.create(model="other", messages=CHATS["words alone"])  # type: ignore[arg-type]
     with pytest.raises(openai.AuthenticationError, match="API key is wrong or missing"):
