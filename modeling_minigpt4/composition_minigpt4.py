@@ -36,7 +36,7 @@ from .patches_minigpt4 import default_fields
 from .peft_minigpt4 import find_peft_folder
 from .projector_minigpt4 import new_projection, start_at_words
 from .remote_code_minigpt4 import read_parts, take_code
-from .sources_minigpt4 import moved_backbones, normalize_source
+from .sources_minigpt4 import check_parts, moved_backbones, normalize_source
 from .unchanged_minigpt4 import Provided, remember_backbones
 
 
@@ -130,6 +130,7 @@ class CompositionMixin(PreTrainedModel):
         """
         load = super().from_pretrained
         check_dtype(kwargs)
+        check_parts(backbones or {})
         adapter, pretrained_model_name_or_path = find_peft_folder(pretrained_model_name_or_path, kwargs)
         where = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
         if pretrained_model_name_or_path is not None and not isinstance(config, PretrainedConfig):

@@ -59,6 +59,12 @@ def normalize_source(source: "str | os.PathLike[str] | Mapping[str, Any]") -> di
     return spec
 
 
+def check_parts(backbones: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for a name of a part that there is not."""
+    if unknown := sorted(set(map(str, backbones)) - set(PARTS)):
+        raise ValueError(f"`backbones` names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
+
+
 def moved_backbones(known: Mapping[str, Any], moved: Mapping[str, Any]) -> dict[str, Any]:
     """
     The places of parts, some of which have moved. Of where one was, only what tells its weights apart still holds.
@@ -68,12 +74,11 @@ def moved_backbones(known: Mapping[str, Any], moved: Mapping[str, Any]) -> dict[
         moved: part → source, as `normalize_source` takes it.
 
     Raises:
-        TypeError, ValueError: see `normalize_source`; also for a part that there is not.
+        TypeError, ValueError: see `normalize_source` and `check_parts`.
     """
-    if unknown := sorted(set(map(str, moved)) - set(PARTS)):
-        raise ValueError(f"`backbones` names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
+    check_parts(moved)
     prints = {part: {"fingerprint": known.get(part, {}).get("fingerprint")} for part in moved}
     return {**known, **{part: {**prints[part], **normalize_source(source)} for part, source in moved.items()}}
 
 
-__all__ = ["PARTS", "SOURCE_KEYS", "moved_backbones", "normalize_source"]
+__all__ = ["PARTS", "SOURCE_KEYS", "check_parts", "moved_backbones", "normalize_source"]

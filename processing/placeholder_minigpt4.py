@@ -35,7 +35,11 @@ class PlaceholderMixin:
 
     def _teach_end_of_replies(self) -> None:
         """Give the tokenizer a response template if replies end at the separator, and take it away if they do not."""
-        if self.separator is not None:
+        try:
+            separator = self.separator
+        except ValueError:  # of a template that nobody can render, which is told to who tries
+            separator = None
+        if separator is not None:
             self.tokenizer.response_template = response_template(self.tokenizer)
         elif is_response_template(getattr(self.tokenizer, "response_template", None)):
             self.tokenizer.response_template = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA
+from tiny_parts import LLAMA
 from tiny_sentencepiece import DOORS, IS_TRANSFORMERS_4, write_folder
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
