@@ -9,12 +9,14 @@ import binascii
 import contextlib
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
 import threading
 import time
 import urllib.parse
 from dataclasses import dataclass
+from typing import Any
 
 from recipes_minigpt4.utils.redaction import redact
 
@@ -117,10 +119,12 @@ def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes 
     except OSError as error:
         raise PictureError(f"{shown}: {_reason(error, limits)}.") from error
 
+    opened = connection.sock  # which `http.client` lets go of where the answer closes the connection
+
     def expire() -> None:
         expired.set()
-        with contextlib.suppress(OSError, AttributeError):  # it has ended by itself
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it has ended by itself
+            opened.shutdown(socket.SHUT_RDWR)
 
     watch = threading.Timer(max(deadline - time.monotonic(), 0), expire)
     watch.daemon = True
@@ -163,9 +167,31 @@ def _split(address: str, shown: str) -> tuple[urllib.parse.SplitResult, str, int
     return parts, parts.hostname, port or (443 if parts.scheme == "https" else 80)
 
 
+def _look_up(host: str, port: int, deadline: float) -> list[Any]:
+    """The addresses of a host. Nothing ends a look-up, so a thread that may stay behind does it."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            answers.put(error)
+        except UnicodeError as error:  # no name of a host
+            answers.put(socket.gaierror(str(error)))
+
+    threading.Thread(target=ask, name="look-up", daemon=True).start()
+    try:
+        found = answers.get(timeout=max(deadline - time.monotonic(), 0))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, OSError):
+        raise found
+    return list(found)
+
+
 def _connect(host: str, port: int, secure: bool, limits: FetchLimits, deadline: float) -> http.client.HTTPConnection:
     """A connection to one of a host's addresses, each of which has been looked at."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = _look_up(host, port, deadline)
     if not limits.allow_private and not all(is_public(str(place[4][0])) for place in found):
         raise PictureError("it lies on this machine or in a private network, from where nothing is fetched")
     failed: OSError = OSError("it has no address")
