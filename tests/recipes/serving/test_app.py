@@ -327,6 +327,9 @@ def test_no_address_is_fetched(web: Web) -> None:
                 assert answer.status_code in (403, 404), path
         answer = call(web, {"path": "x.png", "url": f"http://{address}", **META})
         assert "event: error" in answer
+        both = [("content-type", "application/json"), ("content-type", "multipart/form-data")]
+        body = json.dumps({"data": [{"path": f"http://{address}", **META}]}).encode()
+        assert web.post("gradio_api/call/ask", content=body, headers=both).status_code == 400
         with pytest.raises(TimeoutError):
             secret.accept()
 
