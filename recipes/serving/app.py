@@ -126,8 +126,7 @@ def build(args: argparse.Namespace, talkers: Mapping[str, Talker]) -> Any:
     Raises:
         RecipeError: if there is no picture in the folder of examples.
     """
-    settings = ReplySettings(**{name: getattr(args, name) for name in ReplySettings.__dataclass_fields__})
-    uploads = kept_folder()
+    settings, uploads = ReplySettings.of(args), kept_folder()
     app = AppState(talkers, settings, copy_examples(args.examples, uploads), args.output_dir, uploads, PageChats())
     blocks = gr.Blocks(title="MiniGPT-4", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS))
     with blocks as page:
