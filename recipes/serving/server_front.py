@@ -21,13 +21,13 @@ from recipes_minigpt4.serving.asgi import (
     read_body,
     send_json,
 )
+from recipes_minigpt4.serving.sent_pictures import open_sent
 from recipes_minigpt4.serving.server_compat import PLACEHOLDER
 from recipes_minigpt4.serving.server_model import EXCHANGE, Loaded
-from recipes_minigpt4.serving.server_pictures import open_picture
 from recipes_minigpt4.serving.server_replies import Pieces, Writer
 from recipes_minigpt4.serving.server_requests import Exchange, RefusedError, check_model, read_request
 from recipes_minigpt4.utils.errors import one_line
-from recipes_minigpt4.utils.picture_fetching import FetchLimits, PictureError, fetch_picture
+from recipes_minigpt4.utils.picture_fetching import FetchLimits, PictureError, fetch_picture, shown_name
 
 
 CHAT = "/v1/chat/completions"
@@ -139,7 +139,7 @@ class Front:
     def _open(self, exchange: Exchange, contents: list[bytes]) -> None:
         """Open the pictures of a chat, and make tensors of it: of one chat at a time, as pictures are large."""
         for image, content in zip(exchange.images, contents, strict=True):
-            image["image"] = open_picture(content, image.pop("url"), self.settings.megapixels)
+            image["image"] = open_sent(content, shown_name(image.pop("url")), self.settings.megapixels)
         self.loaded.prepare(exchange)
         exchange.messages.clear()
 

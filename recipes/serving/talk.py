@@ -92,7 +92,9 @@ class Talk:
         """
         return self._stream(lambda **given: self.conversation.retry(**given), settings, stop)
 
-    def _stream(self, ask: Callable[..., str], settings: ReplySettings, stop: threading.Event | None) -> Generator[str, None, None]:
+    def _stream(
+        self, ask: Callable[..., str], settings: ReplySettings, stop: threading.Event | None
+    ) -> Generator[str, None, None]:
         if self._making is not None:
             self._making.join()  # a reply that nobody waited for
         stop = threading.Event() if stop is None else stop

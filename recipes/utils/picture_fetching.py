@@ -24,6 +24,7 @@ from recipes_minigpt4.utils.redaction import redact
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 PIECE = 1 << 16  # bytes
+DATA = "A picture in a data URI"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Content types of servers that do not tell what they send.
 UNTOLD = ("", "application/octet-stream", "binary/octet-stream")
@@ -80,6 +81,11 @@ def fetch_picture(address: str, limits: FetchLimits | None = None) -> bytes:
     raise PictureError(f"{_failure(address)}: its address leads on more than {MAX_REDIRECTS} times.")
 
 
+def shown_name(address: str) -> str:
+    """What a picture is called in a sentence that begins with it."""
+    return DATA if address[:5].lower() == "data:" else f"The picture {address[:200]}"
+
+
 def _inline(address: str, limits: FetchLimits) -> bytes:
     head, comma, text = address.partition(",")
     kind = head[5:].partition(";")[0].strip().lower()
@@ -88,7 +94,7 @@ def _inline(address: str, limits: FetchLimits) -> bytes:
     if kind and not kind.startswith("image/") and kind not in UNTOLD:
         raise PictureError(f"A data URI holds {kind[:60]} and no picture; write data:image/png;base64,… .")
     if len(text) > 3 * limits.bytes:  # percent-encoded, the longest way to write a byte
-        raise _too_large("A picture in a data URI", limits)
+        raise _too_large(DATA, limits)
     content = urllib.parse.unquote_to_bytes(text)
     if head.lower().endswith(";base64"):
         try:
@@ -96,7 +102,7 @@ def _inline(address: str, limits: FetchLimits) -> bytes:
         except binascii.Error as error:
             raise PictureError("The base64 of a picture's data URI is damaged.") from error
     if len(content) > limits.bytes:
-        raise _too_large("A picture in a data URI", limits)
+        raise _too_large(DATA, limits)
     return content
 
 
@@ -148,7 +154,7 @@ def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes 
 
 
 def _failure(address: str) -> str:
-    return f"The picture {address[:200]} is not to be had"
+    return f"{shown_name(address)} is not to be had"
 
 
 def _split(address: str, shown: str) -> tuple[urllib.parse.SplitResult, str, int]:

@@ -128,7 +128,7 @@ def test_the_page_fits_asks_this_machine_alone_and_tells_errors(served: Served, 
     person.ask(ODD)
     browser.wait_for("!!document.querySelector('.toast-body')")
     told = browser.evaluate("document.querySelector('.toast-body').textContent")
-    assert "fake.png is no picture that can be opened; send a JPEG, PNG or WebP file." in told
+    assert "fake.png is in no format that is known here (JPEG, MPO, PNG," in told
     browser.wait_for("document.querySelector('#chat-box textarea').value.startsWith('And')")
     assert len(person.texts()) == 2
     browser.evaluate("document.querySelector('#chat-box .delete-button').click()")
