@@ -123,7 +123,8 @@ def test_the_page_fits_asks_this_machine_alone_and_tells_errors(served: Served, 
     browser.wait_for("document.querySelector('#chat-box textarea').value.startsWith('Describe')")
     browser.wait_for("document.querySelector('#chat-box img')?.naturalWidth > 0")
     person.send()
-    browser.wait_for(f"{TEXTS}.length === 2 && !!document.querySelector('{SEND}')")
+    # A reply that has begun, and a button to send: until then, the text box is still to be emptied.
+    browser.wait_for(f"{TEXTS}.length === 2 && {TEXTS}[1] !== '' && !!document.querySelector('{SEND}')")
     person.add(tmp_path / "fake.png")
     person.ask(ODD)
     browser.wait_for("!!document.querySelector('.toast-body')")
