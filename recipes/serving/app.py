@@ -9,7 +9,6 @@ import argparse
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from recipes_minigpt4.serving.addresses import free_port
 from recipes_minigpt4.serving.app_chat import add_chat_tab
 from recipes_minigpt4.serving.app_compare import add_compare_tab
 from recipes_minigpt4.serving.app_guard import Guard
@@ -30,11 +30,10 @@ from recipes_minigpt4.serving.options import build_parser
 from recipes_minigpt4.serving.page_chat import PageChats
 from recipes_minigpt4.serving.settings import ReplySettings
 from recipes_minigpt4.serving.space import make_space
-from recipes_minigpt4.serving.uploads import ENDINGS, kept_folder, open_picture, upload_folder
+from recipes_minigpt4.serving.uploads import find_examples, kept_folder, upload_folder
 from recipes_minigpt4.utils.errors import RecipeError
 
 
-MOST_EXAMPLES = 24
 MOST_BYTES = 20 << 20  # of an upload
 MOST_WAITING = 32  # questions in line
 KEPT_SECONDS = 24 * 3600  # that uploads stay while the page is served
@@ -126,8 +125,7 @@ def build(args: argparse.Namespace, talkers: Mapping[str, Talker]) -> Any:
     Raises:
         RecipeError: if there is no picture in the folder of examples.
     """
-    settings = ReplySettings(**{name: getattr(args, name) for name in ReplySettings.__dataclass_fields__})
-    uploads = kept_folder()
+    settings, uploads = ReplySettings.of(args), kept_folder()
     app = AppState(talkers, settings, copy_examples(args.examples, uploads), args.output_dir, uploads, PageChats())
     blocks = gr.Blocks(title="MiniGPT-4", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS))
     with blocks as page:
@@ -142,26 +140,15 @@ def build(args: argparse.Namespace, talkers: Mapping[str, Talker]) -> Any:
 
 def copy_examples(folder: Path | None, uploads: Path) -> list[Path]:
     """
-    Copy pictures to where the page may show them from; those that cannot be opened are told and left out.
+    Copy pictures to where the page may show them from; see `find_examples`.
 
     Raises:
         RecipeError: if there are none.
     """
-    if folder is None:
-        return []
-    if not folder.is_dir():
-        raise RecipeError(f"--examples {folder} is no folder; name one with pictures.")
-    copies = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)[:MOST_EXAMPLES]:
-        try:
-            open_picture(path)
-        except RecipeError as error:
-            print(f"An example is left out: {error}", file=sys.stderr)
-            continue
+    copies: list[Path] = []
+    for path, _ in () if folder is None else find_examples(folder):
         (uploads / "examples").mkdir(parents=True, exist_ok=True)
         copies.append(Path(shutil.copyfile(path, uploads / "examples" / path.name)))
-    if not copies:
-        raise RecipeError(f"There is no picture in {folder}; put some there, or leave --examples out.")
     return copies
 
 
@@ -181,7 +168,7 @@ def launch(page: Any, args: argparse.Namespace) -> None:
     try:
         page.launch(
             server_name=args.host,
-            server_port=_free_port(args.host) if args.port == 0 else args.port,
+            server_port=free_port(args.host) if args.port == 0 else args.port,
             share=args.share,
             quiet=True,
             prevent_thread_lock=True,
@@ -200,10 +187,3 @@ def launch(page: Any, args: argparse.Namespace) -> None:
         raise RecipeError(
             f"The page cannot be served at {args.host}, port {args.port or 7860} ({error}); name another with --port."
         ) from error
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
-        taken.bind((host, 0))
-        port: int = taken.getsockname()[1]
-        return port

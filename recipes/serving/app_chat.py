@@ -8,20 +8,25 @@ from typing import Any
 
 import gradio as gr
 
-from recipes_minigpt4.serving.app_controls import add_reply_controls, settings_of
+from recipes_minigpt4.serving.app_controls import (
+    PAUSE,
+    QUEUED,
+    QUICK,
+    add_question_box,
+    add_reply_controls,
+    settings_of,
+)
 from recipes_minigpt4.serving.app_errors import told_to_people
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.options import PROMPT
 from recipes_minigpt4.serving.page_chat import PageChat, Question
-from recipes_minigpt4.serving.uploads import ENDINGS, open_uploads, save_shown
+from recipes_minigpt4.serving.uploads import open_uploads, save_shown
 
 
 WELCOME = "Add a picture, ask about it, and see the reply grow."
 WRITE = "Ask about the picture, or add more of them"
-PAUSE = 0.05  # seconds between two looks at a reply that grows
 JOINER = "\u2060"  # has no width, and no line breaks there
 MARKUP = re.compile(r"(<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#]))")
-AT_ONCE = 4  # replies; others wait in line
 
 
 def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
@@ -43,15 +48,7 @@ def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
                 placeholder=WELCOME,
                 examples=_examples(app),
             )
-            box = gr.MultimodalTextbox(
-                show_label=False,
-                placeholder=WRITE,
-                elem_id="chat-box",
-                file_count="multiple",
-                file_types=list(ENDINGS),
-                sources=["upload"],
-                max_plain_text_length=100_000,
-            )
+            box = add_question_box(WRITE, "chat-box")
         with gr.Column(scale=1, min_width=260):
             model = gr.Dropdown(
                 labels,
@@ -65,18 +62,16 @@ def add_chat_tab(app: AppState, page: gr.Blocks) -> None:
             controls = add_reply_controls(app.settings)
     log.keep_in_cache.update(map(str, app.examples))
     tab = ChatTab(app)
-    busy = {"concurrency_id": "reply", "concurrency_limit": AT_ONCE, "show_progress": "hidden"}
-    quick = {"queue": False, "show_progress": "hidden"}
-    box.submit(tab.ask, [box, model, *controls], [box, log], api_name="ask", **busy)
-    log.retry(tab.retry, controls, [box, log], api_name="retry", **busy)
-    log.edit(tab.edit, controls, [box, log], api_visibility="private", **busy)
-    log.undo(tab.undo, None, [box, log], api_name="undo", **quick)
-    log.example_select(tab.example, None, box, api_visibility="private", **quick)
-    box.stop(tab.stop, None, None, api_name="stop", **quick)
+    box.submit(tab.ask, [box, model, *controls], [box, log], api_name="ask", **QUEUED)
+    log.retry(tab.retry, controls, [box, log], api_name="retry", **QUEUED)
+    log.edit(tab.edit, controls, [box, log], api_visibility="private", **QUEUED)
+    log.undo(tab.undo, None, [box, log], api_name="undo", **QUICK)
+    log.example_select(tab.example, None, box, api_visibility="private", **QUICK)
+    box.stop(tab.stop, None, None, api_name="stop", **QUICK)
     hidden = {"api_visibility": "private"}
     for trigger, named in ((again.click, {"api_name": "restart"}), (log.clear, hidden), (model.change, hidden)):
-        begun = trigger(tab.restart, None, [box, log], **named, **quick)
-        begun.then(tab.now, None, log, **hidden, **quick)  # last words of a reply that was under way may come later
+        begun = trigger(tab.restart, None, [box, log], **named, **QUICK)
+        begun.then(tab.now, None, log, **hidden, **QUICK)  # last words of a reply that was under way may come later
     page.unload(tab.leave)
 
 

@@ -13,12 +13,18 @@ from weakref import WeakValueDictionary
 import gradio as gr
 
 from recipes_minigpt4.evaluation.suites.votes import ALL_BAD, BEST, TIE
-from recipes_minigpt4.serving.app_chat import AT_ONCE, PAUSE
-from recipes_minigpt4.serving.app_controls import add_reply_controls, settings_of
+from recipes_minigpt4.serving.app_controls import (
+    PAUSE,
+    QUEUED,
+    QUICK,
+    add_question_box,
+    add_reply_controls,
+    settings_of,
+)
 from recipes_minigpt4.serving.app_errors import told_to_people
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.compare import MOST_MODELS, Comparison, answers, new_comparison
-from recipes_minigpt4.serving.uploads import ENDINGS, open_uploads, save_shown
+from recipes_minigpt4.serving.uploads import open_uploads, save_shown
 from recipes_minigpt4.serving.votes import BallotBox
 from recipes_minigpt4.utils.errors import RecipeError
 
@@ -52,16 +58,7 @@ def add_compare_tab(app: AppState, page: gr.Blocks) -> BallotBox | None:
         asked = gr.State(None, time_to_live=KEPT)
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                box = gr.MultimodalTextbox(
-                    {"text": PROMPT, "files": []},
-                    show_label=False,
-                    placeholder=WRITE,
-                    elem_id="compare-box",
-                    file_count="single",
-                    file_types=list(ENDINGS),
-                    sources=["upload"],
-                    max_plain_text_length=100_000,
-                )
+                box = add_question_box(WRITE, "compare-box", PROMPT, several=False)
                 tab.note = gr.Markdown(tab.welcome(), elem_id="compare-note")
                 blind = gr.Checkbox(True, label="Hide the names until I have voted", elem_id="compare-blind")
                 controls = add_reply_controls(app.settings)
@@ -99,14 +96,12 @@ def _reply(letter: str) -> gr.Textbox:
 def _connect(tab: "CompareTab", blind: Any, controls: list[Any]) -> None:
     """Say what happens when somebody clicks."""
     shown = [tab.box, tab.asked, tab.note, tab.picture, *tab.replies, *tab.buttons]
-    busy = {"concurrency_id": "reply", "concurrency_limit": AT_ONCE, "show_progress": "hidden"}
-    tab.box.submit(tab.ask, [tab.box, blind, *controls], shown, api_name="compare", **busy)
-    quick = {"queue": False, "show_progress": "hidden"}
-    tab.box.stop(tab.stop, tab.asked, None, api_name="compare_stop", **quick)
+    tab.box.submit(tab.ask, [tab.box, blind, *controls], shown, api_name="compare", **QUEUED)
+    tab.box.stop(tab.stop, tab.asked, None, api_name="compare_stop", **QUICK)
     named = [*(f"vote_{letter}" for letter in LETTERS[: len(tab.bests)]), "vote_tie", "vote_bad"]
     for place, (button, name) in enumerate(zip(tab.buttons, named, strict=True)):
         after = [tab.note, *tab.replies, *tab.buttons]
-        button.click(partial(tab.vote, place), tab.asked, after, api_name=name, **quick)
+        button.click(partial(tab.vote, place), tab.asked, after, api_name=name, **QUICK)
 
 
 class CompareTab:

@@ -1,15 +1,42 @@
-"""The controls of how replies are made, which several tabs show."""
+"""What several tabs show: a box to ask in, the controls of how replies are made, and how their events run."""
 
 from typing import Any
 
 import gradio as gr
 
 from recipes_minigpt4.serving.settings import ReplySettings
+from recipes_minigpt4.serving.uploads import ENDINGS
 from recipes_minigpt4.utils.ranges import MAX_SEED
 
 
 MOST_TOKENS = 2000  # that the slider offers
 ANY_SEED = -1  # shown for None
+PAUSE = 0.05  # seconds between two looks at a reply that grows
+# Events for which models compute: four of all people's at once, and others wait in line.
+QUEUED: dict[str, Any] = {"concurrency_id": "reply", "concurrency_limit": 4, "show_progress": "hidden"}
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+
+
+def add_question_box(placeholder: str, name: str, text: str | None = None, several: bool = True) -> Any:
+    """
+    Add a box for words and pictures to the tab that is being built.
+
+    Args:
+        placeholder: what stands in it while it is empty.
+        name: its id on the page.
+        text: what it holds at first.
+        several: whether it takes several pictures.
+    """
+    return gr.MultimodalTextbox(
+        None if text is None else {"text": text, "files": []},
+        show_label=False,
+        placeholder=placeholder,
+        elem_id=name,
+        file_count="multiple" if several else "single",
+        file_types=list(ENDINGS),
+        sources=["upload"],
+        max_plain_text_length=100_000,
+    )
 
 
 def add_reply_controls(settings: ReplySettings) -> list[Any]:

@@ -2,16 +2,23 @@
 
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
+
+from recipes_minigpt4.serving.asgi import (
+    HungUpError,
+    Message,
+    Receive,
+    Send,
+    TooLargeError,
+    headers_of,
+    read_body,
+    send_json,
+    with_body,
+)
 
 
 MOST_BYTES = 1 << 20  # of a request that is no upload
 FETCHES = ("/file=http:", "/file=https:", "/file/http:", "/file/https:", "/proxy=")  # in paths
 NO_FETCHING = "This page fetches no addresses; upload the picture itself."
-
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
@@ -31,38 +38,24 @@ class Guard:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if any(part in scope["path"].lower() for part in FETCHES):
-                return await _refuse(send, 403, NO_FETCHING)
-            kind = dict(scope["headers"]).get(b"content-type", b"")
-            if scope["method"] == "POST" and not kind.startswith(b"multipart/"):
-                body = await _read(receive)
-                if body is None:
-                    return await _refuse(send, 413, "The request is too large.")
+                return await send_json(send, 403, {"detail": NO_FETCHING})
+            if scope["method"] == "POST" and not _is_upload(scope):
+                try:
+                    body = await read_body(receive, MOST_BYTES)
+                except TooLargeError:
+                    return await send_json(send, 413, {"detail": "The request is too large."})
+                except HungUpError:
+                    return None
                 if _names_an_address(body):
-                    return await _refuse(send, 400, NO_FETCHING)
-                receive = _again(body, receive)
+                    return await send_json(send, 400, {"detail": NO_FETCHING})
+                receive = with_body(body, receive)
         return await self.app(scope, receive, send)
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The body of a request; None if it is too large."""
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > MOST_BYTES:
-            return None
-        if not message.get("more_body"):
-            return body
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """A source of messages that gives a body that was read, and goes on from there."""
-    given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def next_message() -> Message:
-        return given.pop() if given else await receive()
-
-    return next_message
+def _is_upload(scope: Message) -> bool:
+    """Whether a request brings files; one that says several things of its content is looked at as any other."""
+    kinds = headers_of(scope, b"content-type")
+    return len(kinds) == 1 and kinds[0].startswith(b"multipart/")
 
 
 def _names_an_address(body: bytes) -> bool:
@@ -81,10 +74,3 @@ def _names_an_address(body: bytes) -> bool:
         elif isinstance(value, list):
             rest.extend(value)
     return False
-
-
-async def _refuse(send: Send, status: int, reason: str) -> None:
-    body = json.dumps({"detail": reason}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

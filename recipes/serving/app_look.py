@@ -7,12 +7,12 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 
-from recipes_minigpt4.serving.app_chat import AT_ONCE
+from recipes_minigpt4.serving.app_controls import QUEUED, add_question_box
 from recipes_minigpt4.serving.app_errors import told_to_people
 from recipes_minigpt4.serving.app_state import AppState
 from recipes_minigpt4.serving.attention import ROLLOUT, Look, Maps
 from recipes_minigpt4.serving.look import STYLE, draw_map, draw_maps, look, prompt_html
-from recipes_minigpt4.serving.uploads import ENDINGS, SHOWN_SIDE, open_uploads
+from recipes_minigpt4.serving.uploads import SHOWN_SIDE, open_uploads
 
 
 PROMPT = "Describe this picture."
@@ -53,16 +53,7 @@ def add_look_tab(app: AppState, page: gr.Blocks) -> None:
     tab = LookTab(app)
     with gr.Tab("Look", id="look"):
         model = gr.Dropdown(labels, value=labels[0], label="Model", visible=len(labels) > 1, elem_id="look-model")
-        box = gr.MultimodalTextbox(
-            {"text": PROMPT, "files": []},
-            show_label=False,
-            placeholder=WRITE,
-            elem_id="look-box",
-            file_count="multiple",
-            file_types=list(ENDINGS),
-            sources=["upload"],
-            max_plain_text_length=100_000,
-        )
+        box = add_question_box(WRITE, "look-box", PROMPT)
         tab.prompt = gr.HTML(elem_id="look-prompt", css_template=STYLE)
         with gr.Column(visible=False) as tab.shown:
             with gr.Row():
@@ -87,15 +78,14 @@ def add_look_tab(app: AppState, page: gr.Blocks) -> None:
             )
             gr.Markdown(ABOUT)
     tab.seen = gr.State(None, time_to_live=KEPT)
-    busy = {"concurrency_id": "reply", "concurrency_limit": AT_ONCE, "show_progress": "hidden"}
     every = [tab.seen, tab.prompt, tab.shown, tab.number, tab.layer, tab.token, tab.map, tab.told, tab.gallery]
-    box.submit(tab.look, [box, model], every, api_name="look", **busy)
+    box.submit(tab.look, [box, model], every, api_name="look", **QUEUED)
     chosen = [tab.seen, tab.number, tab.layer, tab.token]
     for control in (tab.number, tab.layer):
-        control.input(tab.draw, chosen, [tab.map, tab.told, tab.gallery], api_visibility="private", **busy)
-    tab.token.input(tab.draw_one, chosen, [tab.map, tab.told], api_name="look_at_token", **busy)
+        control.input(tab.draw, chosen, [tab.map, tab.told, tab.gallery], api_visibility="private", **QUEUED)
+    tab.token.input(tab.draw_one, chosen, [tab.map, tab.told], api_name="look_at_token", **QUEUED)
     tab.gallery.select(tab.choose, None, tab.token, api_visibility="private", queue=False).then(
-        tab.draw_one, chosen, [tab.map, tab.told], api_visibility="private", **busy
+        tab.draw_one, chosen, [tab.map, tab.told], api_visibility="private", **QUEUED
     )
 
 

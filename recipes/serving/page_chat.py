@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,13 +140,13 @@ class PageChat:
         return question
 
     def _grow(
-        self, before: list[tuple[Question, str]], question: Question, pieces: Iterator[str]
+        self, before: list[tuple[Question, str]], question: Question, pieces: Generator[str, None, None]
     ) -> Iterator[list[tuple[Question, str]]]:
         assert self.talk is not None
         said = ""
         try:
             yield [*before, (question, "")]
-            with contextlib.closing(pieces):  # type: ignore[type-var]
+            with contextlib.closing(pieces):
                 for piece in pieces:
                     said += piece
                     yield [*before, (question, said)]

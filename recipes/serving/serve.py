@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from recipes_minigpt4.serving.addresses import OPEN_TO_ALL, in_address, is_loopback
 from recipes_minigpt4.serving.options import build_parser
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.redaction import remember_secret
@@ -57,10 +58,10 @@ def main(arguments: Sequence[str]) -> int:
         from recipes_minigpt4.serving.server import build
 
         app = build(args)
-        place = f"http://{_shown(args.host)}:{opened.getsockname()[1]}"
+        place = f"http://{in_address(args.host)}:{opened.getsockname()[1]}"
         print(f"{app.loaded.name} answers at {place}/v1 (Ctrl-C ends).", flush=True)
-        if not args.api_key and not _is_loopback(args.host):
-            print(f"Everybody who reaches this machine may ask: there is no --api_key, and no {KEY}.", flush=True)
+        if not args.api_key and not is_loopback(args.host):
+            print(OPEN_TO_ALL, flush=True)
         run(app, opened)
     return 0
 
@@ -98,11 +99,3 @@ def run(app: Any, opened: socket.socket) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

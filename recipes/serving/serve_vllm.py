@@ -5,7 +5,6 @@ import ast
 import importlib.util
 import json
 import os
-import socket
 import sys
 from dataclasses import asdict
 from importlib import metadata
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from recipes_minigpt4.serving.addresses import OPEN_TO_ALL, free_port, in_address, is_loopback
 from recipes_minigpt4.serving.options import PARTS
 from recipes_minigpt4.serving.vllm_front import KEY, LIMITS, SEPARATOR
 from recipes_minigpt4.serving.vllm_plugin import MODE
@@ -61,9 +61,12 @@ def serve(args: argparse.Namespace) -> int:
     command += ["--revision", whole.revision] if whole.revision and not Path(whole.name).is_dir() else []
     command += ["--trust-remote-code"] if args.trust_remote_code else []
     command += args.engine_arguments  # the last word is the user's
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"vLLM begins to serve {label} at http://{host}:{port}/v1; that takes a minute or more.", flush=True)
-    os.execve(command[0], command, {**os.environ, **environment_of(args, whole.separator)})
+    variables = environment_of(args, whole.separator)
+    place = f"http://{in_address(args.host)}:{port}/v1"
+    print(f"vLLM begins to serve {label} at {place}; that takes a minute or more.", flush=True)
+    if KEY not in variables and not is_loopback(args.host):
+        print(OPEN_TO_ALL, flush=True)
+    os.execve(command[0], command, {**os.environ, **variables})
     return 1  # os.execve does not come back
 
 
@@ -77,7 +80,7 @@ def environment_of(args: argparse.Namespace, separator: str | None) -> dict[str,
         "VLLM_MAX_IMAGE_PIXELS": str(int(args.max_megapixels * 1e6)),
         "VLLM_NO_USAGE_STATS": "1",
     }
-    key = args.api_key or os.environ.get("MINIGPT4_API_KEY") or os.environ.get(KEY)
+    key = args.api_key or os.environ.get(KEY)
     return variables | ({KEY: key} if key else {})
 
 
@@ -132,11 +135,3 @@ def vllm_version() -> Version | None:
         if "__version__" in names and isinstance(value := getattr(node, "value", None), ast.Constant):
             return Version(str(value.value))
     return None
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens at."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as opened:
-        opened.bind((host, 0))
-        return int(opened.getsockname()[1])

@@ -1,10 +1,8 @@
 """What stands in front of the server of transformers: keys, pictures, errors in a sentence, and where replies end."""
 
 import asyncio
-import hmac
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,18 +10,25 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from recipes_minigpt4.serving.asgi import (
+    HungUpError,
+    Message,
+    Receive,
+    Send,
+    TooLargeError,
+    has_key,
+    headers_of,
+    read_body,
+    send_json,
+)
+from recipes_minigpt4.serving.sent_pictures import open_sent
 from recipes_minigpt4.serving.server_compat import PLACEHOLDER
 from recipes_minigpt4.serving.server_model import EXCHANGE, Loaded
-from recipes_minigpt4.serving.server_pictures import open_picture
 from recipes_minigpt4.serving.server_replies import Pieces, Writer
 from recipes_minigpt4.serving.server_requests import Exchange, RefusedError, check_model, read_request
 from recipes_minigpt4.utils.errors import one_line
-from recipes_minigpt4.utils.picture_fetching import FetchLimits, PictureError, fetch_picture
+from recipes_minigpt4.utils.picture_fetching import FetchLimits, PictureError, fetch_picture, shown_name
 
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 CHAT = "/v1/chat/completions"
 ROUTES = {CHAT: "POST", "/v1/models": "GET", "/health": "GET"}
@@ -72,7 +77,7 @@ class Front:
         try:
             await self._answer(scope, receive, send)
         except RefusedError as refused:
-            await _send_json(send, refused.status, refused.body)
+            await send_json(send, refused.status, refused.body)
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
@@ -80,7 +85,7 @@ class Front:
             self._check_key(scope)
         if path.startswith("/v1/models/") and method == "GET":
             check_model(path.removeprefix("/v1/models/"), self.loaded.name)
-            await _send_json(send, 200, self.loaded.card)
+            await send_json(send, 200, self.loaded.card)
         elif path not in ROUTES:
             raise RefusedError(f"There is no {path[:100]} here; this server knows {', '.join(ROUTES)}.", 404)
         elif method != ROUTES[path]:
@@ -93,8 +98,7 @@ class Front:
     def _check_key(self, scope: Message) -> None:
         if (key := self.settings.api_key) is None:
             return
-        kind, _, sent = _header(scope, b"authorization").partition(b" ")
-        if not hmac.compare_digest(sent.strip(), key.encode()) or kind.lower() != b"bearer":
+        if not has_key(scope, key):
             raise RefusedError(
                 "The key is missing or wrong; send it as `Authorization: Bearer KEY`, the `api_key` of clients.",
                 401,
@@ -104,7 +108,7 @@ class Front:
     # ---- chats ----------------------------------------------------------------------------------------------------
 
     async def _chat(self, scope: Message, receive: Receive, send: Send) -> None:
-        if _header(scope, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
+        if b"".join(headers_of(scope, b"content-type")).partition(b";")[0].strip().lower() != b"application/json":
             raise RefusedError("Send the request as JSON, with the header `Content-Type: application/json`.", 415)
         if self.waiting >= MAX_WAITING:
             raise RefusedError(f"There are {MAX_WAITING} requests waiting already; come again later.", 429)
@@ -135,7 +139,7 @@ class Front:
     def _open(self, exchange: Exchange, contents: list[bytes]) -> None:
         """Open the pictures of a chat, and make tensors of it: of one chat at a time, as pictures are large."""
         for image, content in zip(exchange.images, contents, strict=True):
-            image["image"] = open_picture(content, image.pop("url"), self.settings.megapixels)
+            image["image"] = open_sent(content, shown_name(image.pop("url")), self.settings.megapixels)
         self.loaded.prepare(exchange)
         exchange.messages.clear()
 
@@ -199,7 +203,7 @@ class _Sending:
             rest = whole[len(self.shown) :] if whole.startswith(self.shown) else ""
             await self._events([*self.writer.piece(rest), *self.writer.end()])
         else:
-            await _send_json(self.send, 200, self.writer.whole(self.exchange.text))
+            await send_json(self.send, 200, self.writer.whole(self.exchange.text))
             return
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -225,22 +229,14 @@ def as_refused(error: Exception | None, body: bytes = b"") -> RefusedError:
 # ---- ASGI -----------------------------------------------------------------------------------------------------------
 
 
-def _header(scope: Message, name: bytes) -> bytes:
-    return next((value for key, value in scope["headers"] if key == name), b"")
-
-
 async def _body(receive: Receive, most: int) -> bytes:
     """The body of a request, of at most so many bytes."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RefusedError("The request has no end.")
-        body += message.get("body", b"")
-        if len(body) > most:
-            raise RefusedError(f"The request is larger than {most / 1e6:.0f} MB, the most that is taken.", 413)
-        if not message.get("more_body"):
-            return bytes(body)
+    try:
+        return await read_body(receive, most)
+    except TooLargeError as error:
+        raise RefusedError(f"The request is larger than {most / 1e6:.0f} MB, the most that is taken.", 413) from error
+    except HungUpError as error:
+        raise RefusedError("The request has no end.") from error
 
 
 def _json(body: bytes) -> Any:
@@ -255,12 +251,3 @@ async def _watch(receive: Receive, exchange: Exchange) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     exchange.gone.set()
-
-
-async def _send_json(send: Send, status: int, value: Any) -> None:
-    body = json.dumps(value, ensure_ascii=False).encode(errors="replace")
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -16,6 +16,7 @@ from recipes_minigpt4.serving.talk import Stopped
 
 
 COLD = 1e-5  # a temperature at which scores are no longer numbers that can be drawn from: the likeliest token it is
+COUNTS = ("num_beams", "top_k")  # which JSON may write as 2.0
 LEAST = 1024  # tokens that a reply may have if nobody says how many, as in transformers' own server
 # The request that is being answered; the server of transformers hands nothing on.
 EXCHANGE: contextvars.ContextVar[Exchange] = contextvars.ContextVar("exchange")
@@ -187,4 +188,4 @@ def configure(config: GenerationConfig, exchange: Exchange, positions: int | Non
             numbers = {key: value for key, value in numbers.items() if key not in ("top_k", "top_p")}
             config.top_p = None
     for key, value in numbers.items():
-        setattr(config, key, value)
+        setattr(config, key, int(value) if key in COUNTS else value)

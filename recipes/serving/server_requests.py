@@ -13,7 +13,6 @@ MAX_PICTURES = 16
 MAX_STOPS = 16
 MAX_CHARACTERS = 1_000_000  # of a chat, which no window of a model holds
 WHOLE = Range("a whole number of at most 63 bits", lambda value: abs(value) < 2**63 and value == int(value))
-FINITE = Range("a number", lambda value: True)
 # Field → what it may be. The second half is of generate's own language, which clients send as `extra_body`.
 NUMBERS = {
     "max_tokens": COUNT,
@@ -24,7 +23,7 @@ NUMBERS = {
     "top_k": Range("a whole number from 0 on", lambda value: value >= 0 and value == int(value)),
     "num_beams": Range("a whole number from 1 to 16", lambda value: 1 <= value <= 16 and value == int(value)),
     "repetition_penalty": POSITIVE,
-    "length_penalty": FINITE,
+    "length_penalty": Range("a number from -10 to 10", lambda value: -10 <= value <= 10),  # a power of the length
 }
 # Fields that change no reply.
 NOTES = {

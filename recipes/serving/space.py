@@ -26,7 +26,7 @@ from recipes_minigpt4.hub.publish import check_secrets, explain, make_repository
 from recipes_minigpt4.hub.push import check_folder
 from recipes_minigpt4.serving.models import OURS, ModelOptions, check_labels, split_label
 from recipes_minigpt4.serving.settings import ReplySettings
-from recipes_minigpt4.serving.uploads import ENDINGS, open_picture
+from recipes_minigpt4.serving.uploads import find_examples
 from recipes_minigpt4.serving.votes import folder_names
 from recipes_minigpt4.utils.errors import RecipeError, one_line
 
@@ -35,7 +35,7 @@ CODE = ("modeling_minigpt4", "processing_minigpt4", "recipes_minigpt4")
 NEEDED = ("torch", "transformers", "safetensors", "accelerate", "pillow", "sentencepiece")  # beside gradio
 QUANTIZERS = {"bnb": "bitsandbytes", "torchao": "torchao"}
 MOST_BYTES = 100 << 20  # of an adapter that goes into the Space
-MOST_EXAMPLES, EXAMPLE_SIDE = 24, 1024  # pictures, and pixels of the longer side
+EXAMPLE_SIDE = 1024  # pixels of the longer side
 WRITTEN = ("app.py", "requirements.txt", "README.md")
 # What an earlier version of the Space may have and a new one may not.
 STALE = tuple(f"{folder}{'/*' * depth}" for folder in (*CODE, "models", "examples") for depth in range(1, 6))
@@ -224,14 +224,12 @@ def _backbones(label: str, config: Any, moved: Mapping[str, str]) -> list[str]:
 
 def _copy_examples(source: Path, target: Path) -> None:
     """Copy pictures, smaller and without what cameras write into them."""
-    if not source.is_dir():
-        raise RecipeError(f"--examples {source} is no folder; name one with pictures.")
     target.mkdir()
-    for path in sorted(path for path in source.iterdir() if path.suffix.lower() in ENDINGS)[:MOST_EXAMPLES]:
-        picture = open_picture(path)
+    for number, (path, picture) in enumerate(find_examples(source), 1):
         picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
         picture.info = {}
-        picture.save(target / f"{path.stem}.webp", quality=85)
+        name = target / f"{path.stem}.webp"
+        picture.save(target / f"{path.stem}-{number}.webp" if name.exists() else name, quality=85)
 
 
 def _copy_code(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Talk:
         images: Sequence[Any] = (),
         settings: ReplySettings = ReplySettings(),  # noqa: B008  # frozen
         stop: threading.Event | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """
         Ask, and give the reply piece by piece. What `generate` raises is raised here, and leaves the chat as it was.
 
@@ -83,7 +83,7 @@ class Talk:
         self,
         settings: ReplySettings = ReplySettings(),  # noqa: B008
         stop: threading.Event | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """
         Ask the last question once more, in place of its reply; see `ask`.
 
@@ -92,7 +92,9 @@ class Talk:
         """
         return self._stream(lambda **given: self.conversation.retry(**given), settings, stop)
 
-    def _stream(self, ask: Callable[..., str], settings: ReplySettings, stop: threading.Event | None) -> Iterator[str]:
+    def _stream(
+        self, ask: Callable[..., str], settings: ReplySettings, stop: threading.Event | None
+    ) -> Generator[str, None, None]:
         if self._making is not None:
             self._making.join()  # a reply that nobody waited for
         stop = threading.Event() if stop is None else stop

@@ -1,22 +1,23 @@
-"""Pictures that people send: opened with limits, and kept in a folder that ends with the program."""
+"""Pictures that people send to the page: opened with limits, and kept in a folder that ends with the program."""
 
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 
-from processing_minigpt4.image_opening_minigpt4 import open_image
-from recipes_minigpt4.utils.errors import RecipeError, one_line
+from recipes_minigpt4.serving.sent_pictures import open_sent
+from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.picture_fetching import PictureError
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what cameras, screens and pages make
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MOST_PIXELS = 50_000_000  # of a picture; larger ones are refused before they are decoded
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what cameras, screens and pages make
+MEGAPIXELS = 50.0  # the most of a picture (10⁶ pixels)
+MOST_EXAMPLES = 24  # pictures that people may begin with
 MOST_PICTURES = 10  # of a question
 SHOWN_SIDE = 768  # pixels of the longer side of what a page shows
 
@@ -49,7 +50,8 @@ def open_uploads(paths: Sequence[str], folder: Path) -> list[PIL.Image.Image]:
         folder: that of `upload_folder`, in which they have to lie.
 
     Raises:
-        RecipeError: if there are too many, or one of them is no picture, too large, or was not sent.
+        RecipeError: if there are too many, or one of them was not sent.
+        PictureError: if one of them is no picture, or too large.
     """
     if len(paths) > MOST_PICTURES:
         raise RecipeError(f"A question may have {MOST_PICTURES} pictures, and these are {len(paths)}; leave some out.")
@@ -61,31 +63,34 @@ def open_uploads(paths: Sequence[str], folder: Path) -> list[PIL.Image.Image]:
 
 def open_picture(path: Path) -> PIL.Image.Image:
     """
-    Open a picture that somebody else chose, upright and in RGB.
+    Open a picture that somebody else chose, upright and in RGB, on white where it is transparent.
 
     Raises:
-        RecipeError: if it is none, or too large.
+        PictureError: if it is none, or too large.
     """
-    try:
-        picture: Any = PIL.Image.open(path, formats=FORMATS)
-    except PIL.Image.DecompressionBombError:
-        raise RecipeError(_too_large(path)) from None
-    except Exception:  # Pillow's decoders raise errors of many types
-        raise RecipeError(f"{path.name} is no picture that can be opened; send a JPEG, PNG or WebP file.") from None
-    with picture:
-        if picture.width * picture.height > MOST_PIXELS:
-            raise RecipeError(_too_large(path))
+    return open_sent(path.read_bytes(), path.name, MEGAPIXELS, "white")
+
+
+def find_examples(folder: Path) -> Iterator[tuple[Path, PIL.Image.Image]]:
+    """
+    The pictures of a folder that people may begin with; those that cannot be opened are told and left out.
+
+    Raises:
+        RecipeError: if there are none.
+    """
+    if not folder.is_dir():
+        raise RecipeError(f"--examples {folder} is no folder; name one with pictures.")
+    found = False
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)[:MOST_EXAMPLES]:
         try:
-            opened = open_image(picture)
-        except ValueError as error:
-            raise RecipeError(
-                f"{path.name} cannot be read to its end ({one_line(error.__cause__ or error)})."
-            ) from None
-        return opened.copy() if opened is picture else opened
-
-
-def _too_large(path: Path) -> str:
-    return f"{path.name} has more than {MOST_PIXELS // 10**6} million pixels; make it smaller and send it again."
+            picture = open_picture(path)
+        except PictureError as error:
+            print(f"An example is left out: {error}", file=sys.stderr)
+            continue
+        found = True
+        yield path, picture
+    if not found:
+        raise RecipeError(f"There is no picture in {folder}; put some there, or leave --examples out.")
 
 
 def save_shown(picture: PIL.Image.Image, folder: Path) -> str:

@@ -1,15 +1,22 @@
 """What stands in front of vLLM's own server: the key, what is answered at all, and where replies end."""
 
-import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from recipes_minigpt4.serving.asgi import (
+    HungUpError,
+    Message,
+    Receive,
+    Send,
+    TooLargeError,
+    has_key,
+    read_body,
+    send_json,
+    with_body,
+)
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 ASKED = ("/v1/chat/completions", "/v1/completions")
 OPEN = ("/health", "/ping")  # for what watches over servers, which has no key
@@ -45,20 +52,24 @@ class Front:
             await _refuse(scope, send, 401, "The API key is wrong or missing; send it as `Authorization: Bearer KEY`.")
         elif path not in ASKED or scope["method"] != "POST" or not self.separator:
             await self.app(scope, receive, send)
-        elif (body := await _read(receive)) is None:
-            await _refuse(scope, send, 413, f"The request is larger than {MAX_BODY // 10**6} MB.")
         else:
-            body = end_at(body, self.separator)
-            headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-            headers.append((b"content-length", str(len(body)).encode()))
-            await self.app({**scope, "headers": headers}, _again(body, receive), send)
+            await self._ask(scope, receive, send)
+
+    async def _ask(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request for a reply on, which is told where to end."""
+        try:
+            body = end_at(await read_body(receive, MAX_BODY), self.separator)
+        except TooLargeError:
+            return await _refuse(scope, send, 413, f"The request is larger than {MAX_BODY // 10**6} MB.")
+        except HungUpError:
+            return None
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        return await self.app({**scope, "headers": headers}, with_body(body, receive), send)
 
     def _may_enter(self, scope: Message) -> bool:
         """Whether a request has the key, if there is one; browsers ask without it whether they may ask."""
-        if not self.key or scope["method"] == "OPTIONS":
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, f"Bearer {self.key}".encode())
+        return not self.key or scope["method"] == "OPTIONS" or has_key(scope, self.key)
 
 
 def end_at(body: bytes, separator: str) -> bytes:
@@ -77,34 +88,10 @@ def end_at(body: bytes, separator: str) -> bytes:
     return json.dumps(asked).encode()
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The body of a request; None if it is too large."""
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > MAX_BODY:
-            return None
-    return bytes(body)
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """What gives the body once, and then whatever comes, such as that the client has hung up."""
-    first = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def again() -> Message:
-        return first.pop() if first else await receive()
-
-    return again
-
-
 async def _refuse(scope: Message, send: Send, status: int, reason: str) -> None:
     """Answer with a sentence, in OpenAI's form."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
     error = {"message": reason, "type": "invalid_request_error", "param": None, "code": None}
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+    await send_json(send, status, {"error": error})

@@ -9,7 +9,7 @@ from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
 from recipes_minigpt4.serving.vllm_front import LIMITS
-from recipes_minigpt4.utils.picture_fetching import FetchLimits, PictureError, fetch_picture
+from recipes_minigpt4.utils.picture_fetching import FetchLimits, PictureError, fetch_picture, shown_name
 
 
 class PictureConnector(MediaConnector):  # type: ignore[misc]
@@ -27,9 +27,8 @@ class PictureConnector(MediaConnector):  # type: ignore[misc]
         try:
             return reader.load_bytes(content)
         except ValueError as error:
-            shown = "A picture in a data URI" if image_url[:5].lower() == "data:" else f"The picture {image_url[:200]}"
             reason = "is damaged or in no format that is known here" if error.__cause__ else f"is refused ({error})"
-            raise PictureError(f"{shown} {reason}.") from error
+            raise PictureError(f"{shown_name(image_url)} {reason}.") from error
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> PIL.Image.Image:
         """The same, in a thread."""

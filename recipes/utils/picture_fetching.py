@@ -9,12 +9,14 @@ import binascii
 import contextlib
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
 import threading
 import time
 import urllib.parse
 from dataclasses import dataclass
+from typing import Any
 
 from recipes_minigpt4.utils.redaction import redact
 
@@ -22,6 +24,7 @@ from recipes_minigpt4.utils.redaction import redact
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 PIECE = 1 << 16  # bytes
+DATA = "A picture in a data URI"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Content types of servers that do not tell what they send.
 UNTOLD = ("", "application/octet-stream", "binary/octet-stream")
@@ -78,6 +81,11 @@ def fetch_picture(address: str, limits: FetchLimits | None = None) -> bytes:
     raise PictureError(f"{_failure(address)}: its address leads on more than {MAX_REDIRECTS} times.")
 
 
+def shown_name(address: str) -> str:
+    """What a picture is called in a sentence that begins with it."""
+    return DATA if address[:5].lower() == "data:" else f"The picture {address[:200]}"
+
+
 def _inline(address: str, limits: FetchLimits) -> bytes:
     head, comma, text = address.partition(",")
     kind = head[5:].partition(";")[0].strip().lower()
@@ -86,7 +94,7 @@ def _inline(address: str, limits: FetchLimits) -> bytes:
     if kind and not kind.startswith("image/") and kind not in UNTOLD:
         raise PictureError(f"A data URI holds {kind[:60]} and no picture; write data:image/png;base64,… .")
     if len(text) > 3 * limits.bytes:  # percent-encoded, the longest way to write a byte
-        raise _too_large("A picture in a data URI", limits)
+        raise _too_large(DATA, limits)
     content = urllib.parse.unquote_to_bytes(text)
     if head.lower().endswith(";base64"):
         try:
@@ -94,7 +102,7 @@ def _inline(address: str, limits: FetchLimits) -> bytes:
         except binascii.Error as error:
             raise PictureError("The base64 of a picture's data URI is damaged.") from error
     if len(content) > limits.bytes:
-        raise _too_large("A picture in a data URI", limits)
+        raise _too_large(DATA, limits)
     return content
 
 
@@ -117,10 +125,12 @@ def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes 
     except OSError as error:
         raise PictureError(f"{shown}: {_reason(error, limits)}.") from error
 
+    opened = connection.sock  # which `http.client` lets go of where the answer closes the connection
+
     def expire() -> None:
         expired.set()
-        with contextlib.suppress(OSError, AttributeError):  # it has ended by itself
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it has ended by itself
+            opened.shutdown(socket.SHUT_RDWR)
 
     watch = threading.Timer(max(deadline - time.monotonic(), 0), expire)
     watch.daemon = True
@@ -144,7 +154,7 @@ def _one_hop(address: str, limits: FetchLimits, deadline: float) -> tuple[bytes 
 
 
 def _failure(address: str) -> str:
-    return f"The picture {address[:200]} is not to be had"
+    return f"{shown_name(address)} is not to be had"
 
 
 def _split(address: str, shown: str) -> tuple[urllib.parse.SplitResult, str, int]:
@@ -163,9 +173,31 @@ def _split(address: str, shown: str) -> tuple[urllib.parse.SplitResult, str, int
     return parts, parts.hostname, port or (443 if parts.scheme == "https" else 80)
 
 
+def _look_up(host: str, port: int, deadline: float) -> list[Any]:
+    """The addresses of a host. Nothing ends a look-up, so a thread that may stay behind does it."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            answers.put(error)
+        except UnicodeError as error:  # no name of a host
+            answers.put(socket.gaierror(str(error)))
+
+    threading.Thread(target=ask, name="look-up", daemon=True).start()
+    try:
+        found = answers.get(timeout=max(deadline - time.monotonic(), 0))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, OSError):
+        raise found
+    return list(found)
+
+
 def _connect(host: str, port: int, secure: bool, limits: FetchLimits, deadline: float) -> http.client.HTTPConnection:
     """A connection to one of a host's addresses, each of which has been looked at."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = _look_up(host, port, deadline)
     if not limits.allow_private and not all(is_public(str(place[4][0])) for place in found):
         raise PictureError("it lies on this machine or in a private network, from where nothing is fetched")
     failed: OSError = OSError("it has no address")

@@ -235,10 +235,10 @@ def test_a_picture_is_seen_upright(served: Served, client: Client, scenes, tmp_p
 @pytest.mark.parametrize(
     "kind, told",
     [
-        ("text", "no picture that can be opened"),
-        ("cut", "cannot be read to its end"),
-        ("large", "million pixels"),
-        ("bomb", "million pixels"),
+        ("text", "in no format that is known here"),
+        ("cut", "is damaged"),
+        ("large", "pixels; 0.001 million is the most"),
+        ("bomb", "far too many pixels; 50 million is the most"),
         ("many", "these are 11"),
     ],
 )
@@ -249,7 +249,7 @@ def test_what_is_no_picture_is_refused(kind, told, client: Client, files, tmp_pa
     elif kind == "cut":
         path.write_bytes(files[0].read_bytes()[:-200])
     elif kind == "large":
-        monkeypatch.setattr(uploads, "MOST_PIXELS", 1000)
+        monkeypatch.setattr(uploads, "MEGAPIXELS", 0.001)
         path = files[0]
     elif kind == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -257,6 +257,11 @@ def test_what_is_no_picture_is_refused(kind, told, client: Client, files, tmp_pa
     sent = files[:1] * 11 if kind == "many" else [path]
     with pytest.raises(Exception, match=rf"^[^\n]*{told}[^\n]*\.$"):
         ask(client, FIRST, *sent)
+
+
+def test_what_is_transparent_is_seen_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "logo.png")
+    assert uploads.open_picture(tmp_path / "logo.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_an_upload_has_a_largest_size(served: Served, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +332,9 @@ def test_no_address_is_fetched(web: Web) -> None:
                 assert answer.status_code in (403, 404), path
         answer = call(web, {"path": "x.png", "url": f"http://{address}", **META})
         assert "event: error" in answer
+        both = [("content-type", "application/json"), ("content-type", "multipart/form-data")]
+        body = json.dumps({"data": [{"path": f"http://{address}", **META}]}).encode()
+        assert web.post("gradio_api/call/ask", content=body, headers=both).status_code == 400
         with pytest.raises(TimeoutError):
             secret.accept()
 

@@ -123,12 +123,13 @@ def test_the_page_fits_asks_this_machine_alone_and_tells_errors(served: Served, 
     browser.wait_for("document.querySelector('#chat-box textarea').value.startsWith('Describe')")
     browser.wait_for("document.querySelector('#chat-box img')?.naturalWidth > 0")
     person.send()
-    browser.wait_for(f"{TEXTS}.length === 2 && !!document.querySelector('{SEND}')")
+    # A reply that has begun, and a button to send: until then, the text box is still to be emptied.
+    browser.wait_for(f"{TEXTS}.length === 2 && {TEXTS}[1] !== '' && !!document.querySelector('{SEND}')")
     person.add(tmp_path / "fake.png")
     person.ask(ODD)
     browser.wait_for("!!document.querySelector('.toast-body')")
     told = browser.evaluate("document.querySelector('.toast-body').textContent")
-    assert "fake.png is no picture that can be opened; send a JPEG, PNG or WebP file." in told
+    assert "fake.png is in no format that is known here (JPEG, MPO, PNG," in told
     browser.wait_for("document.querySelector('#chat-box textarea').value.startsWith('And')")
     assert len(person.texts()) == 2
     browser.evaluate("document.querySelector('#chat-box .delete-button').click()")

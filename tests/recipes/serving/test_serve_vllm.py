@@ -226,7 +226,9 @@ def test_a_whole_folder_is_served_as_it_is_at_a_free_port(
     assert not (tmp_path / "home").exists()
 
 
-def test_an_adapter_whose_parts_have_moved_is_served(ours: str, begun: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_adapter_whose_parts_have_moved_is_served(
+    ours: str, begun: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter, eyes, words = tmp_path / "adapter", str(VISION_BACKBONE), str(LANGUAGE_BACKBONE)
     shutil.copytree(ours, adapter)
     config = json.loads((adapter / "config.json").read_text())
@@ -235,8 +237,10 @@ def test_an_adapter_whose_parts_have_moved_is_served(ours: str, begun: Callable[
     (adapter / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match="gone"):
         begun(str(adapter))
-    command, _ = begun(str(adapter), "--vision", eyes, "--qformer", eyes, "--language_model", words)
+    moved = ["--vision", eyes, "--qformer", eyes, "--language_model", words]
+    command, _ = begun(str(adapter), *moved, "--host", "0.0.0.0")
     assert (Path(value(command, "--model")) / "model.safetensors").is_file()
+    assert "Everybody who reaches this machine may ask" in capsys.readouterr().out
 
 
 # ---- what stands in front of it -------------------------------------------------------------------------------------

@@ -87,12 +87,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head(Content_Type="image/png", Content_Length="5000")
         self.slowly(b"x")
 
+    def drip_and_close(self, _: str) -> None:
+        self.head(Content_Type="image/png", Connection="close")
+        self.slowly(b"x")
+
     def slow_head(self, _: str) -> None:
         self.slowly(b"HTTP/1.1 200 OK\r\nX-Slow: ")
 
     def slowly(self, first: bytes) -> None:
         self.wfile.write(first)
-        while not self.server.ended.wait(0.05):
+        for _ in range(200):
+            if self.server.ended.wait(0.05):
+                break
             self.wfile.write(b"x")
 
 
@@ -179,11 +185,21 @@ def test_a_circle_of_addresses_ends(address: str, server, monkeypatch: pytest.Mo
     assert len(server.seen) == 6
 
 
-@pytest.mark.parametrize("path", ["/drip", "/slow_head"])
+@pytest.mark.parametrize("path", ["/drip", "/drip_and_close", "/slow_head"])
 def test_a_server_that_never_ends_is_left_in_time(path: str, address: str) -> None:
     start = time.monotonic()
     assert "takes longer than 0.4 seconds" in refusal(address + path, FetchLimits(seconds=0.4, allow_private=True))
     assert time.monotonic() - start < 3
+
+
+def test_a_name_that_nobody_answers_for_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: answered.wait(30) and [])
+    try:
+        told = refusal("http://slow.example/a.png", FetchLimits(seconds=0.2))
+    finally:
+        answered.set()
+    assert "takes longer than 0.2 seconds" in told
 
 
 def test_hosts_that_are_not_there_are_told(address: str) -> None:
@@ -191,7 +207,8 @@ def test_hosts_that_are_not_there_are_told(address: str) -> None:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     assert "refuses the connection" in refusal(f"http://127.0.0.1:{port}/a.png")
-    assert "host is unknown" in refusal("http://no-such-host.invalid/a.png")
+    for host in ("no-such-host.invalid", "two..dots", "a" * 70):
+        assert "host is unknown" in refusal(f"http://{host}/a.png")
     assert "connection failed" in refusal(address.replace("http:", "https:"))  # which speaks no TLS
 
 

@@ -1,4 +1,4 @@
-"""Opens the pictures that clients send."""
+"""Opens the pictures that clients of the server and visitors of the page send."""
 
 import io
 
@@ -11,19 +11,20 @@ from recipes_minigpt4.utils.picture_fetching import PictureError
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that other programs open
 
 
-def open_picture(content: bytes, address: str, megapixels: float) -> PIL.Image.Image:
+def open_sent(content: bytes, shown: str, megapixels: float, background: str | None = None) -> PIL.Image.Image:
     """
-    A picture, upright, with its transparency, of which the processor makes something.
+    A picture of somebody else's, upright.
 
     Args:
         content: its file.
-        address: where it comes from, for what is told.
+        shown: what it is called in what is told.
         megapixels: the most that it may have (10⁶ pixels), which is seen before it is decoded.
+        background: what is behind it where it is transparent; if left out, it stays so, and the processor makes
+            something of it.
 
     Raises:
         PictureError: if it is none, or damaged, or too large.
     """
-    shown = "A picture in a data URI" if address[:5].lower() == "data:" else f"The picture {address[:200]}"
     PIL.Image.init()
     try:
         image = PIL.Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in PIL.Image.OPEN])
@@ -34,7 +35,7 @@ def open_picture(content: bytes, address: str, megapixels: float) -> PIL.Image.I
     if image.width * image.height > megapixels * 1e6:
         raise PictureError(f"{shown} has {image.width} x {image.height} pixels; {megapixels:g} million is the most.")
     try:
-        opened: PIL.Image.Image = open_image(image, keep_transparency=True)
+        opened: PIL.Image.Image = open_image(image, background, keep_transparency=background is None)
     except ValueError as error:
         raise PictureError(f"{shown} is damaged.") from error
     return opened
