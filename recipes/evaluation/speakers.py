@@ -40,6 +40,7 @@ class SpeakerOptions:
         trust_remote_code: run code that comes with a model.
         quantization: of the language model of ours, by a name that `training/quantization.py` knows.
         backbones: where parts of ours are now, if they have moved, by their names.
+        servers: whether advice names servers too.
     """
 
     device: str | None = None
@@ -48,6 +49,7 @@ class SpeakerOptions:
     trust_remote_code: bool = False
     quantization: str | None = None
     backbones: Mapping[str, str] = field(default_factory=dict)
+    servers: bool = True
 
 
 class Speaker(Protocol):
@@ -335,9 +337,10 @@ def config_named(name: str, options: SpeakerOptions) -> Any:
     try:
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # see above
-        raise RecipeError(
-            f"There is no model at {name} ({one_line(error)}); name a folder, a repository, or openai:URL#MODEL."
-        ) from error
+        is_path = name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists()
+        reason = "there is no such folder" if is_path else one_line(error)
+        ways = "a folder, a repository, or openai:URL#MODEL" if options.servers else "a folder or a repository"
+        raise RecipeError(f"There is no model at {name} ({reason}); name {ways}.") from error
 
 
 def _place(name: str) -> tuple[str, str | None]:

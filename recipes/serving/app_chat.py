@@ -24,7 +24,7 @@ from recipes_minigpt4.serving.uploads import open_uploads, save_shown
 
 
 WELCOME = "Add a picture, ask about it, and see the reply grow."
-WRITE = "Ask about the picture, or add more of them"
+WRITE = "Add pictures, and ask about them"
 JOINER = "\u2060"  # has no width, and no line breaks there
 MARKUP = re.compile(r"(<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#]))")
 

@@ -84,8 +84,10 @@ class Session:
         Raises:
             RecipeError: if there are fewer.
         """
+        if not self.exchanges:
+            raise RecipeError("There is no turn to take back.")
         if not 0 < turns <= len(self.exchanges):
-            raise RecipeError(f"{turns} turns cannot be taken back, because there are {len(self.exchanges)}.")
+            raise RecipeError(f"{turns} turns cannot be taken back; the chat has {len(self.exchanges)}.")
         for _ in range(turns):
             for label in self.exchanges.pop().labels:
                 self.talks[label].conversation.undo()

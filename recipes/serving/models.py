@@ -43,7 +43,7 @@ class ModelOptions:
     def for_speaker(self, batch_size: int = 1) -> SpeakerOptions:
         """The same for `open_speaker`."""
         return SpeakerOptions(
-            self.device, self.dtype, batch_size, self.trust_remote_code, self.quantization, self.backbones
+            self.device, self.dtype, batch_size, self.trust_remote_code, self.quantization, self.backbones, False
         )
 
 

@@ -35,9 +35,12 @@ class PlainConversation:
         self.reset()
 
     def ask(self, text: str, images: Sequence[Any] = (), *, streamer: Any = None, **generate_kwargs: Any) -> str:
-        """See `Conversation.ask`; pictures are PIL images."""
+        """See `Conversation.ask`; pictures are PIL images, and the model's own mark of a picture is refused."""
         if not text and not images:
             raise ValueError("There is no question; pass `text`, `images` or both.")
+        place = str(getattr(self.speaker.processor, "image_token", None) or "")
+        if place and place in text:
+            raise ValueError(f"This model takes {place} for the place of a picture; ask without it.")
         content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in images]
         content += [{"type": "text", "text": text}] if text else []
         asked = [*self.messages, {"role": "user", "content": content}]

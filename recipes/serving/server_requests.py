@@ -155,9 +155,8 @@ def _check_plain(key: str, value: Any) -> None:
     if key in NOTES or any(value == plain for plain in PLAIN.get(key, ())):
         return
     if key in PLAIN:
-        raise RefusedError(
-            f"`{key}` cannot be {str(value)[:40]} here; leave it out.", param=key, code="unsupported_value"
-        )
+        given = "given" if isinstance(value, list | dict) else str(value)[:40]
+        raise RefusedError(f"`{key}` cannot be {given} here; leave it out.", param=key, code="unsupported_value")
     raise RefusedError(f"The request has an unknown field `{key[:60]}`; leave it out.", param=key[:60])
 
 

@@ -162,7 +162,7 @@ def write_space(args: argparse.Namespace, folder: Path) -> list[str]:
             config: Any = _copy_model(Path(name).expanduser(), folder / "models" / places[label])
             name = f"models/{places[label]}"
         else:
-            config = config_named(name, SpeakerOptions(trust_remote_code=args.trust_remote_code))
+            config = config_named(name, SpeakerOptions(trust_remote_code=args.trust_remote_code, servers=False))
             repositories.append(name.partition("@")[0])
         arguments.append(f"{label}={name}")
         repositories += _backbones(label, config, options.backbones)

@@ -132,9 +132,9 @@ def test_turns_are_made_again_and_taken_back(session, type_lines) -> None:
     lines = ("/image a.png", "One?", "Two?", "/retry", "/undo", "/undo 2", "/retry", "/reset", "/undo")
     told = type_lines(session, *lines)
     assert told[2] == told[3] != ""
-    assert told[5] == "2 turns cannot be taken back, because there are 1."
+    assert told[5] == "2 turns cannot be taken back; the chat has 1."
     assert told[6] == told[1]
-    assert told[8] == "1 turns cannot be taken back, because there are 0."
+    assert told[8] == "There is no turn to take back."
     assert said(session) == [] and session.exchanges == []
     assert type_lines(session, "/retry") == ["There is no question to ask once more; ask one first."]
 
@@ -171,7 +171,7 @@ def test_the_options_are_those_of_the_original_demo() -> None:
         ("/set speed=2", "speed=2 sets nothing; write NAME=VALUE"),
         ("/set temperature", "temperature sets nothing; write NAME=VALUE"),
         ("/undo all", "/undo takes a number of turns, and 'all' is none."),
-        ("/undo", "1 turns cannot be taken back, because there are 0."),
+        ("/undo", "There is no turn to take back."),
         ("/save", "Name one file: /save chat.json; quote a name with spaces."),
         ("/save notes.txt", "notes.txt is there already, and no chat; name another file."),
         ("/save no/where.json", "no/where.json cannot be written (No such file or directory); name another file."),
@@ -285,7 +285,7 @@ def test_a_chat_is_saved_and_goes_on(session, type_lines, talkers, folder: Path)
     other = Session({"again": Talk(talkers["ours"])}, GREEDY)
     again = type_lines(other, "Hm?", "/load my chat.json", "Three?", "/save 'my chat.json'", "/undo 3", "/undo")
     assert again[1] == "2 turns so far." and again[2] == expected
-    assert again[4:] == ["", "1 turns cannot be taken back, because there are 0."]
+    assert again[4:] == ["", "There is no turn to take back."]
     two = Session({"a": Talk(talkers["ours"]), "b": Talk(talkers["ours"])}, GREEDY)
     assert type_lines(two, "/load my chat.json")[0].startswith("The chat was with 1 model, and here are 2;")
     os.remove("b c.png")

@@ -363,6 +363,8 @@ def test_a_request_that_nobody_waits_for_is_not_begun(server: Server, slowly: li
 def test_what_the_server_cannot_do_is_refused(options: dict, field: str, server: Server) -> None:
     refused = server.refusal([{"role": "user", "content": "A star."}], **options)
     assert refused.status_code == 400 and refused.body["param"] == field and f"`{field}`" in refused.body["message"]
+    if field in ("tools", "response_format"):  # no half of a list
+        assert refused.body["message"] == f"`{field}` cannot be given here; leave it out."
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,14 @@ def test_blip2_answers_each_question_alone_about_the_newest_picture(kind, talker
         Talk(talkers[kind], system="Be brief.")
 
 
+@pytest.mark.parametrize("kind", ["llava", "blip2", "instructblip"])
+def test_a_mark_of_a_picture_that_somebody_types_is_refused(kind, talkers, scenes) -> None:
+    talk = Talk(talkers[kind])
+    with pytest.raises(ValueError, match="This model takes <image> for the place of a picture; ask without it"):
+        reply(talk, GREEDY, scenes[0], "What is <image> here?")
+    assert talk.conversation.messages == []
+
+
 def test_words_in_front_of_a_chat_reach_the_model(talkers, scenes) -> None:
     plain, told = Talk(talkers["llava"]), Talk(talkers["llava"], system="Give one word.")
     for talk in (plain, told):
@@ -260,7 +268,7 @@ def test_a_model_has_a_label_and_says_what_it_is(talkers: dict[str, Talker], our
 
 def test_what_cannot_be_loaded_is_told(ours: str, blip2: str, tmp_path: Path) -> None:
     for name, options, told in (
-        (str(tmp_path / "no"), ModelOptions(device="cpu"), "There is no model at"),
+        (str(tmp_path / "no"), ModelOptions(device="cpu"), r"\(there is no such folder\); name a folder or"),
         ("openai:http://127.0.0.1:1/v1#x", ModelOptions(), "is a server"),
         (ours, ModelOptions(device="nowhere"), "--device nowhere is not there"),
         (ours, ModelOptions(device="cpu", quantization="int3"), "no quantization 'int3'"),
