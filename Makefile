@@ -58,7 +58,7 @@ test-timm: $(VENV_TIMM)/bin/python
 
 test-harness: $(VENV_HARNESS)/bin/python
 	@$(VENV_HARNESS)/bin/python -m pip --disable-pip-version-check install --quiet \
-		--constraint .ci/constraints-harness.txt --editable ".[train]" lm-eval lmms-eval torch torchvision pytest
+		--constraint .ci/constraints-harness.txt --editable ".[train,serve]" lm-eval lmms-eval torch torchvision pytest
 	$(VENV_HARNESS)/bin/python -m pytest -m slow tests/recipes/evaluation/test_harness_runs.py
 
 # torchvision and its kin come built for other releases of torch, and then nothing that looks for them can be imported.

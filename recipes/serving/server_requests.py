@@ -13,18 +13,22 @@ MAX_PICTURES = 16
 MAX_STOPS = 16
 MAX_CHARACTERS = 1_000_000  # of a chat, which no window of a model holds
 WHOLE = Range("a whole number of at most 63 bits", lambda value: abs(value) < 2**63 and value == int(value))
-# Field → what it may be. The second half is of generate's own language, which clients send as `extra_body`.
+# Field → what it may be. From `max_new_tokens` on it is generate's own language, which clients send as `extra_body`.
 NUMBERS = {
     "max_tokens": COUNT,
     "max_completion_tokens": COUNT,
     "temperature": NOT_NEGATIVE,
     "top_p": SHARE,
     "seed": WHOLE,
+    "max_new_tokens": COUNT,
     "top_k": Range("a whole number from 0 on", lambda value: value >= 0 and value == int(value)),
     "num_beams": Range("a whole number from 1 to 16", lambda value: 1 <= value <= 16 and value == int(value)),
     "repetition_penalty": POSITIVE,
     "length_penalty": Range("a number from -10 to 10", lambda value: -10 <= value <= 10),  # a power of the length
 }
+# The fields that tell the most tokens of a reply, the strongest first: harnesses send a number of their own as
+# `max_tokens` beside the `max_new_tokens` of a task.
+LENGTHS = ("max_new_tokens", "max_completion_tokens", "max_tokens")
 # Fields that change no reply.
 NOTES = {
     "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user",
@@ -130,12 +134,12 @@ def read_request(asked: Any, name: str) -> Exchange:
         raise RefusedError("`stream` is true or false, and `stream_options` an object.", param="stream")
     messages, stop = _messages(given.pop("messages", None)), _stops(given.pop("stop", ()))
     numbers = {key: _number(key, given.pop(key)) for key in NUMBERS if key in given}
-    most, older = numbers.pop("max_completion_tokens", None), numbers.pop("max_tokens", None)
+    most = next((numbers[name] for name in LENGTHS if name in numbers), None)
+    numbers = {key: value for key, value in numbers.items() if key not in LENGTHS}
     if stream and numbers.get("num_beams", 1) > 1:
         raise RefusedError("Beams are not streamed: leave out `stream`, or `num_beams`.", param="num_beams")
     for key, value in given.items():
         _check_plain(key, value)
-    most = older if most is None else most
     usage = bool(options.get("include_usage"))
     return Exchange(messages, stream, usage, None if most is None else int(most), stop, numbers)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from processing_minigpt4.image_opening_minigpt4 import open_image
+from recipes_minigpt4.evaluation.harness.served import checked
 
 
 _ALONE = re.compile(r"\W*([A-Za-z])\W*")
@@ -37,7 +38,7 @@ def right_letter(doc: Mapping[str, Any]) -> str:
 
 def judge(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Whether the reply names the right choice (`acc`), and whether it cannot be read (`unread`), which is wrong."""
-    named = read_choice(results[0], doc["choices"])
+    named = read_choice(checked(results[0]), doc["choices"])
     return {"acc": float(named == doc["correct_choice_idx"]), "unread": float(named is None)}
 
 

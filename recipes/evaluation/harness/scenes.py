@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from recipes_minigpt4.evaluation.harness.served import checked
 from recipes_minigpt4.tiny import metrics
 from recipes_minigpt4.tiny.scenes import Scene, Thing, evaluation_scenes
 
@@ -30,7 +31,7 @@ def read_scene(text: str) -> Scene:
 
 def judge(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Judged]:
     """Reply and truth for every measure: each is a ratio of sums over all pictures, and not a mean of ratios."""
-    return dict.fromkeys(metrics.SCORES, (results[0], doc["scene"]))
+    return dict.fromkeys(metrics.SCORES, (checked(results[0]), doc["scene"]))
 
 
 def object_f1(judged: Sequence[Judged]) -> float:

@@ -58,12 +58,18 @@ def test_the_command_prints_the_folder_of_tasks(harness: str, capsys: pytest.Cap
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_a_task_is_named_as_its_file_and_finds_its_functions(file: Path) -> None:
     task = yaml.load(file.read_text(encoding="utf-8"), TaskLoader)
+    if "include" in task:
+        task = {**yaml.load((file.parent / task["include"]).read_text(encoding="utf-8"), TaskLoader), **task}
     assert task["task"] == file.stem and all(entry["aggregation"] for entry in task["metric_list"])
     if "scenes" in file.stem:
         options = task["generation_kwargs"]
         assert options.get("max_gen_toks", options.get("max_new_tokens")) == MAX_NEW_TOKENS
         assert task["doc_to_text"].removeprefix("<image>") == INSTRUCTION
         assert [entry["metric"] for entry in task["metric_list"]] == list(metrics.SCORES)
+    if file.parent.name == "lm_eval_tasks":  # a server would read the placeholder as a word
+        about = {"question": "What?", "choices": ["a", "b"]}
+        text = task["doc_to_text"] if "scenes" in file.stem else task["doc_to_text"](about)
+        assert text.count("<image>") == (0 if file.stem.endswith("_served") else 1)
 
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
@@ -153,6 +159,13 @@ def test_a_choice_is_read_and_never_guessed(said: str, expected: int | None) -> 
     assert read_choice(said, choices) == expected
     found = judge({"choices": choices, "correct_choice_idx": 1}, [said])
     assert found == {"acc": float(expected == 1), "unread": float(expected is None)}
+
+
+def test_a_request_that_failed_is_no_wrong_answer() -> None:
+    reply = "[LMMS_EVAL_REQUEST_FAILED after 5 retries] Error code: 404"
+    for judged, doc in ((judge, {"choices": ["red"], "correct_choice_idx": 0}), (rows.judge, {"scene": "{}"})):
+        with pytest.raises(RuntimeError, match="has failed, so there are no numbers"):
+            judged(doc, [reply])
 
 
 # ---- replies and likelihoods ----------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ ROWS = [  # of A-OKVQA, pictures by their paths
     {"image": "1.png", "question": "Which colour is there?", "choices": ["red", "blue", "pink", "a very dark brown"],
      "correct_choice_idx": 0},
 ]  # fmt: skip
+KEY = "a-key-of-many-letters"  # of the server
 OWN_TASK = """
 include: {folder}/{task}.yaml
 task: own_{task}
@@ -80,15 +82,49 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(place: Path) -> Callable[..., dict[str, Any]]:
+def environment(place: Path) -> dict[str, str]:
+    """Of every process: offline, without a GPU, and without what this machine has."""
+    names = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home"), "HOME": str(place), "OMP_NUM_THREADS": "1"}
+    server = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "OPENAI_API_KEY": KEY, "MINIGPT4_API_KEY": KEY}
+    return {**os.environ, **names, **server, "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def server(place: Path, environment: dict[str, str]) -> Iterator[str]:
+    """The address of `minigpt4 serve adapter`."""
+    command = [sys.executable, "-m", "recipes_minigpt4.cli", "serve", "adapter", "--device", "cpu", "--port", "0"]
+    log = place / "server.log"
+    with open(log, "w") as told:
+        process = subprocess.Popen(command, cwd=place, env=environment, stdout=told, stderr=subprocess.STDOUT)
+    try:
+        begun = re.compile(r"^adapter answers at (http://127\.0\.0\.1:\d+)/v1 ", re.MULTILINE)
+        while (found := begun.search(log.read_text())) is None:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.2)
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def ended(place: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
+    """`ended(harness, *arguments)`: the command, once it has ended."""
+
+    def ended(harness: str, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", harness, *arguments]
+        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+
+    return ended
+
+
+@pytest.fixture(scope="module")
+def run(place: Path, ended: Callable[..., subprocess.CompletedProcess]) -> Callable[..., dict[str, Any]]:
     """`run(harness, *arguments)`: what the command wrote, offline: `results`, and the samples of every task."""
 
     def run(harness: str, *arguments: str) -> dict[str, Any]:
         output = place / f"output-{len(list(place.glob('output-*')))}"
-        command = [sys.executable, "-m", harness, *arguments, "--output_path", str(output), "--log_samples"]
-        names = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home"), "HOME": str(place), "OMP_NUM_THREADS": "1"}
-        environment = {**os.environ, **names, "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+        done = ended(harness, *arguments, "--output_path", str(output), "--log_samples")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         found = list(output.rglob("*results*.json"))  # lmms-eval ends with 0 after a failure too
         assert len(found) == 1, done.stdout[-3000:] + done.stderr[-3000:]
@@ -231,3 +267,66 @@ def test_what_the_model_of_lmms_eval_does_not_take(place: Path, arguments: dict,
 
     with pytest.raises(ValueError, match=sentence):
         MiniGPT4(str(place / "adapter"), **arguments)
+
+
+# ---- behind a server ------------------------------------------------------------------------------------------------
+
+
+def served_by_lm_eval(server: str, more: str = "") -> list[str]:
+    """The arguments of lm_eval for the model of a server."""
+    where = f"model=adapter,base_url={server}/v1/chat/completions{more}"
+    return ["--model", "local-chat-completions", "--model_args", where, "--apply_chat_template"]
+
+
+@needs("lm_eval")
+def test_lm_eval_asks_a_server(run: Callable, expected: dict, server: str) -> None:
+    ours = ["--include_path", str(TASKS["lm_eval"]), "--tasks", "minigpt4_scenes_served"]
+    found = run("lm_eval", *served_by_lm_eval(server, ",num_concurrent=4"), *ours)
+    assert texts_of(found, "minigpt4_scenes_served") == expected["scenes"]
+    scores = metrics_of(found, "minigpt4_scenes_served")
+    assert {name: scores[name] for name in metrics.SCORES} == pytest.approx(expected["scores"])
+    short = run("lm_eval", *served_by_lm_eval(server), *ours, "--gen_kwargs", "max_gen_toks=7,num_beams=1")
+    assert texts_of(short, "minigpt4_scenes_served") == expected["short"]
+
+
+@needs("lm_eval")
+def test_lm_eval_asks_a_server_about_rows_of_ones_own(run: Callable, expected: dict, server: str) -> None:
+    own = ["--include_path", "own_lm_eval", "--tasks", "own_minigpt4_aokvqa_served"]
+    found = run("lm_eval", *served_by_lm_eval(server), *own)
+    assert texts_of(found, "own_minigpt4_aokvqa_served") == expected["aokvqa"]
+    assert metrics_of(found, "own_minigpt4_aokvqa_served").keys() >= {"acc", "unread"}
+
+
+@needs("lm_eval")
+def test_lm_eval_tells_what_a_server_refuses(ended: Callable, server: str) -> None:
+    own = ["--include_path", "own_lm_eval", "--tasks", "own_minigpt4_aokvqa_served"]
+    done = ended("lm_eval", *served_by_lm_eval(server, ",max_retries=1"), *own, "--gen_kwargs", "logprobs=True")
+    assert done.returncode != 0 and "`logprobs` cannot be True here; leave it out." in done.stdout + done.stderr
+
+
+@needs("lmms_eval")
+@pytest.mark.parametrize("model", ["openai", "async_openai"])
+def test_lmms_eval_asks_a_server(model: str, run: Callable, expected: dict, server: str) -> None:
+    asked = ["--model", model, "--model_args", f"model_version=adapter,base_url={server}/v1"]
+    found = run("lmms_eval", *asked, "--include_path", str(TASKS["lmms_eval"]), "--tasks", "minigpt4_scenes")
+    assert texts_of(found, "minigpt4_scenes") == expected["scenes"]
+    scores = metrics_of(found, "minigpt4_scenes")
+    assert {name: scores[name] for name in metrics.SCORES} == pytest.approx(expected["scores"])
+
+
+@needs("lmms_eval")
+def test_lmms_eval_asks_a_server_about_rows_of_ones_own(run: Callable, expected: dict, server: str) -> None:
+    asked = ["--model", "openai", "--model_args", f"model_version=adapter,base_url={server}/v1"]
+    found = run("lmms_eval", *asked, "--include_path", "own_lmms_eval", "--tasks", "own_minigpt4_aokvqa")
+    assert texts_of(found, "own_minigpt4_aokvqa") == expected["aokvqa"]
+    assert metrics_of(found, "own_minigpt4_aokvqa").keys() >= {"acc", "unread"}
+
+
+@needs("lmms_eval")
+def test_lmms_eval_gives_no_numbers_if_a_server_refuses(place: Path, ended: Callable, server: str) -> None:
+    asked = ["--model", "openai", "--model_args", f"model_version=other,base_url={server}/v1,max_retries=1"]
+    own = ["--include_path", "own_lmms_eval", "--tasks", "own_minigpt4_aokvqa", "--output_path", "refused"]
+    done = ended("lmms_eval", *asked, *own)  # whose exit status is 0
+    assert "A request to the server has failed, so there are no numbers" in done.stdout + done.stderr
+    assert "There is no model 'other' here; this server has one, 'adapter'." in done.stdout + done.stderr
+    assert not list(place.glob("refused/**/*results*.json"))

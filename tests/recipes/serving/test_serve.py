@@ -257,13 +257,21 @@ def test_a_reply_ends_before_a_stop(stop: Any, whole: str, server: Server, scene
     assert not places or reply.usage.completion_tokens < len(whole.split())
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_a_reply_has_at_most_so_many_tokens(name: str, server: Server, scenes) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_tokens": 4},
+        {"max_completion_tokens": 4},
+        {"max_tokens": 2, "max_completion_tokens": 4},
+        {"max_tokens": 2, "extra_body": {"max_new_tokens": 4}},
+    ],
+)
+def test_a_reply_has_at_most_so_many_tokens(asked: dict, server: Server, scenes) -> None:
     chat = [user(scenes[0], ASKED)]
-    reply = server.ask(chat, **{name: 4})
+    reply = server.ask(chat, **asked)
     assert reply.usage.completion_tokens == 4 and reply.choices[0].finish_reason == "length"
     assert reply.choices[0].message.content == local(server, chat, max_new_tokens=4)
-    last = [chunk.choices[0].finish_reason for chunk in server.ask(chat, stream=True, **{name: 4})][-1]
+    last = [chunk.choices[0].finish_reason for chunk in server.ask(chat, stream=True, **asked)][-1]
     assert last == "length"
 
 
