@@ -32,7 +32,7 @@ $(VENV)/bin/python $(VENV_CANARY)/bin/python $(VENV_TIMM)/bin/python $(VENV_HARN
 
 # One stamp per set of extras, so that a second run starts at once.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	@echo "Installing about 60 packages into $(VENV), once; this takes a few minutes and says nothing meanwhile."
+	@echo "Installing packages into $(VENV), about 60 for the demo, 100 for the tests; this takes a few minutes, once, and says nothing."
 	@$(PIP) --editable ".[$*]"
 	@touch $@
 

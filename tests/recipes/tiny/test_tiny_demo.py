@@ -328,7 +328,7 @@ def test_make_says_what_takes_long_before_it_is_silent(tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
     text = done.stdout
     assert (
-        text.index("about 60 packages")
+        text.index("about 60 for the demo")
         < text.index("pip")
         < text.index("some ten seconds")
         < text.index("minigpt4 demo")
