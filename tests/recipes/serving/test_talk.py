@@ -268,7 +268,7 @@ def test_a_model_has_a_label_and_says_what_it_is(talkers: dict[str, Talker], our
 
 def test_what_cannot_be_loaded_is_told(ours: str, blip2: str, tmp_path: Path) -> None:
     for name, options, told in (
-        (str(tmp_path / "no"), ModelOptions(device="cpu"), r"\(there is no such folder\); name a folder or a repository"),
+        (str(tmp_path / "no"), ModelOptions(device="cpu"), r"\(there is no such folder\); name a folder or a repo"),
         ("openai:http://127.0.0.1:1/v1#x", ModelOptions(), "is a server"),
         (ours, ModelOptions(device="nowhere"), "--device nowhere is not there"),
         (ours, ModelOptions(device="cpu", quantization="int3"), "no quantization 'int3'"),
