@@ -62,7 +62,8 @@ def suite_line(numbers: Mapping[str, Any]) -> str:
     """How many pictures were counted."""
     left = numbers["left_out"]
     told = f", without {left} that some model could not be shown" if left else ""
-    return f"{numbers['pictures']} pictures{told}. In brackets, the 95 % interval over pictures."
+    many = "picture" if numbers["pictures"] == 1 else "pictures"
+    return f"{numbers['pictures']} {many}{told}. In brackets, the 95 % interval over pictures."
 
 
 def circumstances(results: Mapping[str, Any]) -> str:

@@ -339,6 +339,8 @@ def config_named(name: str, options: SpeakerOptions) -> Any:
     except Exception as error:  # see above
         is_path = name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists()
         reason = "there is no such folder" if is_path else one_line(error)
+        if name.startswith("openai:"):
+            reason = "it is a server, and this command loads the model itself"
         ways = "a folder, a repository, or openai:URL#MODEL" if options.servers else "a folder or a repository"
         raise RecipeError(f"There is no model at {name} ({reason}); name {ways}.") from error
 

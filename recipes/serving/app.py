@@ -32,6 +32,7 @@ from recipes_minigpt4.serving.settings import ReplySettings
 from recipes_minigpt4.serving.space import make_space
 from recipes_minigpt4.serving.uploads import find_examples, kept_folder, upload_folder
 from recipes_minigpt4.utils.errors import RecipeError
+from recipes_minigpt4.utils.runs import quiet
 
 
 MOST_BYTES = 20 << 20  # of an upload
@@ -105,7 +106,9 @@ def open_talkers(args: argparse.Namespace) -> dict[str, Talker]:
     options = ModelOptions.of(args)
     talkers: dict[str, Talker] = {}
     for name in args.models:
-        talker = open_talker(name, options)
+        print(f"Loading {name} …", file=sys.stderr, flush=True)
+        with quiet():
+            talker = open_talker(name, options)
         print(talker.about, flush=True)
         talkers[talker.label] = talker
     return talkers

@@ -88,9 +88,14 @@ class Session:
             raise RecipeError("There is no turn to take back.")
         if not 0 < turns <= len(self.exchanges):
             raise RecipeError(f"{turns} turns cannot be taken back; the chat has {len(self.exchanges)}.")
+        taken: tuple[str, ...] = ()
         for _ in range(turns):
-            for label in self.exchanges.pop().labels:
+            exchange = self.exchanges.pop()
+            taken = exchange.pictures + taken
+            for label in exchange.labels:
                 self.talks[label].conversation.undo()
+        if taken:
+            print(f"Taken back, and {', '.join(taken)} with it.", file=self.notes, flush=True)
 
     def reset(self) -> None:
         """Begin anew, without pictures."""

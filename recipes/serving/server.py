@@ -1,6 +1,7 @@
 """The server of `minigpt4 serve`, put together: transformers' own, with what stands in front of it."""
 
 import argparse
+import sys
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from recipes_minigpt4.serving.server_front import Front, FrontSettings
 from recipes_minigpt4.serving.server_model import Loaded
 from recipes_minigpt4.utils.errors import RecipeError
 from recipes_minigpt4.utils.picture_fetching import FetchLimits
+from recipes_minigpt4.utils.runs import quiet
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -26,7 +28,9 @@ def build(args: argparse.Namespace) -> Any:
     start, (label, name) = time.perf_counter(), split_label(args.model)
     options = ModelOptions.of(args).for_speaker()
     # Not as a talker, whose penalties are those of the original's demo: replies are those of `generate`.
-    speaker = None if name.startswith("openai:") else open_speaker(name, options)
+    print(f"Loading {name} …", file=sys.stderr, flush=True)
+    with quiet():
+        speaker = None if name.startswith("openai:") else open_speaker(name, options)
     if not isinstance(speaker, ChatSpeaker) or isinstance(speaker, BlipSpeaker):
         raise RecipeError(f"{name} is no chat model that can be loaded here, and clients send chats; name one.")
     print(Talker(label, name, speaker, time.perf_counter() - start).about, flush=True)

@@ -258,7 +258,7 @@ def test_models_are_compared(talkers, type_lines, scenes) -> None:
     alone = "".join(Talk(talkers["blip2"]).ask("What is it?", scenes[:1], GREEDY))
     assert lines[0].startswith("ours: ") and lines[2] == f"b: {alone}" and lines[3].startswith("[")
     assert told[3].splitlines()[0] == lines[0] and told[3].splitlines()[2] == lines[2]
-    assert told[4:] == ["", ""] and session.exchanges == []
+    assert told[4:] == ["Taken back, and a.png with it.", ""] and session.exchanges == []
     assert said(session) == said(session, "b") == []
 
 
@@ -285,7 +285,7 @@ def test_a_chat_is_saved_and_goes_on(session, type_lines, talkers, folder: Path)
     other = Session({"again": Talk(talkers["ours"])}, GREEDY)
     again = type_lines(other, "Hm?", "/load my chat.json", "Three?", "/save 'my chat.json'", "/undo 3", "/undo")
     assert again[1] == "2 turns so far." and again[2] == expected
-    assert again[4:] == ["", "There is no turn to take back."]
+    assert again[4:] == ["Taken back, and a.png, b c.png with it.", "There is no turn to take back."]
     two = Session({"a": Talk(talkers["ours"]), "b": Talk(talkers["ours"])}, GREEDY)
     assert type_lines(two, "/load my chat.json")[0].startswith("The chat was with 1 model, and here are 2;")
     os.remove("b c.png")

@@ -242,7 +242,10 @@ def test_addresses_are_fetched(address: str, run, talkers, scenes) -> None:
         (["a.png", "--model", "OURS", "--batch_size", "0"], "a whole number from 1 on"),
         (["a.png", "--model", "OURS", "--quantization", "int3"], "invalid choice: 'int3'"),
         (["a.png", "--model", "OURS", "--language_model", "./no"], "backbone ./no cannot be opened"),
-        (["a.png", "--model", "openai:http://127.0.0.1:1/v1#x"], "There is no model at openai:"),
+        (
+            ["a.png", "--model", "openai:http://127.0.0.1:1/v1#x"],
+            "(it is a server, and this command loads the model itself); name a folder",
+        ),
     ],
     ids=str,
 )
