@@ -68,7 +68,7 @@ def _app(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folders or repositories; LABEL=MODEL tells what it is called")
     add("--examples", type=Path, metavar="DIR", help="folder of pictures that people may begin with")
-    add("--output_dir", type=Path, default=Path("app"), metavar="DIR", help="for votes; default: %(default)s")
+    add("--output_dir", type=Path, default=Path("app-output"), metavar="DIR", help="for votes; default: %(default)s")
     add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
     add("--port", type=in_range(PORT), help="default: 7860, or the next that is free; 0: any")
     add("--share", action="store_true", help="make it public, through a tunnel of Gradio's")
